@@ -1,0 +1,62 @@
+"""`Measurement`: one metric with all its raw samples and the context that makes it comparable."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from edgepipe.errors import RequestError
+
+SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Raw samples in base units (s, B, points, dB, or none).
+
+    ``samples[i]`` holds the samples of session *i* (one fresh process on the device); facts that
+    need no sampling (a file size, an accuracy) are one session of one sample. ``excluded`` gives
+    for a session number the cause, measured independently of the value, that disqualifies it.
+    ``context`` says what was measured where: model sha256, profile, runtime and its version and
+    sha256, threads, governor, temperature before and after, ...
+    """
+
+    metric: str
+    unit: str
+    samples: tuple[tuple[float, ...], ...]
+    warmups: tuple[tuple[float, ...], ...] = ()
+    excluded: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    context: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def valid_sessions(self) -> tuple[tuple[float, ...], ...]:
+        return tuple(s for i, s in enumerate(self.samples) if i not in self.excluded and s)
+
+
+def single(metric: str, unit: str, value: float, context: Mapping[str, Any]) -> Measurement:
+    """A fact that needs no sampling, as a measurement."""
+    return Measurement(metric, unit, ((float(value),),), context=dict(context))
+
+
+def measurement_to_dict(measurement: Measurement) -> dict[str, Any]:
+    data = dataclasses.asdict(measurement)
+    data["excluded"] = {str(k): v for k, v in measurement.excluded.items()}
+    return {"schema": SCHEMA, **data}
+
+
+def measurement_from_dict(data: Mapping[str, Any]) -> Measurement:
+    """Inverse of `measurement_to_dict`. Refuses data of a newer schema."""
+    if data.get("schema", 0) > SCHEMA:
+        raise RequestError(
+            f"measurement has schema {data['schema']}, this edgepipe reads up to {SCHEMA}",
+            hint="upgrade edgepipe",
+        )
+    return Measurement(
+        metric=data["metric"],
+        unit=data["unit"],
+        samples=tuple(tuple(s) for s in data["samples"]),
+        warmups=tuple(tuple(s) for s in data["warmups"]),
+        excluded={int(k): v for k, v in data["excluded"].items()},
+        context=data["context"],
+    )

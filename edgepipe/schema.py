@@ -1,0 +1,125 @@
+"""Data read from files: frozen records, and checking plain TOML or JSON data against them.
+
+Checking is done by pydantic, imported only when something is checked, so that the nouns stay cheap
+to import.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar, dataclass_transform
+
+from edgepipe.errors import RequestError
+from edgepipe.units import parse_quantity
+
+T = TypeVar("T")
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def record(cls: type[T]) -> type[T]:
+    """A frozen, keyword-only dataclass whose unknown keys and wrong types are refused by `build`."""
+    cls.__pydantic_config__ = {"extra": "forbid", "strict": True}  # type: ignore[attr-defined]
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """Marks a float field as a quantity written with a unit: ``Annotated[float, Unit("time")]``.
+
+    The field holds the base unit (seconds, bytes, ...); the file says ``"33 ms"``.
+    """
+
+    dimension: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import PydanticCustomError, core_schema
+
+        def parse(text: object) -> float:
+            try:
+                return parse_quantity(text, self.dimension)
+            except RequestError as exc:
+                raise PydanticCustomError(
+                    "quantity", "{reason}", {"reason": f"{exc.message} ({exc.hint})"}
+                ) from exc
+
+        return core_schema.no_info_before_validator_function(parse, core_schema.float_schema())
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> Any:
+        return {"type": "string", "description": f"a {self.dimension} with its unit"}
+
+
+@functools.cache
+def _adapter(cls: type) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
+
+
+def near_miss(word: str, legal: list[str]) -> str:
+    """``"; did you mean 'prune'?"`` where something is close, else an empty string."""
+    close = difflib.get_close_matches(word, legal, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _field_names(cls: Any, location: tuple[Any, ...]) -> list[str]:
+    """The legal keys of the record that ``location`` (a pydantic error's path) leads to."""
+    import typing
+
+    for step in location:
+        if dataclasses.is_dataclass(cls):
+            cls = typing.get_type_hints(cls).get(str(step), None)
+        inner = [a for a in typing.get_args(cls) if dataclasses.is_dataclass(a)]
+        if inner and not dataclasses.is_dataclass(cls):
+            cls = inner[0]
+    return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+
+
+def build(cls: type[T], data: object, *, where: str, error: type[RequestError]) -> T:
+    """Plain data -> a record of type ``cls``; every mistake is reported at once.
+
+    ``where`` names the file and table, like ``"recipe.toml: [[stages]] 2 (prune)"``. Raises
+    ``error`` naming each wrong key, what is wrong with it, and near misses.
+    """
+    from pydantic import ValidationError
+
+    try:
+        # JSON mode: arrays become tuples and strings paths, yet "5" is no number and 1 no bool.
+        return _adapter(cls).validate_json(json.dumps(data))  # type: ignore[no-any-return]
+    except ValidationError as exc:
+        problems = []
+        for item in exc.errors():
+            location = tuple(item["loc"])
+            key = ".".join(str(step) for step in location)
+            if item["type"] == "unexpected_keyword_argument":
+                legal = _field_names(cls, location[:-1])
+                text = f"unknown key{near_miss(str(location[-1]), legal)} (legal: {', '.join(legal)})"
+            elif item["type"] in ("missing", "missing_argument"):
+                text = "is missing"
+            else:
+                text = item["msg"][0].lower() + item["msg"][1:]
+                if item["type"] not in ("quantity",):
+                    text += f" (got {item['input']!r})"
+            problems.append(f"{key}: {text}" if key else text)
+        raise error(f"{where}: " + "; ".join(problems), hint="mend these keys and run again") from exc
+
+
+def json_schema(cls: type) -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a record, for editors."""
+    return _adapter(cls).json_schema()  # type: ignore[no-any-return]
+
+
+def read_toml(path: Path, *, error: type[RequestError]) -> dict[str, Any]:
+    """Parse a TOML file; a missing file or a syntax error is ``error`` with file and line."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise error(f"{path} does not exist", hint="check the path", code="no-such-file") from exc
+    except (OSError, UnicodeDecodeError) as exc:
+        raise error(f"cannot read {path}: {exc}") from exc
+    except tomllib.TOMLDecodeError as exc:
+        raise error(f"{path} is not valid TOML: {exc}", hint="see https://toml.io") from exc

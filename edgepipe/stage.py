@@ -1,0 +1,50 @@
+"""The `Stage` contract, and what a stage is given to work with.
+
+A stage is a frozen record whose fields are its options. Its module imports no framework: `run`
+imports one ``*_ops`` function, calls it, and returns the new artifact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from edgepipe.artifact import Artifact
+from edgepipe.data import DataSource
+
+
+@dataclasses.dataclass(frozen=True)
+class StageContext:
+    """What a stage may use besides its input.
+
+    Files are written under ``work_dir``, which becomes the cache entry when `run` returns and is
+    removed when it raises. ``log_path`` is for long tool output; it is kept either way.
+    """
+
+    work_dir: Path
+    data: Mapping[str, DataSource]
+    seed: int
+    log_path: Path
+
+
+class Stage(Protocol):
+    """``accepts`` and ``produces`` are artifact kinds; ``"same"`` = the kind it was given.
+
+    ``ops`` are the modules or packages whose source decides the result and ``packages`` the
+    distributions whose version does: both go into the cache key. ``title`` is one line for help.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    accepts: ClassVar[tuple[str, ...]]
+    produces: ClassVar[str]
+    ops: ClassVar[tuple[str, ...]]
+    packages: ClassVar[tuple[str, ...]]
+
+    def data_names(self) -> tuple[str, ...]:
+        """Names of the data sets (``[data.<name>]``) this stage reads, given its options."""
+        ...
+
+    def run(self, artifact: Artifact, context: StageContext) -> Artifact: ...
