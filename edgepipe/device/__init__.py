@@ -1,0 +1,42 @@
+"""Live boards behind one protocol: `open_device` turns an address into a `Device`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from edgepipe.device.base import Completed, Device
+from edgepipe.errors import RequestError
+from edgepipe.schema import near_miss
+
+__all__ = ["SCHEMES", "Completed", "Device", "open_device"]
+
+# scheme -> (module, function); the function takes the whole address and the options of its scheme
+SCHEMES: dict[str, tuple[str, str]] = {
+    "local": ("edgepipe.device.local", "open_local"),
+    "ssh": ("edgepipe.device.ssh", "open_ssh"),
+}
+
+ADDRESS_HINT = "write `local` or `ssh://[user@]host[:port]`"
+
+
+def open_device(address: str, **options: Any) -> Device:
+    """Open the board at ``address``: ``local`` or ``ssh://[user@]host[:port]``.
+
+    ``options`` are the keyword arguments of the scheme's own function (`edgepipe.device.ssh.open_ssh`).
+    Raises RequestError for an address of no known scheme, and the ConnectError, HostKeyError or
+    AuthError of the transport.
+    """
+    scheme = address.split("://", 1)[0]
+    if scheme not in SCHEMES or ("://" in address) == (scheme == "local"):
+        legal = [name if name == "local" else f"{name}://" for name in SCHEMES]
+        near = near_miss(scheme, list(SCHEMES)) or near_miss(address, legal)
+        raise RequestError(
+            f"{address!r} is not the address of a device{near}",
+            hint=ADDRESS_HINT,
+            code="bad-address",
+        )
+    module, function = SCHEMES[scheme]
+    opener: Callable[..., Device] = getattr(importlib.import_module(module), function)
+    return opener(address, **options)

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
+
+from edgepipe.errors import CommandFailed, CommandTimeout, RequestError, TransferError
+
+# A command that prints more than this is stopped: nothing we ask of a board prints a hundredth of it.
+MAX_OUTPUT_BYTES = 64 * 2**20
+# Room that a push leaves on the device: a few blocks for folders and the file system's own books.
+FREE_MARGIN_BYTES = 64 * 2**10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,3 +52,49 @@ class Device(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def check_argv(argv: Sequence[str]) -> list[str]:
+    """The command as a list of strings. Raises RequestError where no system could run it."""
+    if isinstance(argv, str) or not argv or not all(isinstance(word, str) for word in argv):
+        raise RequestError(
+            f"a command is a list of words, not {argv!r}", hint='write ["uname", "-m"]'
+        )
+    if any("\0" in word for word in argv):
+        raise RequestError(f"{argv[0]!r}: an argument contains a NUL byte")
+    return list(argv)
+
+
+def timeout_error(argv: Sequence[str], timeout_s: float, address: str) -> CommandTimeout:
+    """The error of every transport for a command that outlived its deadline."""
+    return CommandTimeout(
+        f"`{shown(argv)}` on {address} ran longer than {timeout_s:g} s and was stopped",
+        hint="is the device busy or the work too large? give it a longer timeout",
+    )
+
+
+def output_error(argv: Sequence[str], address: str) -> CommandFailed:
+    """The error of every transport for a command that prints without end."""
+    return CommandFailed(
+        f"`{shown(argv)}` on {address} printed more than {MAX_OUTPUT_BYTES // 2**20} MiB and was stopped",
+        hint="let it write to a file and pull the file",
+        code="output-too-long",
+    )
+
+
+def disk_full_error(
+    remote: str, address: str, *, needed_bytes: int, free_bytes: int | None = None
+) -> TransferError:
+    """The error of every transport where the file does not fit; ``free_bytes`` where it is known."""
+    free = "" if free_bytes is None else f" and {max(free_bytes, 0) / 1e6:.1f} MB are free"
+    return TransferError(
+        f"push to {remote} on {address}: no space left; the file needs {needed_bytes / 1e6:.1f} MB{free}",
+        hint="free some space there, or choose another work_dir",
+        code="disk-full",
+    )
+
+
+def shown(argv: Sequence[str]) -> str:
+    """A command as a message shows it: quoted, and cut where it is long."""
+    text = shlex.join(argv)
+    return text if len(text) <= 120 else f"{text[:117]}..."
