@@ -1,0 +1,21 @@
+"""The registry of stages: name -> module and class. Modules are light; they are imported on use."""
+
+from __future__ import annotations
+
+import importlib
+
+from edgepipe.stage import Stage
+
+STAGES: dict[str, tuple[str, str]] = {
+    "finetune": ("edgepipe.stages.finetune", "Finetune"),
+    "prune": ("edgepipe.stages.prune", "Prune"),
+    "export_onnx": ("edgepipe.stages.export_onnx", "ExportOnnx"),
+    "to_tflite": ("edgepipe.stages.to_tflite", "ToTflite"),
+    "quantize_int8": ("edgepipe.stages.quantize_int8", "QuantizeInt8"),
+}
+
+
+def stage_class(name: str) -> type[Stage]:
+    """The class of a stage; KeyError for an unknown name."""
+    module, attribute = STAGES[name]
+    return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]

@@ -1,0 +1,399 @@
+"""Run a recipe: stages through the cache, evaluation, measurement on devices, gates."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import edgepipe
+from edgepipe import bench
+from edgepipe.artifact import (
+    Artifact,
+    artifact_to_dict,
+    hash_path,
+    load_artifact,
+    save_artifact,
+)
+from edgepipe.data import DataSource, fingerprint, split_reference
+from edgepipe.device import open_device
+from edgepipe.errors import EdgepipeError, StageError
+from edgepipe.evaluate import evaluate
+from edgepipe.gate import Evidence, Gate, Status, Verdict, judge_all, overall
+from edgepipe.measurement import (
+    Measurement,
+    measurement_from_dict,
+    measurement_to_dict,
+    single,
+)
+from edgepipe.profile import DeviceProfile
+from edgepipe.recipe import Recipe
+from edgepipe.resources import target_dir
+from edgepipe.stage import StageContext
+from edgepipe.stages.load import LoadModel
+from edgepipe.store import Run, Store, write_json
+
+log = logging.getLogger(__name__)
+
+# Samples of the evaluation data whose outputs on the device are compared with the host's.
+AGREEMENT_SAMPLES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A device to measure on: where it is, and what it is."""
+
+    address: str
+    profile: DeviceProfile
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    run: Run
+    shipped: Artifact
+    status: Status
+    verdicts: tuple[Verdict, ...]
+
+
+def run(
+    recipe: Recipe, store: Store, *, targets: Sequence[Target] = (), remeasure: bool = False
+) -> RunResult:
+    """Run a recipe and judge it. Every finished step is kept, so running again resumes.
+
+    A measurement of the same file on the same device with the same options is used again until it
+    is older than ``[measure] max_age``; ``remeasure`` takes a new one. Raises EdgepipeError where
+    a step could not be done; a failed gate is a result, not an error.
+    """
+    record = store.new_run(recipe.name)
+    record.update(
+        edgepipe=edgepipe.__version__,
+        recipe_path=str(recipe.path),
+        recipe_text=recipe.path.read_text(encoding="utf-8"),
+        steps=[],
+        gates=_gates_to_list(recipe.gates),
+    )
+    with _log_to(record.folder / "log.txt"):
+        try:
+            return _run(recipe, store, record, targets, remeasure)
+        except KeyboardInterrupt:
+            record.update(status="interrupted")
+            raise
+        except EdgepipeError as exc:
+            record.update(status="failed", error=exc.as_dict())
+            raise
+        except Exception:
+            log.exception("unexpected error")
+            record.update(status="failed", error={"error": "bug", "message": "see log.txt"})
+            raise
+
+
+def _run(
+    recipe: Recipe, store: Store, record: Run, targets: Sequence[Target], remeasure: bool
+) -> RunResult:
+    steps = _Steps(store, record, total=len(recipe.stages) + 2 + len(targets))
+    models = run_stages(recipe, steps)
+    shipped = models[-1]
+    measured = _model_measurements(recipe, steps, models)
+    record.save_measurements("model", measured)
+    record.update(shipped=artifact_to_dict(shipped))
+    evidence = []
+    for target in targets:
+        found = _measure(recipe, steps, models, target, remeasure)
+        record.save_measurements(target.profile.name, found)
+        evidence.append(Evidence(shipped.sha256, target.profile.name, found))
+    verdicts = judge_all(recipe.gates, Evidence(shipped.sha256, "", measured), evidence)
+    status = overall(verdicts) if recipe.gates or targets else Status.PASS
+    record.update(
+        status="complete",
+        verdict=status.value,
+        verdicts=[dataclasses.asdict(v) for v in verdicts],
+        devices=[{"profile": t.profile.name, "address": t.address} for t in targets],
+    )
+    return RunResult(record, shipped, status, verdicts)
+
+
+class _Steps:
+    """Builds steps through the cache, logs progress, records lineage."""
+
+    def __init__(self, store: Store, record: Run | None, total: int) -> None:
+        self.store, self.record, self.total, self.number = store, record, total, 0
+        self.lineage: list[dict[str, Any]] = []
+
+    @contextlib.contextmanager
+    def step(self, name: str, key: str) -> Iterator[Path | None]:
+        """Yields the folder to build the step in, or None where the cache has it."""
+        self.number += 1
+        started = time.monotonic()
+        entry = {"step": name, "key": key, "cached": self.store.entry(key) is not None}
+        self.lineage.append(entry)
+        label = f"[{self.number}/{self.total}] {name}"
+        if entry["cached"]:
+            yield None
+            log.info("%s: unchanged, kept", label)
+        else:
+            log.info("%s ...", label)
+            with self.store.building(key) as work_dir:
+                yield work_dir
+                if work_dir is not None:
+                    # pushed away by the rename into the cache, so the log travels with the entry
+                    (work_dir / "seconds.json").write_text(json.dumps(time.monotonic() - started))
+            entry["seconds"] = round(time.monotonic() - started, 2)
+            log.info("%s: done in %.1f s", label, time.monotonic() - started)
+        if self.record:
+            self.record.update(steps=self.lineage)
+
+    def log_path(self, name: str) -> Path:
+        if self.record:
+            return self.record.log_path(f"{self.number:02d}-{name}")
+        folder = self.store.root / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{name}.log"
+
+
+def run_stages(recipe: Recipe, steps: _Steps) -> list[Artifact]:
+    """The source model and the result of every stage, in order."""
+    source = LoadModel(source=recipe.model)
+    key = step_key(
+        source.name,
+        {k: v for k, v in dataclasses.asdict(recipe.model).items() if k != "root"},
+        (LoadModel.__module__, *source.ops),
+        source.packages,
+        [str(recipe.seed), *_source_hashes(recipe)],
+    )
+    models = [_build(steps, "load", key, None, source, recipe)]
+    for stage in recipe.stages:
+        parent = models[-1]
+        key = step_key(
+            stage.name,
+            dataclasses.asdict(stage),  # type: ignore[call-overload]
+            (type(stage).__module__, *stage.ops),
+            stage.packages,
+            [
+                parent.sha256,
+                repr((parent.inputs, parent.outputs)),
+                str(recipe.seed),
+                *(fingerprint(recipe.data[name]) for name in stage.data_names()),
+            ],
+        )
+        models.append(_build(steps, stage.name, key, parent, stage, recipe))
+    return models
+
+
+def _build(
+    steps: _Steps, name: str, key: str, parent: Artifact | None, stage: Any, recipe: Recipe
+) -> Artifact:
+    with steps.step(name, key) as work_dir:
+        if work_dir is not None:
+            context = StageContext(
+                work_dir=work_dir,
+                data=recipe.data,
+                seed=recipe.seed,
+                log_path=steps.log_path(name),
+            )
+            try:
+                made = stage.run(context) if parent is None else stage.run(parent, context)
+            except StageError as exc:
+                exc.log_path = exc.log_path or str(context.log_path)
+                raise
+            save_artifact(made, work_dir)
+    artifact = load_artifact(steps.store.root / "cache" / key)
+    steps.lineage[-1]["artifact"] = artifact_to_dict(artifact)
+    return artifact
+
+
+def _source_hashes(recipe: Recipe) -> list[str]:
+    """Content of every file the source model comes from."""
+    model, root = recipe.model, recipe.path.parent
+    hashes = [hash_path(root / Path(p).expanduser()) for p in (model.file, model.weights) if p]
+    if model.builder:
+        module, _ = split_reference(model.builder, root)
+        hashes.append(hash_path(module) if isinstance(module, Path) else _module_hash(module))
+    return hashes
+
+
+def step_key(
+    name: str, options: Mapping[str, Any], modules: Sequence[str],
+    packages: Sequence[str], inputs: Sequence[str],
+) -> str:  # fmt: skip
+    """sha256 over everything that decides a step's result: options, our code, versions, inputs."""
+    parts = [
+        name,
+        repr(sorted((k, repr(v)) for k, v in options.items())),
+        *(_module_hash(m) for m in sorted(set(modules))),
+        *(f"{p}={_version(p)}" for p in sorted(set(packages))),
+        *inputs,
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _module_hash(module: str) -> str:
+    """Source hash of a module or of a whole package, found without importing it."""
+    import importlib.util
+
+    if module.partition(".")[0] == "edgepipe":
+        path = Path(edgepipe.__file__).parent.joinpath(*module.split(".")[1:])
+        path = path if path.is_dir() else path.with_suffix(".py")
+    else:
+        spec = importlib.util.find_spec(module)
+        path = Path(spec.origin) if spec and spec.origin else Path()
+    if path.is_dir():
+        sources = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix != ".pyc")
+        return hashlib.sha256("".join(hash_path(p) for p in sources).encode()).hexdigest()
+    return hash_path(path) if path.is_file() else ""
+
+
+EVALUATION_MODULES = (
+    "edgepipe.evaluate", "edgepipe.predict", "edgepipe.array_ops", "edgepipe.tflite_ops", "edgepipe.torch_ops",
+)  # fmt: skip
+EVALUATION_PACKAGES = ("numpy", "ai-edge-litert", "onnxruntime", "torch")
+
+
+def _model_measurements(
+    recipe: Recipe, steps: _Steps, models: Sequence[Artifact]
+) -> dict[str, Measurement]:
+    """Facts about the file that ships: size, float islands, task metric, parity."""
+    shipped, reference = models[-1], models[recipe.reference_stage]
+    float_model = float_model_of(recipe, models)
+    options = recipe.evaluate
+    inputs = [shipped.sha256, float_model.sha256, reference.sha256]
+    if options:
+        inputs += [options.data, options.metric, fingerprint(recipe.data[options.data])]
+        if ":" in options.metric:
+            module, _ = split_reference(options.metric, recipe.path.parent)
+            inputs.append(hash_path(module) if isinstance(module, Path) else _module_hash(module))
+    key = step_key("evaluate", {}, EVALUATION_MODULES, EVALUATION_PACKAGES, inputs)
+    with steps.step("evaluate", key) as work_dir:
+        if work_dir is not None:
+            context = {"model_sha256": shipped.sha256}
+            measured = [single("model_bytes", "B", shipped.size_bytes, context)]
+            if shipped.kind == "tflite":
+                measured.append(_float_islands(shipped, context))
+            if options:
+                measured += evaluate(
+                    shipped=shipped,
+                    float_model=float_model,
+                    reference=reference,
+                    source=recipe.data[options.data],
+                    metric=options.metric,
+                    root=recipe.path.parent,
+                )
+            _save_results(work_dir, measured)
+    return _load_results(steps.store, key)
+
+
+def float_model_of(recipe: Recipe, models: Sequence[Artifact]) -> Artifact:
+    """What the shipped file was quantised from; the reference model where nothing was quantised."""
+    for stage, before in zip(reversed(recipe.stages), reversed(models[:-1]), strict=True):
+        if stage.name.startswith("quantize"):
+            return before
+    return models[recipe.reference_stage]
+
+
+def _float_islands(shipped: Artifact, context: Mapping[str, Any]) -> Measurement:
+    from edgepipe.tflite_ops.inspect import describe
+
+    islands = describe(shipped.path).float_islands
+    return single("float_islands", "", len(islands), {**context, "operators": list(map(str, islands))})  # fmt: skip
+
+
+def _save_results(folder: Path, measured: Sequence[Measurement]) -> None:
+    write_json(
+        folder / "result.json",
+        {"taken": time.time(), "measurements": [measurement_to_dict(m) for m in measured]},
+    )
+
+
+def _load_results(store: Store, key: str) -> dict[str, Measurement]:
+    data = json.loads((store.root / "cache" / key / "result.json").read_text(encoding="utf-8"))
+    found = [measurement_from_dict(m) for m in data["measurements"]]
+    return {m.metric: m for m in found}
+
+
+def _measure(
+    recipe: Recipe, steps: _Steps, models: Sequence[Artifact], target: Target, remeasure: bool
+) -> dict[str, Measurement]:
+    """Measure the shipped file on one device, or use a measurement that is still good."""
+    shipped, options = models[-1], recipe.measure
+    sample_source = recipe.data.get(recipe.evaluate.data) if recipe.evaluate else None
+    key = step_key(
+        "measure",
+        dataclasses.asdict(options),
+        ("edgepipe.bench", "edgepipe.runtime"),
+        ("ai-edge-litert",),
+        [
+            shipped.sha256,
+            target.address,
+            repr(target.profile),
+            hash_path(target_dir(target.profile.target)),
+            fingerprint(sample_source) if sample_source else "",
+        ],
+    )
+    entry = steps.store.entry(key)
+    if entry:
+        taken = json.loads((entry / "result.json").read_text(encoding="utf-8"))["taken"]
+        age_s = time.time() - taken
+        if remeasure or not 0 <= age_s <= options.max_age:
+            steps.store.forget(key)
+        else:
+            log.info("using the measurement taken %.0f min ago (--remeasure takes a new one)", age_s / 60)  # fmt: skip
+    name = f"measure on {target.profile.name} ({target.address})"
+    with steps.step(name, key) as work_dir:
+        if work_dir is not None:
+            device = open_device(target.address)
+            try:
+                result = bench.measure(
+                    shipped,
+                    device,
+                    target.profile,
+                    options,
+                    samples=_agreement_samples(sample_source, models[0]),
+                )
+            finally:
+                device.close()
+            write_json(work_dir / "raw.json", result.raw)
+            _save_results(work_dir, result.measurements)
+    return _load_results(steps.store, key)
+
+
+def _agreement_samples(source: DataSource | None, model: Artifact) -> dict[str, Any] | None:
+    """The first few evaluation samples, by input name, in the source layout."""
+    if source is None:
+        return None
+    from edgepipe.array_ops.load import load_samples
+
+    samples = load_samples(source, model.inputs)
+    return {name: array[:AGREEMENT_SAMPLES] for name, array in samples.inputs.items()}
+
+
+def _gates_to_list(gates: Sequence[Gate]) -> list[dict[str, Any]]:
+    return [{"gate": g.name, **dataclasses.asdict(g)} for g in gates]  # type: ignore[call-overload]
+
+
+@contextlib.contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    """Everything edgepipe logs also goes to a run's log.txt."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("edgepipe")
+    logger.addHandler(handler)
+    if logger.level in (logging.NOTSET,) or logger.level > logging.INFO:
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,282 @@
+"""`Recipe`: model + data + ordered stages + devices + gates, from one TOML file.
+
+`load_recipe` finds every mistake it can without importing a framework, and reports all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgepipe.bench import MeasureOptions
+from edgepipe.data import DataSource, split_reference
+from edgepipe.errors import RecipeError, RequestError
+from edgepipe.gate import GATES, Gate
+from edgepipe.resources import profile_paths
+from edgepipe.schema import build, near_miss, read_toml, record
+from edgepipe.stage import Stage
+from edgepipe.stages import STAGES, stage_class
+from edgepipe.stages.load import ModelSource
+
+SCHEMA = 1
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+TABLES = ("schema", "name", "seed", "devices", "model", "data", "stages", "evaluate", "measure", "gates")  # fmt: skip
+SOURCE_KINDS = {".onnx": "onnx", ".tflite": "tflite", ".pt2": "pt2"}
+
+
+@record
+class EvaluateOptions:
+    """``data`` and ``metric`` of the task; ``metric`` is a built-in name or ``"file.py:function"``.
+
+    ``reference`` says which model the accuracy drop is counted from: 0 = the model the recipe
+    starts from, n = the result of stage n. Default: 0 where the model comes with weights, else 1
+    (the first stage trains it).
+    """
+
+    data: str
+    metric: str = "top1"
+    reference: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    path: Path
+    name: str
+    seed: int
+    model: ModelSource
+    data: Mapping[str, DataSource]
+    stages: tuple[Stage, ...]
+    evaluate: EvaluateOptions | None
+    devices: tuple[str, ...]
+    measure: MeasureOptions
+    gates: tuple[Gate, ...]
+
+    @property
+    def reference_stage(self) -> int:
+        """Number of the stage whose result is the reference (0 = the source model)."""
+        if self.evaluate is not None and self.evaluate.reference is not None:
+            return self.evaluate.reference
+        return 0 if self.model.file or self.model.weights else min(1, len(self.stages))
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe. Raises one RecipeError listing every mistake with its key."""
+    path = path.resolve()
+    raw = read_toml(path, error=RecipeError)
+    problems: list[str] = []
+
+    def attempt(function: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except RequestError as exc:
+            problems.append(exc.message)
+            return None
+
+    raw = _expand(raw, "", problems)
+    if isinstance(raw.get("schema"), int) and raw["schema"] > SCHEMA:
+        raise RecipeError(f"{path}: schema {raw['schema']} is newer than {SCHEMA}", hint="upgrade edgepipe")  # fmt: skip
+    if raw.get("schema") != SCHEMA:
+        problems.append(f'"schema = {SCHEMA}" is missing at the top')
+    for key in raw:
+        if key not in TABLES:
+            problems.append(f"{key}: unknown key{near_miss(key, list(TABLES))} (legal: {', '.join(TABLES)})")  # fmt: skip
+    name = raw.get("name", path.stem)
+    if not isinstance(name, str) or not _NAME.match(name):
+        problems.append(f"name: {name!r} is not a plain name (letters, digits, . _ -)")
+    seed = raw.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        problems.append(f"seed: {seed!r} is not a whole number")
+
+    def table(key: str, kind: type) -> Any:
+        value = raw.get(key, kind())
+        if not isinstance(value, kind):
+            problems.append(f"{key}: should be {'a table' if kind is dict else 'an array'}")
+            return kind()
+        return value
+
+    root = path.parent
+    model = attempt(build, ModelSource, table("model", dict), where="[model]", error=RecipeError)
+    data: dict[str, DataSource] = {}
+    for key, value in table("data", dict).items():
+        source = attempt(build, DataSource, value, where=f"[data.{key}]", error=RecipeError)
+        if source is not None:
+            data[key] = resolve_source(source, root)
+            _check_source(data[key], f"[data.{key}]", problems)
+    stages = _entries(table("stages", list), "stage", STAGES, stage_class, problems)
+    gates = _entries(table("gates", list), "gate", GATES, GATES.__getitem__, problems)
+    evaluate = None
+    if "evaluate" in raw:
+        evaluate = attempt(build, EvaluateOptions, table("evaluate", dict), where="[evaluate]", error=RecipeError)  # fmt: skip
+    measure = attempt(build, MeasureOptions, table("measure", dict), where="[measure]", error=RecipeError)  # fmt: skip
+    devices = table("devices", list)
+    known_profiles = profile_paths()
+    for device in devices:
+        if device not in known_profiles:
+            problems.append(f"devices: unknown profile {device!r}{near_miss(str(device), list(known_profiles))} (`edgepipe devices list` shows them)")  # fmt: skip
+
+    if model is not None:
+        model = dataclasses.replace(model, root=root)
+        kind = _check_model(model, problems)
+        if kind:
+            _check_order(kind, stages, problems)
+    known_data = set(table("data", dict))
+    for number, stage in enumerate(stages, 1):
+        for used in stage.data_names() if stage else ():
+            if used not in known_data:
+                problems.append(f"[[stages]] {number} ({stage.name}): reads [data.{used}], which is not there{near_miss(used, sorted(known_data))}")  # fmt: skip
+    _check_evaluation(evaluate, known_data, stages, gates, root, problems)
+    if any(gate and gate.scope == "device" for gate in gates) and not devices:
+        problems.append("devices: some gates need a device, but none is named")
+    if problems:
+        raise RecipeError(
+            f"{path}: " + "\n  ".join(["", *problems] if len(problems) > 1 else problems),
+            hint="mend the recipe; `edgepipe check` looks at it without running anything",
+        )
+    return Recipe(
+        path=path, name=name, seed=seed, model=model, data=data, stages=tuple(stages),
+        evaluate=evaluate, devices=tuple(devices), measure=measure, gates=tuple(gates),
+    )  # fmt: skip
+
+
+def resolve_source(source: DataSource, root: Path) -> DataSource:
+    """Paths relative to ``root``, the folder of the file that names them."""
+    path = (root / source.path.expanduser()) if source.path is not None else None
+    return dataclasses.replace(source, path=path, root=root)
+
+
+def _expand(value: Any, key: str, problems: list[str]) -> Any:
+    """Replace ``${NAME}`` in every string by that environment variable."""
+    if isinstance(value, dict):
+        return {k: _expand(v, f"{key}.{k}" if key else k, problems) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_expand(v, f"{key}[{i}]", problems) for i, v in enumerate(value, 1)]
+    if not isinstance(value, str):
+        return value
+
+    def look_up(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1])
+        if not found:
+            problems.append(f"{key}: the environment variable {match[1]} is not set")
+        return found or ""
+
+    return _VARIABLE.sub(look_up, value)
+
+
+def _entries(
+    tables: list[Any], key: str, registry: Mapping[str, Any], find: Any, problems: list[str]
+) -> list[Any]:
+    """``[[stages]]`` or ``[[gates]]`` -> records; None in the place of a broken one."""
+    entries: list[Any] = []
+    for number, options in enumerate(tables, 1):
+        where = f"[[{key}s]] {number}"
+        entries.append(None)
+        if not isinstance(options, dict) or not isinstance(options.get(key), str):
+            problems.append(f'{where}: has no {key} = "..." (legal: {", ".join(registry)})')
+            continue
+        name = options[key]
+        if name not in registry:
+            problems.append(f"{where}: unknown {key} {name!r}{near_miss(name, list(registry))} (legal: {', '.join(registry)})")  # fmt: skip
+            continue
+        rest = {k: v for k, v in options.items() if k != key}
+        try:
+            entries[-1] = build(find(name), rest, where=f"{where} ({name})", error=RecipeError)
+        except RequestError as exc:
+            problems.append(exc.message)
+    return entries
+
+
+def _check_file(reference: str, root: Path, key: str, problems: list[str]) -> None:
+    """A "file.py:name" reference whose file does not exist is a problem."""
+    try:
+        module, _ = split_reference(reference, root)
+    except RequestError as exc:
+        problems.append(f"{key}: {exc.message} ({exc.hint})")
+        return
+    if isinstance(module, Path) and not module.is_file():
+        problems.append(f"{key}: {module} does not exist")
+
+
+def _check_source(source: DataSource, where: str, problems: list[str]) -> None:
+    if source.kind == "python":
+        if not source.function:
+            problems.append(f'{where}: kind = "python" needs function = "file.py:name"')
+        else:
+            _check_file(source.function, source.root or Path(), f"{where} function", problems)
+    elif source.kind != "random":
+        if source.path is None:
+            problems.append(f'{where}: kind = "{source.kind}" needs a path')
+        elif not source.path.exists():
+            problems.append(f"{where} path: {source.path} does not exist")
+    for fold in (source.fold, source.not_fold):
+        if fold is not None and not 0 <= fold[0] < fold[1]:
+            problems.append(f"{where}: fold [k, n] needs 0 <= k < n, got {list(fold)}")
+    if source.kind == "images" and source.image is None:
+        problems.append(f"{where}: images need a declared preprocessing: [data.NAME.image] size = [height, width]")  # fmt: skip
+    if source.kind == "wavs" and source.audio is None:
+        problems.append(f"{where}: WAV files need a declared preprocessing: [data.NAME.audio]")
+
+
+def _check_model(model: ModelSource, problems: list[str]) -> str:
+    """Checks ``[model]`` as far as that goes without loading it; returns the artifact kind or ""."""
+    root = model.root or Path()
+    if bool(model.file) == bool(model.builder):
+        problems.append('[model]: give either builder = "file.py:function" or file = "model.onnx"')
+        return ""
+    for key in ("file", "weights"):
+        value = getattr(model, key)
+        if value and not (root / Path(value).expanduser()).is_file():
+            problems.append(f"[model] {key}: {root / value} does not exist")
+    if model.file:
+        suffix = Path(model.file).suffix.lower()
+        if suffix not in SOURCE_KINDS:
+            legal = ", ".join(SOURCE_KINDS)
+            problems.append(
+                f"[model] file: {model.file} is none of {legal}; weights of a PyTorch model "
+                '(.pth, .safetensors) go under weights, beside builder = "file.py:function"'
+            )
+        return SOURCE_KINDS.get(suffix, "")
+    _check_file(model.builder, root, "[model] builder", problems)
+    if not model.inputs:
+        problems.append("[[model.inputs]]: a PyTorch model needs its inputs declared: name and shape")  # fmt: skip
+    return "torch"
+
+
+def _check_order(kind: str, stages: list[Any], problems: list[str]) -> None:
+    """Each stage must accept what the one before produces."""
+    before = "the model"
+    for number, stage in enumerate(stages, 1):
+        if stage is None:
+            return
+        if kind not in stage.accepts:
+            makers = [n for n in STAGES if stage_class(n).produces in stage.accepts]
+            advice = f"; put {' or '.join(makers)} before it" if makers else ""
+            problems.append(
+                f"[[stages]] {number} ({stage.name}): needs {' or '.join(stage.accepts)}, "
+                f"but {before} gives {kind}{advice}"
+            )
+            return
+        if stage.produces != "same":
+            kind = stage.produces
+        before = f"stage {number} ({stage.name})"
+
+
+def _check_evaluation(
+    evaluate: EvaluateOptions | None, known_data: set[str], stages: list[Any],
+    gates: list[Any], root: Path, problems: list[str],
+) -> None:  # fmt: skip
+    needed = [g.name for g in gates if g and g.name in ("accuracy_drop", "task_metric", "parity")]
+    if evaluate is None:
+        if needed:
+            problems.append(f"[evaluate]: is missing; gate {needed[0]} needs data and metric")
+        return
+    if evaluate.data not in known_data:
+        problems.append(f"[evaluate] data: no [data.{evaluate.data}]{near_miss(evaluate.data, sorted(known_data))}")  # fmt: skip
+    if ":" in evaluate.metric:
+        _check_file(evaluate.metric, root, "[evaluate] metric", problems)
+    if evaluate.reference is not None and not 0 <= evaluate.reference <= len(stages):
+        problems.append(f"[evaluate] reference: stage {evaluate.reference} of {len(stages)}")

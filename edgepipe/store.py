@@ -1,0 +1,174 @@
+"""`Store`: a content-addressed cache of artifacts and an append-only log of runs, in one folder.
+
+::
+
+    .edgepipe/cache/<key>/          one finished step: artifact.json or result.json, and its files
+    .edgepipe/building/<key>.<pid>/ a step in the making; removed when it fails or its process died
+    .edgepipe/locks/<key>           held while a step is built, so that two runs never build it twice
+    .edgepipe/runs/<utc>-<recipe>-<6 hex>/  run.json, measurements/<device>/<metric>.json, logs/
+
+An entry appears in ``cache/`` by one rename, so it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from edgepipe.errors import RequestError
+from edgepipe.measurement import Measurement, measurement_from_dict, measurement_to_dict
+
+log = logging.getLogger(__name__)
+
+RUN_SCHEMA = 1
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write JSON so that ``path`` is its old self or whole: temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(3)}")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            json.dump(data, stream, indent=1)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Store:
+    """The cache and the runs under ``root`` (usually ``.edgepipe``). Safe for several processes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+
+    def entry(self, key: str) -> Path | None:
+        """The folder of a finished step, or None."""
+        folder = self.root / "cache" / key
+        return folder if folder.is_dir() else None
+
+    @contextlib.contextmanager
+    def building(self, key: str) -> Iterator[Path | None]:
+        """A folder to build step ``key`` in; it becomes the cache entry when the block succeeds.
+
+        Waits while another process builds the same step, and then yields None: it is there. When
+        the block raises (Ctrl-C included) the folder is removed.
+        """
+        for name in ("cache", "building", "locks"):
+            (self.root / name).mkdir(parents=True, exist_ok=True)
+        with (self.root / "locks" / key).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("waiting for another run that is building this step")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if self.entry(key):
+                yield None
+                return
+            self._remove_abandoned()
+            work = self.root / "building" / f"{key}.{os.getpid()}"
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+            try:
+                yield work
+                work.rename(self.root / "cache" / key)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+
+    def _remove_abandoned(self) -> None:
+        """Remove half-built steps whose process is gone (killed, power cut)."""
+        for folder in (self.root / "building").iterdir():
+            pid = folder.name.rpartition(".")[2]
+            if not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def forget(self, key: str) -> None:
+        """Drop one cache entry."""
+        shutil.rmtree(self.root / "cache" / key, ignore_errors=True)
+
+    def new_run(self, recipe_name: str) -> Run:
+        """Start a run: a fresh folder whose name sorts by time."""
+        started = datetime.datetime.now(datetime.UTC)
+        run_id = f"{started:%Y%m%dT%H%M%SZ}-{recipe_name}-{secrets.token_hex(3)}"
+        folder = self.root / "runs" / run_id
+        (folder / "logs").mkdir(parents=True)
+        run = Run(folder)
+        run.update(
+            id=run_id, recipe=recipe_name, started=started.isoformat(), status="running", pid=os.getpid()
+        )  # fmt: skip
+        return run
+
+    def runs(self) -> list[Run]:
+        """All runs, oldest first."""
+        folder = self.root / "runs"
+        if not folder.is_dir():
+            return []
+        return [Run(p) for p in sorted(folder.iterdir()) if (p / "run.json").is_file()]
+
+    def find_run(self, name: str) -> Run:
+        """The run whose id is, starts or ends with ``name``; ``latest`` is the newest."""
+        runs = self.runs()
+        if not runs:
+            raise RequestError(f"no runs in {self.root}", hint="start one with `edgepipe run RECIPE`")
+        if name == "latest":
+            return runs[-1]
+        matches = [r for r in runs if r.id.startswith(name) or r.id.endswith(name)]
+        if len(matches) != 1:
+            what = "no run" if not matches else f"{len(matches)} runs"
+            raise RequestError(f"{what} called {name!r}", hint="`edgepipe runs` lists them")
+        return matches[0]
+
+
+class Run:
+    """One run's folder. ``run.json`` is rewritten whole at every step, so it is always readable."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.id = folder.name
+
+    def read(self) -> dict[str, Any]:
+        """The run's record. Refuses one of a newer schema."""
+        data = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        if data.get("schema", 0) > RUN_SCHEMA:
+            raise RequestError(
+                f"run {self.id} has schema {data['schema']}, this edgepipe reads up to {RUN_SCHEMA}",
+                hint="upgrade edgepipe",
+            )
+        if data["status"] == "running" and not Path(f"/proc/{data['pid']}").exists():
+            data["status"] = "killed"
+        return data  # type: ignore[no-any-return]
+
+    def update(self, **fields: Any) -> None:
+        """Set fields of the record."""
+        path = self.folder / "run.json"
+        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        write_json(path, {"schema": RUN_SCHEMA, **old, **fields})
+
+    def log_path(self, step: str) -> Path:
+        """Where the long output of one step goes."""
+        return self.folder / "logs" / f"{step}.log"
+
+    def save_measurements(self, device: str, measurements: Mapping[str, Measurement]) -> None:
+        """Write one file per metric; ``device`` is "model" for facts about the file itself."""
+        folder = self.folder / "measurements" / device.replace("/", "_")
+        folder.mkdir(parents=True, exist_ok=True)
+        for metric, measurement in measurements.items():
+            write_json(folder / f"{metric}.json", measurement_to_dict(measurement))
+
+    def load_measurements(self, device: str) -> dict[str, Measurement]:
+        """What `save_measurements` wrote, by metric; empty where nothing was measured."""
+        folder = self.folder / "measurements" / device.replace("/", "_")
+        return {
+            path.stem: measurement_from_dict(json.loads(path.read_text(encoding="utf-8")))
+            for path in sorted(folder.glob("*.json"))
+        }
