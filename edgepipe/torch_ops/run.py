@@ -1,0 +1,123 @@
+"""Running the ``torch`` and ``pt2`` artifacts on this host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from edgepipe.errors import ArtifactError
+from edgepipe.torch_ops.model import load_model
+from edgepipe.torch_ops.pt2 import call_arguments, input_shapes, load_pt2
+
+BATCH = 256
+
+
+def run_torch(path: Path, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Outputs for N samples: one array (N, ...) per output tensor, in the order the model returns them.
+
+    ``path`` is a ``torch`` folder or a ``.pt2`` file; ``arrays`` are the inputs (N, ...) in call
+    order. Evaluation mode, no gradients, at most 256 samples at a time; a program exported with a
+    fixed batch runs that many at a time, the last batch filled up by repeating its last sample.
+    """
+    call, dtypes, batch = _open(path, arrays)
+    count = len(arrays[0])
+    parts: list[list[np.ndarray]] = []
+    with torch.no_grad():
+        for start in range(0, count, batch or BATCH):
+            chunk = [a[start : start + (batch or BATCH)] for a in arrays]
+            size = len(chunk[0])
+            if batch and size < batch:
+                chunk = [np.concatenate([a, np.repeat(a[-1:], batch - size, axis=0)]) for a in chunk]  # fmt: skip
+            tensors = [
+                torch.from_numpy(np.ascontiguousarray(a)).to(dtype)
+                for a, dtype in zip(chunk, dtypes, strict=True)
+            ]
+            parts.append([t.numpy()[:size] for t in flatten_outputs(call(tensors))])
+    return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
+
+
+def _open(
+    path: Path, arrays: Sequence[np.ndarray]
+) -> tuple[Callable[[list[torch.Tensor]], Any], list[torch.dtype], int | None]:
+    """What to call with a list of tensors, the dtypes it takes, and its batch where that is fixed."""
+    if path.is_dir():
+        model = load_model(path)
+        return (
+            lambda tensors: model(*tensors),
+            [torch.from_numpy(a[:0]).dtype for a in arrays],
+            None,
+        )
+    program = load_pt2(path)
+    module = program.module()
+
+    def call(tensors: list[torch.Tensor]) -> Any:
+        args, kwargs = call_arguments(program, tensors)
+        return module(*args, **kwargs)
+
+    inputs = input_shapes(program)
+    batch = inputs[0][1][0] if inputs and inputs[0][1] else None
+    return call, [getattr(torch, dtype) for _, _, dtype in inputs], batch
+
+
+def flatten_outputs(value: Any) -> list[torch.Tensor]:
+    """The tensors in a model's return value, depth first: tensor, tuple, list, dict, dataclass-like.
+
+    ``{"a": x, "b": (y, None)}`` -> ``[x, y]``.
+    """
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if value is None:
+        return []
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in flatten_outputs(item)]
+    raise ArtifactError(
+        f"the model returns a {type(value).__name__}; only tensors, and tuples, lists and dicts of them, can be converted",
+        hint="return tensors from forward",
+    )
+
+
+def output_shapes(
+    model: Callable[..., Any], inputs: Sequence[torch.Tensor]
+) -> list[tuple[tuple[int, ...], str]]:
+    """(shape, dtype) of each output for these inputs. Raises ArtifactError where the model fails."""
+    try:
+        with torch.no_grad():
+            outputs = flatten_outputs(model(*inputs))
+    except ArtifactError:
+        raise
+    except Exception as exc:
+        shapes = ", ".join(str(tuple(t.shape)) for t in inputs)
+        raise ArtifactError(
+            f"the model fails on inputs of shape {shapes}: {type(exc).__name__}: {str(exc)[:300]}",
+            hint="check the shapes and dtypes under [[model.inputs]]",
+        ) from exc
+    return [(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in outputs]
+
+
+def count_macs(model: nn.Module, inputs: Sequence[torch.Tensor]) -> int:
+    """Multiply-accumulates of convolutions and matrix products in one forward pass (FLOPs / 2)."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(*inputs)
+    return counter.get_total_flops() // 2
+
+
+def example_inputs(
+    shapes: Sequence[tuple[Sequence[int], str]], *, seed: int = 0
+) -> list[torch.Tensor]:
+    """Seeded standard normal tensors (zeros for integer dtypes, which may be indices)."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(tuple(shape), generator=generator).to(getattr(torch, dtype))
+        if getattr(torch, dtype).is_floating_point
+        else torch.zeros(tuple(shape), dtype=getattr(torch, dtype))
+        for shape, dtype in shapes
+    ]
