@@ -33,25 +33,17 @@ from edgepipe.measurement import (
     measurement_to_dict,
     single,
 )
-from edgepipe.profile import DeviceProfile
 from edgepipe.recipe import Recipe
 from edgepipe.resources import target_dir
 from edgepipe.stage import StageContext
 from edgepipe.stages.load import LoadModel
 from edgepipe.store import Run, Store, write_json
+from edgepipe.targets import Target
 
 log = logging.getLogger(__name__)
 
 # Samples of the evaluation data whose outputs on the device are compared with the host's.
 AGREEMENT_SAMPLES = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A device to measure on: where it is, and what it is."""
-
-    address: str
-    profile: DeviceProfile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +133,6 @@ class _Steps:
             log.info("%s ...", label)
             with self.store.building(key) as work_dir:
                 yield work_dir
-                if work_dir is not None:
-                    # pushed away by the rename into the cache, so the log travels with the entry
-                    (work_dir / "seconds.json").write_text(json.dumps(time.monotonic() - started))
             entry["seconds"] = round(time.monotonic() - started, 2)
             log.info("%s: done in %.1f s", label, time.monotonic() - started)
         if self.record:

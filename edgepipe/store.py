@@ -119,7 +119,9 @@ class Store:
         """The run whose id is, starts or ends with ``name``; ``latest`` is the newest."""
         runs = self.runs()
         if not runs:
-            raise RequestError(f"no runs in {self.root}", hint="start one with `edgepipe run RECIPE`")
+            raise RequestError(
+                f"no runs in {self.root}", hint="start one with `edgepipe run RECIPE`"
+            )
         if name == "latest":
             return runs[-1]
         matches = [r for r in runs if r.id.startswith(name) or r.id.endswith(name)]

@@ -1,0 +1,40 @@
+"""``edgepipe report``: a stored run again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from edgepipe.cli import Output
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Show a stored run.\n\n"
+        "  edgepipe report\n"
+        "  edgepipe report 3f2a1c --format markdown --output report.md"
+    )
+    parser.add_argument("run", nargs="?", default="latest", help="run id, its start or end (default: latest)")  # fmt: skip
+    parser.add_argument("--format", choices=("text", "markdown", "json"), default="text", help="default: text")  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write it here instead of stdout")  # fmt: skip
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    from edgepipe.report import render, report_data
+    from edgepipe.store import Store
+
+    found = Store(Path(args.store)).find_run(args.run)
+    if args.format == "json":
+        text = json.dumps(report_data(found), indent=1) + "\n"
+    else:
+        text = render(found, markdown=args.format == "markdown")
+    if args.output:
+        part = args.output.with_name(f".{args.output.name}.part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(args.output)
+        out.text(f"wrote {args.output}")
+    else:
+        out.text(text.rstrip())
+    out.json(report_data(found))
+    return 0

@@ -1,0 +1,56 @@
+"""``edgepipe run``: the whole recipe."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+from pathlib import Path
+
+from edgepipe.cli import Output
+from edgepipe.gate import EXIT_CODES
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Run a recipe: stages (unchanged ones are kept), evaluation, measurement, gates.\n\n"
+        "  edgepipe run recipe.toml\n"
+        "  edgepipe run recipe.toml --device ssh://pi@raspberrypi --profile rpi4b_4gb"
+    )
+    parser.add_argument("recipe", type=Path, help="the recipe, a TOML file")
+    parser.add_argument("--device", metavar="ADDRESS", help="where to measure: local or ssh://user@host[:port] (default: from edgepipe.local.toml)")  # fmt: skip
+    parser.add_argument("--profile", metavar="NAME", help="device profile (default: the recipe's)")
+    parser.add_argument("--no-devices", action="store_true", help="stop after evaluation; device gates become INCONCLUSIVE")  # fmt: skip
+    parser.add_argument("--remeasure", action="store_true", help="measure again even if nothing changed")  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also copy the shipped model here if no gate failed")  # fmt: skip
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    from edgepipe import pipeline, report
+    from edgepipe.recipe import load_recipe
+    from edgepipe.store import Store
+    from edgepipe.targets import resolve_targets
+
+    recipe = load_recipe(args.recipe)
+    targets = [] if args.no_devices else resolve_targets(
+        recipe.devices, address=args.device, profile=args.profile
+    )  # fmt: skip
+    result = pipeline.run(recipe, Store(Path(args.store)), targets=targets, remeasure=args.remeasure)  # fmt: skip
+    out.text(report.render(result.run, markdown=False).rstrip())
+    out.text(f"model: {result.shipped.path}")
+    if args.output and result.status is not result.status.FAIL:
+        part = args.output.with_name(f".{args.output.name}.part")
+        shutil.copyfile(result.shipped.path, part)
+        part.replace(args.output)
+        out.text(f"copied to {args.output}")
+    out.json(
+        {
+            "run": result.run.id,
+            "verdict": result.status.value,
+            "verdicts": [dataclasses.asdict(v) for v in result.verdicts],
+            "model": str(result.shipped.path),
+            "sha256": result.shipped.sha256,
+            "steps": result.run.read()["steps"],
+        }
+    )
+    return EXIT_CODES[result.status]

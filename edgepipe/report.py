@@ -1,0 +1,169 @@
+"""Render a stored run as text, markdown or JSON. Reads only what the run's folder holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from edgepipe import stats
+from edgepipe.measurement import Measurement, measurement_to_dict
+from edgepipe.metrics import METRICS
+from edgepipe.store import Run
+from edgepipe.units import format_value
+
+CONTEXT_SHOWN = (
+    "runtime", "runtime_version", "backend", "threads", "machine", "cpu", "kernel",
+    "governor", "temperature_before_c", "temperature_after_c",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def report_data(run: Run) -> dict[str, Any]:
+    """Everything about a run as plain data: its record and all its measurements with raw samples."""
+    record = run.read()
+    names = ["model", *(d["profile"] for d in record.get("devices", []))]
+    return {
+        **record,
+        "measurements": {
+            name: {m: measurement_to_dict(v) for m, v in run.load_measurements(name).items()}
+            for name in names
+        },
+    }
+
+
+def render(run: Run, *, markdown: bool) -> str:
+    """The report a person reads."""
+    record = run.read()
+    lines = [_heading(record, markdown), ""]
+    if record.get("error"):
+        error = record["error"]
+        lines += [f"{error['error']}: {error['message']}", *([f"hint: {error['hint']}"] if error.get("hint") else []), ""]  # fmt: skip
+    for table in _tables(run, record):
+        lines += [_markdown_table(table) if markdown else text_table(table), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _heading(record: dict[str, Any], markdown: bool) -> str:
+    verdict = record.get("verdict") or record["status"].upper()
+    title = f"{record['recipe']}: {verdict}"
+    sub = f"run {record['id']}, started {record['started'][:19]}Z, edgepipe {record.get('edgepipe', '?')}"  # fmt: skip
+    return f"## {title}\n\n{sub}" if markdown else f"{title}\n{sub}"
+
+
+def _tables(run: Run, record: dict[str, Any]) -> list[Table]:
+    tables = []
+    verdicts = record.get("verdicts", [])
+    if verdicts:
+        rows = tuple((v["status"], v["gate"], v["device"] or "-", v["reason"]) for v in verdicts)
+        tables.append(Table("Gates", ("verdict", "gate", "device", "why"), rows))
+    tables.append(_stage_table(record))
+    tables.append(measurement_table("Model", run.load_measurements("model")))
+    for device in record.get("devices", []):
+        measured = run.load_measurements(device["profile"])
+        title = f"{device['profile']} at {device['address']}"
+        tables.append(measurement_table(title, measured))
+        tables.append(context_table(measured))
+    return [t for t in tables if t.rows]
+
+
+def _stage_table(record: dict[str, Any]) -> Table:
+    rows = []
+    for step in record.get("steps", []):
+        artifact = step.get("artifact")
+        took = "kept" if step["cached"] else f"{step.get('seconds', 0):.1f} s"
+        if artifact is None:
+            rows.append((step["step"], took, "", "", ""))
+            continue
+        parity = artifact["facts"].get("parity")
+        rows.append(
+            (step["step"], took, artifact["kind"], artifact["sha256"][:12], _parity_text(parity))
+        )
+    return Table("Steps", ("step", "took", "kind", "sha256", "parity with the step before"), tuple(rows))  # fmt: skip
+
+
+def _parity_text(parity: Any) -> str:
+    """The worst output of a parity record, whatever else the record holds."""
+    outputs = parity.get("outputs", {}) if isinstance(parity, dict) else {}
+    if not outputs:
+        return ""
+    worst = min(outputs.values(), key=lambda o: o["sqnr_db"])
+    return f"{worst['sqnr_db']:.1f} dB, max abs {worst['max_abs']:.2g}"
+
+
+def measurement_table(title: str, measured: dict[str, Measurement]) -> Table:
+    """One row per metric, in the order of METRICS; time metrics show p50 and p90 with n."""
+    rows = []
+    for metric in METRICS:
+        found = measured.get(metric)
+        if found is None:
+            continue
+        sessions = found.valid_sessions
+        if not sessions:
+            rows.append((metric, "no valid session", "", ""))
+            continue
+        p50 = format_value(stats.sessions_percentile(sessions, 0.5), found.unit)
+        p90, n = "", ""
+        if any(len(s) > 1 for s in sessions):
+            p90 = format_value(stats.sessions_percentile(sessions, 0.9), found.unit)
+        if len(sessions) > 1 or len(sessions[0]) > 1:
+            n = f"{len(sessions)} x {min(len(s) for s in sessions)}"
+        rows.append((metric, p50, p90, n))
+    return Table(title, ("metric", "value (p50)", "p90", "sessions x samples"), tuple(rows))
+
+
+def context_table(measured: dict[str, Measurement]) -> Table:
+    """Under which conditions a device's figures were taken."""
+    found = next((m for m in measured.values() if "runtime" in m.context), None)
+    if found is None:
+        return Table("", (), ())
+    rows = tuple(
+        (key, "not available" if found.context[key] is None else str(found.context[key]))
+        for key in CONTEXT_SHOWN
+        if key in found.context
+    )
+    return Table("Measured with", ("what", "value"), rows)
+
+
+def text_table(table: Table) -> str:
+    """Columns padded with spaces; plain ASCII, no colour."""
+    return "\n".join([table.title, *_padded([table.header, *table.rows])])
+
+
+def _padded(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
+    ]
+
+
+def _markdown_table(table: Table) -> str:
+    def row(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+
+    rule = "|" + "|".join(" --- " for _ in table.header) + "|"
+    return "\n".join([f"### {table.title}", "", row(table.header), rule, *map(row, table.rows)])
+
+
+def runs_table(runs: Sequence[Run]) -> Table:
+    """The stored runs, newest first."""
+    rows = []
+    for run in reversed(runs):
+        record = run.read()
+        shipped = record.get("shipped") or {}
+        rows.append(
+            (
+                run.id,
+                record["recipe"],
+                record.get("verdict") or record["status"],
+                shipped.get("sha256", "")[:12],
+                ", ".join(d["profile"] for d in record.get("devices", [])),
+            )
+        )
+    return Table("Runs", ("id", "recipe", "verdict", "model", "devices"), tuple(rows))

@@ -1,0 +1,73 @@
+"""Which live device stands for which profile: from the command line or the user's own file.
+
+``edgepipe.local.toml`` in the working folder, never committed::
+
+    [devices]
+    rpi4b_4gb = "ssh://pi@raspberrypi.local"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgepipe.errors import RequestError
+from edgepipe.profile import DeviceProfile, find_profile
+from edgepipe.resources import profile_paths
+from edgepipe.schema import read_toml
+
+LOCAL_FILE = Path("edgepipe.local.toml")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A device to measure on: where it is, and what it is."""
+
+    address: str
+    profile: DeviceProfile
+
+
+def resolve_targets(
+    profiles: Sequence[str], *, address: str | None, profile: str | None
+) -> list[Target]:
+    """Addresses for the profiles a recipe names, or the one device the command line names.
+
+    ``localhost`` needs no address. Raises RequestError where a profile has none.
+    """
+    paths = profile_paths()
+    if profile:
+        names = [profile]
+    elif address and len(profiles) != 1:
+        default = "localhost" if address == "local" else ""
+        if not default:
+            raise RequestError(
+                f"which profile describes {address}?",
+                hint=f"add --profile NAME ({', '.join(profiles) or '`edgepipe devices list` shows them'})",
+            )
+        names = [default]
+    else:
+        names = list(profiles)
+    if address:
+        return [Target(address, find_profile(name, paths)) for name in names]
+    known = _local_addresses()
+    targets = []
+    for name in names:
+        found = known.get(name, "local" if name == "localhost" else "")
+        if not found:
+            raise RequestError(
+                f"no address for device profile {name!r}",
+                hint=f"add --device ssh://user@host, or write it into {LOCAL_FILE}:\n"
+                f'  [devices]\n  {name} = "ssh://user@host"',
+            )
+        targets.append(Target(found, find_profile(name, paths)))
+    return targets
+
+
+def _local_addresses() -> dict[str, str]:
+    if not LOCAL_FILE.is_file():
+        return {}
+    data = read_toml(LOCAL_FILE, error=RequestError).get("devices", {})
+    if not isinstance(data, dict) or not all(isinstance(v, str) for v in data.values()):
+        raise RequestError(f'{LOCAL_FILE}: [devices] should map profile names to addresses like "ssh://user@host"')  # fmt: skip
+    return data
