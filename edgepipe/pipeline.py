@@ -38,7 +38,7 @@ from edgepipe.resources import target_dir
 from edgepipe.stage import StageContext
 from edgepipe.stages.load import LoadModel
 from edgepipe.store import Run, Store, write_json
-from edgepipe.targets import Target
+from edgepipe.inventory import Target
 
 log = logging.getLogger(__name__)
 
