@@ -97,7 +97,9 @@ def build(cls: type[T], data: object, *, where: str, error: type[RequestError]) 
             key = ".".join(str(step) for step in location)
             if item["type"] == "unexpected_keyword_argument":
                 legal = _field_names(cls, location[:-1])
-                text = f"unknown key{near_miss(str(location[-1]), legal)} (legal: {', '.join(legal)})"
+                text = (
+                    f"unknown key{near_miss(str(location[-1]), legal)} (legal: {', '.join(legal)})"
+                )
             elif item["type"] in ("missing", "missing_argument"):
                 text = "is missing"
             else:
@@ -105,7 +107,9 @@ def build(cls: type[T], data: object, *, where: str, error: type[RequestError]) 
                 if item["type"] not in ("quantity",):
                     text += f" (got {item['input']!r})"
             problems.append(f"{key}: {text}" if key else text)
-        raise error(f"{where}: " + "; ".join(problems), hint="mend these keys and run again") from exc
+        raise error(
+            f"{where}: " + "; ".join(problems), hint="mend these keys and run again"
+        ) from exc
 
 
 def json_schema(cls: type) -> dict[str, Any]:
