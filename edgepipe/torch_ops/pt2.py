@@ -94,7 +94,10 @@ def _refuse_code(path: Path) -> None:
 
 
 _OPERATOR = re.compile(r"torch\.ops(\.[A-Za-z0-9_]+){2,3}|torch\.sym_\w+|_operator\.\w+|math\.\w+")
-_ARITHMETIC = re.compile(r"[\w\s.,()+*/%<>=&|~-]*")
+# names of symbols and of sympy's classes, numbers, operators: no builtin function, no attribute
+_ARITHMETIC = re.compile(
+    r"([A-Z]\w*\(|\(|[A-Za-z]\w*(?!\w*\s*\()|\d+(\.\d+)?|Symbol\('\w+'|[\s,)+*/%<>=&|~-])*"
+)
 
 
 def _unsafe_names(data: Any) -> Iterator[str]:

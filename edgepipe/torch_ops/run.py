@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from edgepipe.errors import ArtifactError
 from edgepipe.torch_ops.model import load_model
 from edgepipe.torch_ops.pt2 import call_arguments, input_shapes, load_pt2
 
+log = logging.getLogger(__name__)
+
 BATCH = 256
 
 
@@ -23,10 +26,14 @@ def run_torch(path: Path, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
 
     ``path`` is a ``torch`` folder or a ``.pt2`` file; ``arrays`` are the inputs (N, ...) in call
     order. Evaluation mode, no gradients, at most 256 samples at a time; a program exported with a
-    fixed batch runs that many at a time, the last batch filled up by repeating its last sample.
+    fixed batch runs that many at a time, the last batch filled up by repeating its last sample. A
+    model that gives other results in a batch than one by one is run one by one.
     """
     call, dtypes, batch = _open(path, arrays)
     count = len(arrays[0])
+    if batch is None and count > 1 and not _is_batchable(call, arrays, dtypes):
+        log.info("%s gives other results in a batch: running samples one by one", path.name)
+        batch = 1
     parts: list[list[np.ndarray]] = []
     with torch.no_grad():
         for start in range(0, count, batch or BATCH):
@@ -63,6 +70,27 @@ def _open(
     inputs = input_shapes(program)
     batch = inputs[0][1][0] if inputs and inputs[0][1] else None
     return call, [getattr(torch, dtype) for _, _, dtype in inputs], batch
+
+
+def _is_batchable(
+    call: Callable[[list[torch.Tensor]], Any],
+    arrays: Sequence[np.ndarray],
+    dtypes: Sequence[torch.dtype],
+) -> bool:
+    """Whether two samples at once give what each gives alone, up to rounding."""
+    pair = [torch.from_numpy(np.array(a[:2])).to(d) for a, d in zip(arrays, dtypes, strict=True)]
+    with torch.no_grad():
+        single = [flatten_outputs(call([t[i : i + 1] for t in pair])) for i in range(2)]
+        try:
+            both = flatten_outputs(call(pair))
+        except RuntimeError:
+            return False
+    return all(
+        b.shape == (2, *one.shape[1:])
+        # kernels differ by batch size: allow the rounding of a long float32 sum
+        and torch.allclose(b.double(), torch.cat([one, two]).double(), rtol=1e-3, atol=1e-4)
+        for b, one, two in zip(both, *single, strict=True)
+    )
 
 
 def flatten_outputs(value: Any) -> list[torch.Tensor]:

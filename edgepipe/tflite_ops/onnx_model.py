@@ -1,0 +1,157 @@
+"""Reading an ``.onnx`` file: checking that it is one, and its tensor specs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from google.protobuf.message import DecodeError
+from onnx import TensorProto
+
+from edgepipe.artifact import TensorSpec
+from edgepipe.errors import ArtifactError
+
+# A TFLite flatbuffer, and a protobuf message, cannot be larger: 32-bit signed offsets.
+MAX_BYTES = 2**31 - 1
+
+
+def read_onnx(path: Path) -> onnx.ModelProto:
+    """The whole model, external data included. Raises ArtifactError where ``path`` holds none.
+
+    A truncated file, one whose external data is missing, and one that breaks the ONNX
+    specification (``onnx.checker``) are refused with the reason.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+        if not model.graph.node or not model.opset_import:
+            raise ArtifactError(
+                f"{path} is no ONNX model: it holds no graph",
+                hint="export it again, or copy it again whole",
+            )
+        onnx.load_external_data_for_model(model, str(path.parent))
+        onnx.checker.check_model(str(path))
+    except ArtifactError:
+        raise
+    except DecodeError as exc:
+        raise ArtifactError(
+            f"{path} is no ONNX model, or not a whole one: {exc}",
+            hint="export it again, or copy it again whole",
+        ) from exc
+    except (OSError, ValueError, onnx.checker.ValidationError) as exc:
+        reason = str(exc).strip().splitlines()[0][:300]
+        external = external_files(model)
+        if any(not (path.parent / name).is_file() for name in external):
+            raise ArtifactError(
+                f"{path} keeps its weights in {', '.join(external)}, which is not beside it",
+                hint=f"copy {', '.join(external)} into {path.parent}",
+                code="no-external-data",
+            ) from exc
+        raise ArtifactError(
+            f"{path} is not a valid ONNX model: {reason}", hint="export it again with torch.onnx.export(dynamo=True)"
+        ) from exc  # fmt: skip
+    return model
+
+
+def external_files(model: onnx.ModelProto) -> list[str]:
+    """Names of the files, beside the model, that hold its weights."""
+    return sorted(
+        {
+            entry.value
+            for tensor in model.graph.initializer
+            if tensor.data_location == TensorProto.EXTERNAL
+            for entry in tensor.external_data
+            if entry.key == "location"
+        }
+    )
+
+
+def save_onnx(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model as one file. Raises ArtifactError where that would be larger than 2 GiB."""
+    if model.ByteSize() > MAX_BYTES:
+        raise ArtifactError(
+            f"the model is larger than 2 GiB ({model.ByteSize()} bytes), more than ONNX or TFLite hold in one file",
+            hint="this pipeline is for models that fit on small devices",
+        )
+    onnx.save(model, path)
+
+
+def onnx_specs(
+    path: Path,
+    *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    layouts: Mapping[str, str] | None = None,
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Specs of the inputs and outputs, found by running the model once on zeros.
+
+    A free batch dimension (axis 0) is 1 in the spec. Other free dimensions need a shape in
+    ``shapes``; ``layouts`` names axes where PyTorch's usual ones (NCHW, ...) are wrong. Raises
+    ArtifactError where the model does not run.
+    """
+    shapes, layouts = shapes or {}, layouts or {}
+    try:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # the failure is ours to report
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as exc:
+        raise ArtifactError(
+            f"onnxruntime cannot load {path}: {str(exc).splitlines()[0][:300]}",
+            hint="export the model with standard ONNX operators, opset 18",
+        ) from exc
+    _known(path, [v.name for v in session.get_inputs()], {*shapes})
+    _known(path, [v.name for v in (*session.get_inputs(), *session.get_outputs())], {*layouts})
+    inputs, feeds = [], {}
+    for value in session.get_inputs():
+        shape = shapes.get(value.name) or _fixed_shape(path, value.name, value.shape)
+        dtype = _dtype(path, value.name, value.type)
+        inputs.append(TensorSpec(value.name, shape, dtype, layouts.get(value.name, "")))
+        feeds[value.name] = np.zeros(shape, dtype)
+    try:
+        results = session.run(None, feeds)
+    except Exception as exc:
+        raise ArtifactError(
+            f"{path} does not run in onnxruntime on inputs of shape "
+            f"{', '.join(str(spec.shape) for spec in inputs)}: {str(exc).splitlines()[0][:300]}",
+            hint="declare the right shapes under [[model.inputs]]",
+        ) from exc
+    outputs = tuple(
+        TensorSpec(value.name, result.shape, str(result.dtype), layouts.get(value.name, ""))
+        for value, result in zip(session.get_outputs(), results, strict=True)
+    )
+    return tuple(inputs), outputs
+
+
+def _known(path: Path, names: list[str], declared: set[str]) -> None:
+    unknown = sorted(declared - set(names))
+    if unknown:
+        raise ArtifactError(
+            f"{path} has no input or output {', '.join(unknown)}",
+            hint=f"it has: {', '.join(names)}",
+        )
+
+
+def _fixed_shape(path: Path, name: str, shape: list[int | str | None]) -> tuple[int, ...]:
+    sizes = [1 if axis == 0 and not isinstance(size, int) else size for axis, size in enumerate(shape)]  # fmt: skip
+    fixed = tuple(size for size in sizes if isinstance(size, int))
+    if len(fixed) != len(sizes):
+        raise ArtifactError(
+            f"input {name!r} of {path} has free dimensions: {shape}",
+            hint=f'declare its shape: [[model.inputs]] name = "{name}", shape = [...]',
+            code="free-dimensions",
+        )
+    return fixed
+
+
+def _dtype(path: Path, name: str, ort_type: str) -> str:
+    """``tensor(float)`` -> ``float32``."""
+    kind = ort_type.removeprefix("tensor(").removesuffix(")")
+    known = {"float": "float32", "double": "float64"}
+    dtype = known.get(kind, kind)
+    try:
+        return str(np.dtype(dtype))
+    except TypeError as exc:
+        raise ArtifactError(f"input {name!r} of {path} is a {ort_type}, not a tensor of numbers") from exc  # fmt: skip
