@@ -1,0 +1,129 @@
+"""Imports point one way, and only the named modules may import a framework."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "edgepipe"
+
+FRAMEWORKS = (
+    "torch", "torch_pruning", "safetensors", "tensorflow", "onnx", "onnxscript", "onnxruntime", "onnx2tf",
+    "ai_edge_litert", "litert_quantizer", "paramiko", "numpy", "scipy", "PIL", "sklearn",
+)  # fmt: skip
+
+# Who may import what, anywhere in the file. Longest prefix wins; nobody else may at all.
+ALLOWED = {
+    "edgepipe.torch_ops": {"torch", "torch_pruning", "safetensors", "onnx", "numpy"},
+    "edgepipe.tflite_ops": {"onnx", "onnxruntime", "ai_edge_litert", "litert_quantizer", "numpy"},
+    "edgepipe.array_ops": {"numpy", "PIL"},
+    "edgepipe.device.ssh": {"paramiko"},
+    # scripts that run inside a converter's own environment, never imported by edgepipe
+    "edgepipe.toolchains": {"onnx", "onnx2tf", "tensorflow", "numpy"},
+}
+
+# Layers: a module imports only from its own layer or one further right.
+LAYERS = (
+    ("edgepipe.cli", "edgepipe.commands", "edgepipe.__main__"),
+    ("edgepipe.pipeline", "edgepipe.report", "edgepipe.recipe", "edgepipe.adhoc"),
+    ("edgepipe.bench", "edgepipe.evaluate", "edgepipe.inventory", "edgepipe.testing"),
+    ("edgepipe.stages", "edgepipe.device", "edgepipe.store", "edgepipe.runtime", "edgepipe.parity"),
+    ("edgepipe.predict", "edgepipe.toolchain", "edgepipe.toolchains"),
+    ("edgepipe.torch_ops", "edgepipe.tflite_ops"),
+    ("edgepipe.array_ops",),
+    ("edgepipe.stage", "edgepipe.gate", "edgepipe.profile", "edgepipe.resources"),
+    ("edgepipe.data", "edgepipe.artifact", "edgepipe.measurement", "edgepipe.metrics", "edgepipe.stats"),
+    ("edgepipe.schema",),
+    ("edgepipe.units",),
+    ("edgepipe.errors",),
+)  # fmt: skip
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(p): p for p in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """Absolute names imported by a file; with ``top_level_only`` those run when it is imported."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = set()
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        for child in ast.iter_child_nodes(node):
+            inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            typing_only = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+            if not (top_level_only and (inside or typing_only)) and not typing_only:
+                pending.append(child)
+    return found
+
+
+def prefix_of(name: str, prefixes: tuple[str, ...] | dict[str, set[str]]) -> str:
+    matching = [p for p in prefixes if name == p or name.startswith(p + ".")]
+    return max(matching, key=len, default="")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_only_the_named_modules_import_a_framework(name: str) -> None:
+    allowed = ALLOWED.get(prefix_of(name, ALLOWED), set())
+    used = {i.partition(".")[0] for i in imports(MODULES[name])} & set(FRAMEWORKS)
+    assert used <= allowed
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_one_way(name: str) -> None:
+    def rank(module: str) -> int | None:
+        for number, layer in enumerate(LAYERS):
+            if prefix_of(module, layer):
+                return number
+        return None
+
+    own = rank(name)
+    if name == "edgepipe":
+        return
+    assert own is not None, f"{name} has no layer: add it to LAYERS"
+    for imported in imports(MODULES[name]):
+        if imported in MODULES and imported != "edgepipe":
+            other = rank(imported)
+            assert other is not None
+            # cli is the front door: commands are handed its Output type
+            assert other >= own or (imported == "edgepipe.cli"), f"{name} imports {imported}"
+
+
+def test_ops_are_imported_only_inside_functions() -> None:
+    for name, path in MODULES.items():
+        if not prefix_of(name, tuple(ALLOWED)):
+            heavy = {i for i in imports(path, top_level_only=True) if "_ops" in i}
+            assert not heavy, f"{name} imports {heavy} at its top"
+
+
+def test_importing_every_light_module_loads_no_framework() -> None:
+    light = [n for n in MODULES if not prefix_of(n, tuple(ALLOWED)) and n != "edgepipe.__main__"]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {light!r}: importlib.import_module(name)\n"
+        f"print(sorted(set({FRAMEWORKS!r}) & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_payload_imports_neither_edgepipe_nor_third_parties() -> None:
+    allowed = set(sys.stdlib_module_names) | {"ai_edge_litert", "tflite_runtime", "numpy"}
+    for path in (ROOT / "targets").rglob("*.py"):
+        siblings = {p.stem for p in path.parent.glob("*.py")}
+        used = {i.partition(".")[0] for i in imports(path)}
+        assert used <= allowed | siblings, path
