@@ -35,13 +35,13 @@ def evaluate(
     outputs: dict[str, dict[str, Any]] = {}
     for model in (shipped, float_model, reference):
         if model.sha256 not in outputs:
-            log.info("evaluating %s on %d samples", model.path.name, samples.count)
+            log.info("evaluating %s on %d samples", model.path.name, len(samples))
             outputs[model.sha256] = predict(model, samples.inputs)
     context: dict[str, Any] = {
         "model_sha256": shipped.sha256,
         "float_sha256": float_model.sha256,
         "reference_sha256": reference.sha256,
-        "samples": samples.count,
+        "samples": len(samples),
         "data": samples.origin,
         "random_data": samples.is_random,
         "metric": metric,
@@ -62,8 +62,8 @@ def evaluate(
     measured.append(single("task_metric_float", "", value(float_model), context))
     measured.append(single("task_metric_reference", "", value(reference), context))
     drop_context = dict(context)
-    was_right = correct(metric, outputs[reference.sha256], samples.labels)
-    is_right = correct(metric, outputs[shipped.sha256], samples.labels)
+    was_right = correct(metric, outputs[reference.sha256], samples.labels, root=root)
+    is_right = correct(metric, outputs[shipped.sha256], samples.labels, root=root)
     if was_right is not None and is_right is not None:
         _, low, high = stats.paired_difference_interval(was_right.tolist(), is_right.tolist())
         drop_context["interval_points"] = [100 * low, 100 * high]

@@ -32,3 +32,6 @@ METRICS: dict[str, Metric] = {
     "device_mismatch": Metric("", True, "share of output values that differ between device and host, same inputs"),
     "runs_on_device": Metric("", False, "1 where the model loaded and ran on the device, 0 where it crashed"),
 }  # fmt: skip
+
+# Names of the built-in task metrics; array_ops.task_metrics computes them.
+TASK_METRICS = ("top1", "top5", "r2", "mse", "pixel_accuracy", "mean_iou")

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from edgepipe.device import open_device
 from edgepipe.errors import EdgepipeError, StageError
 from edgepipe.evaluate import evaluate
 from edgepipe.gate import Evidence, Gate, Status, Verdict, judge_all, overall
+from edgepipe.inventory import Target
 from edgepipe.measurement import (
     Measurement,
     measurement_from_dict,
@@ -38,7 +40,6 @@ from edgepipe.resources import target_dir
 from edgepipe.stage import StageContext
 from edgepipe.stages.load import LoadModel
 from edgepipe.store import Run, Store, write_json
-from edgepipe.inventory import Target
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +147,11 @@ class _Steps:
         return folder / f"{name}.log"
 
 
+def convert(recipe: Recipe, store: Store) -> Artifact:
+    """Only the stages of a recipe: the artifact of the last one. Nothing is recorded as a run."""
+    return run_stages(recipe, _Steps(store, None, len(recipe.stages) + 1))[-1]
+
+
 def run_stages(recipe: Recipe, steps: _Steps) -> list[Artifact]:
     """The source model and the result of every stage, in order."""
     source = LoadModel(source=recipe.model)
@@ -198,13 +204,35 @@ def _build(
 
 
 def _source_hashes(recipe: Recipe) -> list[str]:
-    """Content of every file the source model comes from."""
-    model, root = recipe.model, recipe.path.parent
-    hashes = [hash_path(root / Path(p).expanduser()) for p in (model.file, model.weights) if p]
+    """Content of every file the source model comes from. A missing file is for `LoadModel` to report."""
+    model = recipe.model
+    files = [model.resolve(p) for p in (model.file, model.weights) if p]
+    files += [f for path in files for f in _external_data(path)]
+    hashes = [hash_path(path) if path.is_file() else "" for path in files]
     if model.builder:
-        module, _ = split_reference(model.builder, root)
-        hashes.append(hash_path(module) if isinstance(module, Path) else _module_hash(module))
+        module, _ = split_reference(model.builder, model.root)
+        hashes.append(_reference_hash(module))
     return hashes
+
+
+# A StringStringEntryProto {key: "location"}, followed by the value's tag and one-byte length: how
+# an .onnx names the files its weights lie in (onnx.proto, TensorProto.external_data).
+_LOCATION = re.compile(rb"\x0a\x08location\x12([\x01-\x7f])")
+
+
+def _external_data(path: Path) -> list[Path]:
+    """The files beside an .onnx that hold its weights, found without importing onnx."""
+    if path.suffix != ".onnx" or not path.is_file():
+        return []
+    content = path.read_bytes()
+    names = {content[m.end() : m.end() + m[1][0]] for m in _LOCATION.finditer(content)}
+    return [path.parent / name.decode(errors="replace") for name in sorted(names)]
+
+
+def _reference_hash(module: Path | str) -> str:
+    if isinstance(module, str):
+        return _module_hash(module)
+    return hash_path(module) if module.is_file() else ""
 
 
 def step_key(
@@ -263,7 +291,7 @@ def _model_measurements(
         inputs += [options.data, options.metric, fingerprint(recipe.data[options.data])]
         if ":" in options.metric:
             module, _ = split_reference(options.metric, recipe.path.parent)
-            inputs.append(hash_path(module) if isinstance(module, Path) else _module_hash(module))
+            inputs.append(_reference_hash(module))
     key = step_key("evaluate", {}, EVALUATION_MODULES, EVALUATION_PACKAGES, inputs)
     with steps.step("evaluate", key) as work_dir:
         if work_dir is not None:

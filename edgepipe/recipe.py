@@ -16,6 +16,7 @@ from edgepipe.bench import MeasureOptions
 from edgepipe.data import DataSource, split_reference
 from edgepipe.errors import RecipeError, RequestError
 from edgepipe.gate import GATES, Gate
+from edgepipe.metrics import TASK_METRICS
 from edgepipe.resources import profile_paths
 from edgepipe.schema import build, near_miss, read_toml, record
 from edgepipe.stage import Stage
@@ -122,8 +123,9 @@ def load_recipe(path: Path) -> Recipe:
     if model is not None:
         model = dataclasses.replace(model, root=root)
         kind = _check_model(model, problems)
-        if kind:
-            _check_order(kind, stages, problems)
+        end = _check_order(kind, stages, problems) if kind else ""
+        if end and end != "tflite" and devices:
+            problems.append(f"devices: measuring needs a TFLite model, but the last stage gives {end}; add to_tflite")  # fmt: skip
     known_data = set(table("data", dict))
     for number, stage in enumerate(stages, 1):
         for used in stage.data_names() if stage else ():
@@ -223,16 +225,14 @@ def _check_source(source: DataSource, where: str, problems: list[str]) -> None:
 
 def _check_model(model: ModelSource, problems: list[str]) -> str:
     """Checks ``[model]`` as far as that goes without loading it; returns the artifact kind or ""."""
-    root = model.root or Path()
     if bool(model.file) == bool(model.builder):
         problems.append('[model]: give either builder = "file.py:function" or file = "model.onnx"')
         return ""
-    for key in ("file", "weights"):
-        value = getattr(model, key)
-        if value and not (root / Path(value).expanduser()).is_file():
-            problems.append(f"[model] {key}: {root / value} does not exist")
+    for key, path in (("file", model.file), ("weights", model.weights)):
+        if path and not model.resolve(path).is_file():
+            problems.append(f"[model] {key}: {model.resolve(path)} does not exist")
     if model.file:
-        suffix = Path(model.file).suffix.lower()
+        suffix = model.file.suffix.lower()
         if suffix not in SOURCE_KINDS:
             legal = ", ".join(SOURCE_KINDS)
             problems.append(
@@ -240,18 +240,18 @@ def _check_model(model: ModelSource, problems: list[str]) -> str:
                 '(.pth, .safetensors) go under weights, beside builder = "file.py:function"'
             )
         return SOURCE_KINDS.get(suffix, "")
-    _check_file(model.builder, root, "[model] builder", problems)
+    _check_file(model.builder, model.root or Path(), "[model] builder", problems)
     if not model.inputs:
         problems.append("[[model.inputs]]: a PyTorch model needs its inputs declared: name and shape")  # fmt: skip
     return "torch"
 
 
-def _check_order(kind: str, stages: list[Any], problems: list[str]) -> None:
-    """Each stage must accept what the one before produces."""
+def _check_order(kind: str, stages: list[Any], problems: list[str]) -> str:
+    """Each stage must accept what the one before produces; returns the last kind, "" if broken."""
     before = "the model"
     for number, stage in enumerate(stages, 1):
         if stage is None:
-            return
+            return ""
         if kind not in stage.accepts:
             makers = [n for n in STAGES if stage_class(n).produces in stage.accepts]
             advice = f"; put {' or '.join(makers)} before it" if makers else ""
@@ -259,10 +259,11 @@ def _check_order(kind: str, stages: list[Any], problems: list[str]) -> None:
                 f"[[stages]] {number} ({stage.name}): needs {' or '.join(stage.accepts)}, "
                 f"but {before} gives {kind}{advice}"
             )
-            return
+            return ""
         if stage.produces != "same":
             kind = stage.produces
         before = f"stage {number} ({stage.name})"
+    return kind
 
 
 def _check_evaluation(
@@ -278,5 +279,10 @@ def _check_evaluation(
         problems.append(f"[evaluate] data: no [data.{evaluate.data}]{near_miss(evaluate.data, sorted(known_data))}")  # fmt: skip
     if ":" in evaluate.metric:
         _check_file(evaluate.metric, root, "[evaluate] metric", problems)
+    elif evaluate.metric not in TASK_METRICS:
+        problems.append(
+            f"[evaluate] metric: unknown metric {evaluate.metric!r}{near_miss(evaluate.metric, list(TASK_METRICS))} "
+            f'(legal: {", ".join(TASK_METRICS)}, or your own "file.py:function")'
+        )
     if evaluate.reference is not None and not 0 <= evaluate.reference <= len(stages):
         problems.append(f"[evaluate] reference: stage {evaluate.reference} of {len(stages)}")

@@ -148,7 +148,7 @@ class Run:
             )
         if data["status"] == "running" and not Path(f"/proc/{data['pid']}").exists():
             data["status"] = "killed"
-        return data  # type: ignore[no-any-return]
+        return data
 
     def update(self, **fields: Any) -> None:
         """Set fields of the record."""

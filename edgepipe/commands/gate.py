@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from edgepipe.cli import Output
+
+if TYPE_CHECKING:
+    from edgepipe.gate import Gate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +56,6 @@ def run(args: argparse.Namespace, out: Output) -> int:
     return EXIT_CODES[status]
 
 
-def _gate(entry: dict, registry: dict) -> object:
+def _gate(entry: dict[str, Any], registry: dict[str, type[Gate]]) -> Gate:
     """A gate as the run's record holds it: already in base units, so no checking of text."""
     return registry[entry["gate"]](**{k: v for k, v in entry.items() if k != "gate"})

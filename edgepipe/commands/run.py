@@ -27,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Output) -> int:
     from edgepipe import pipeline, report
+    from edgepipe.inventory import resolve_targets
     from edgepipe.recipe import load_recipe
     from edgepipe.store import Store
-    from edgepipe.inventory import resolve_targets
 
     recipe = load_recipe(args.recipe)
     targets = [] if args.no_devices else resolve_targets(

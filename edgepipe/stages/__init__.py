@@ -18,4 +18,4 @@ STAGES: dict[str, tuple[str, str]] = {
 def stage_class(name: str) -> type[Stage]:
     """The class of a stage; KeyError for an unknown name."""
     module, attribute = STAGES[name]
-    return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+    return getattr(importlib.import_module(module), attribute)

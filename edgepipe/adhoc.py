@@ -1,0 +1,125 @@
+"""Recipes made on the spot: what `convert`, `quantize` and `init` are pointed at on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgepipe.artifact import Artifact
+from edgepipe.bench import MeasureOptions
+from edgepipe.data import DataSource
+from edgepipe.errors import DataError, RequestError
+from edgepipe.recipe import Recipe, resolve_source
+from edgepipe.schema import build, read_toml
+from edgepipe.stage import Stage
+from edgepipe.stages import stage_class
+from edgepipe.stages.load import ModelSource, TensorOption
+
+# The stages that lead from each kind of model to a float TFLite file.
+TO_FLOAT = {
+    "torch": ("export_onnx", "to_tflite"),
+    "pt2": ("export_onnx", "to_tflite"),
+    "onnx": ("to_tflite",),
+    "tflite": (),
+}
+_KINDS = {".onnx": "onnx", ".tflite": "tflite", ".pt2": "pt2"}
+_INPUT = re.compile(r"^(\w[\w.:/-]*)=(\d+(?:x\d+)*)(?::([A-Z]+))?$")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name a model: shared by convert, quantize and init."""
+    parser.add_argument("model", help="model.onnx, model.pt2, model.tflite, or a builder: file.py:function or package.module:function")  # fmt: skip
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="state dict for a builder (.safetensors, .pth)")  # fmt: skip
+    parser.add_argument("--input", action="append", default=[], metavar="NAME=1x3x224x224[:NCHW]", help="an input of a builder, in order; may be repeated")  # fmt: skip
+
+
+def model_source(args: argparse.Namespace) -> ModelSource:
+    """The model that the arguments of `add_model_arguments` name."""
+    inputs = []
+    for text in args.input:
+        match = _INPUT.match(text)
+        if match is None:
+            raise RequestError(f"--input {text!r} is not NAME=SHAPE", hint="like --input image=1x3x224x224, or with a layout: --input image=1x224x224x3:NHWC")  # fmt: skip
+        shape = tuple(int(n) for n in match[2].split("x"))
+        inputs.append(TensorOption(name=match[1], shape=shape, layout=match[3] or ""))
+    root = Path.cwd()
+    if Path(args.model).suffix in _KINDS or ":" not in args.model:
+        return ModelSource(file=Path(args.model), weights=args.weights, inputs=tuple(inputs), root=root)  # fmt: skip
+    return ModelSource(builder=args.model, weights=args.weights, inputs=tuple(inputs), root=root)
+
+
+def model_kind(source: ModelSource) -> str:
+    """The artifact kind a source loads as; "torch" for anything that is no model file."""
+    return _KINDS.get(source.file.suffix, "torch") if source.file else "torch"
+
+
+def data_source(text: str) -> DataSource:
+    """Samples named on the command line.
+
+    ``x.npz``, ``x.npy``, ``file.py:function``, ``random``, or a TOML file holding the keys of one
+    ``[data.NAME]`` table of a recipe (for images and sounds, whose preprocessing must be declared).
+    """
+    root = Path.cwd()
+    if text == "random":
+        return DataSource(kind="random", limit=32)
+    suffix = Path(text).suffix.lower()
+    if suffix == ".toml":
+        table = read_toml(Path(text), error=DataError)
+        source = build(DataSource, table, where=text, error=DataError)
+        return resolve_source(source, Path(text).resolve().parent)
+    if suffix in (".npz", ".npy"):
+        if not Path(text).is_file():
+            raise DataError(f"data file {text} does not exist", hint="check the path", code="no-such-file")  # fmt: skip
+        options: dict[str, Any] = {"kind": suffix[1:], "path": text}
+    elif ":" in text:
+        options = {"kind": "python", "function": text}
+    else:
+        raise DataError(
+            f"cannot tell how to read samples from {text!r}",
+            hint="give x.npz, x.npy, file.py:function, random, or a TOML file with the keys of a [data.NAME] table "
+            '(kind = "images", path = ..., [image] size = [h, w])',
+        )
+    return resolve_source(build(DataSource, options, where="--data", error=DataError), root)
+
+
+def recipe_for(
+    source: ModelSource, stages: Sequence[tuple[str, Mapping[str, Any]]], data: DataSource
+) -> Recipe:
+    """A recipe of these stages, all reading ``data`` as their calibration set."""
+    built: list[Stage] = [
+        build(stage_class(name), dict(options), where=name, error=RequestError)
+        for name, options in stages
+    ]
+    return Recipe(
+        path=Path.cwd() / "adhoc", name="adhoc", seed=0, model=source, data={"calibration": data},
+        stages=tuple(built), evaluate=None, devices=(), measure=MeasureOptions(), gates=(),
+    )  # fmt: skip
+
+
+def write_model(artifact: Artifact, output: Path) -> None:
+    """Copy a model out of the store; ``output`` appears only once it is whole."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = output.with_name(f".{output.name}.part")
+    try:
+        shutil.copyfile(artifact.path, part)
+        part.replace(output)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def model_text(artifact: Artifact) -> str:
+    """Inputs, outputs and parity of a converted model, as a person reads them."""
+    lines = []
+    for kind, specs in (("input", artifact.inputs), ("output", artifact.outputs)):
+        for spec in specs:
+            shape = "x".join(map(str, spec.shape))
+            scale = f", scale {spec.scale:.6g}, zero point {spec.zero_point}" if spec.scale else ""
+            lines.append(f"  {kind} {spec.name}: {shape} {spec.layout} {spec.dtype}{scale}")
+    parity = artifact.facts.get("parity", {})
+    for name, error in parity.get("outputs", {}).items():
+        lines.append(f"  parity of {name}: SQNR {error['sqnr_db']:.1f} dB, max abs {error['max_abs']:.3g}, cosine {error['cosine']:.6f}")  # fmt: skip
+    return "\n".join(lines)

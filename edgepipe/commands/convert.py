@@ -1,0 +1,48 @@
+"""``edgepipe convert``: any model to float TFLite."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from edgepipe.adhoc import add_model_arguments
+from edgepipe.cli import Output
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Convert a model to float TFLite and prove that it computes the same.\n\n"
+        "  edgepipe convert model.onnx --data samples.npz\n"
+        "  edgepipe convert net.py:build --weights net.safetensors --input image=1x3x96x96"
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--data", default="random", metavar="SAMPLES", help="real inputs for the parity check: x.npz, x.npy, file.py:function, a TOML file, or random (default)")  # fmt: skip
+    parser.add_argument("--route", choices=("auto", "onnx2tf", "tf"), default="auto", help="converter (default: auto)")  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: NAME.tflite in this folder")  # fmt: skip
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    import logging
+
+    from edgepipe import adhoc, pipeline
+    from edgepipe.artifact import artifact_to_dict
+    from edgepipe.errors import RequestError
+    from edgepipe.store import Store
+
+    source = adhoc.model_source(args)
+    names = adhoc.TO_FLOAT[adhoc.model_kind(source)]
+    if not names:
+        raise RequestError(f"{args.model} is a TFLite model already", hint=f"edgepipe quantize {args.model} --data SAMPLES")  # fmt: skip
+    data = adhoc.data_source(args.data)
+    if data.kind == "random":
+        logging.getLogger("edgepipe").warning("parity is checked on random inputs; --data gives real ones")  # fmt: skip
+    options = {"to_tflite": {"route": args.route}}
+    recipe = adhoc.recipe_for(source, [(n, options.get(n, {})) for n in names], data)
+    model = pipeline.convert(recipe, Store(Path(args.store)))
+    stem = Path(args.model.partition(":")[0]).stem
+    output = args.output or Path(f"{stem}.tflite")
+    adhoc.write_model(model, output)
+    out.text(f"{output}: {model.size_bytes} bytes, sha256 {model.sha256}")
+    out.text(adhoc.model_text(model))
+    out.json({**artifact_to_dict(model), "output": str(output)})
+    return 0
