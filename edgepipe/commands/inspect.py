@@ -1,0 +1,120 @@
+"""``edgepipe inspect``: what is inside a .tflite file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgepipe.cli import Output
+from edgepipe.units import format_bytes
+
+if TYPE_CHECKING:
+    from edgepipe.tflite_ops.flatbuffer import Subgraph, Tensor
+    from edgepipe.tflite_ops.inspect import ModelDescription
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Show operators, tensors, dtypes, scales, sizes, MACs, transposes and float islands of a\n"
+        "TFLite file, without running it.\n\n"
+        "  edgepipe inspect model.tflite\n"
+        "  edgepipe inspect model.tflite --tensors\n"
+        "  edgepipe inspect model.tflite --json"
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL.tflite", help="the file to look into")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor with dtype, shape, scale and zero point")  # fmt: skip
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    from edgepipe.tflite_ops.inspect import as_dict, describe
+
+    description = describe(args.model)
+    out.text(render(description, args.model, tensors=args.tensors))
+    out.json({"path": str(args.model), **as_dict(description, tensors=args.tensors)})
+    return 0
+
+
+def render(description: ModelDescription, path: Path, *, tensors: bool) -> str:
+    """The description as text for people."""
+    model = description.model
+    lines = [f"{path}: {format_bytes(model.size_bytes)} ({model.size_bytes} bytes)"]
+    if model.description:
+        lines.append(f"  made by      {model.description}")
+    for graph in model.subgraphs:
+        title = f" (subgraph {graph.name or '?'})" if len(model.subgraphs) > 1 else ""
+        for word, indices in (("input", graph.inputs), ("output", graph.outputs)):
+            lines += [f"  {word:<12} {_tensor_text(graph.tensors[i])}{title}" for i in indices]
+    for signature in model.signatures:
+        names = ", ".join([*signature.inputs, "->", *signature.outputs]).replace(", ->,", " ->")
+        lines.append(f"  signature    {signature.key}: {names}")
+    lines += [
+        f"  MACs         {description.macs:,}"
+        + _shares({k: v for k, v in description.macs_by_operator.items()}, description.macs),
+        f"  weights      {format_bytes(description.weight_bytes)}",
+        f"  activations  {format_bytes(description.activation_bytes)} in all"
+        " (the arena shares their space)",
+        f"  operators    {sum(description.operators.values())}: {_counts(description.operators)}",
+        f"  dtypes       {_counts(description.dtypes)}",
+        f"  transposes   {description.transposes}"
+        + (f", moving {format_bytes(description.transpose_bytes)}" if description.transposes else ""),
+    ]  # fmt: skip
+    lines += _integer_lines(description)
+    if tensors:
+        for graph in model.subgraphs:
+            lines += ["", *_tensor_table(graph)]
+    return "\n".join(lines)
+
+
+def _integer_lines(description: ModelDescription) -> list[str]:
+    total = sum(description.operators.values())
+    if description.is_full_integer:
+        doors = f", but for {'; '.join(description.doors)}" if description.doors else ""
+        return [f"  integer      every operator{doors}"]
+    integer = total - sum(len(island.operators) for island in description.float_islands)
+    if integer == 0:
+        return ["  integer      none: a float model"]
+    lines = [f"  integer      {integer} of {total} operators; float islands:"]
+    for island in description.float_islands:
+        lines.append(f"    {' - '.join(island.names)}  -> {island.output}")
+    return lines
+
+
+def _shares(parts: dict[str, int], total: int) -> str:
+    if not total:
+        return ""
+    return " (" + ", ".join(f"{k} {100 * v / total:.0f} %" for k, v in parts.items()) + ")"
+
+
+def _counts(counts: object) -> str:
+    assert isinstance(counts, dict)
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _tensor_text(tensor: Tensor) -> str:
+    return f"{tensor.name or '(no name)'}  {list(tensor.shape)} {tensor.dtype}{_scale_text(tensor)}"
+
+
+def _scale_text(tensor: Tensor) -> str:
+    if not tensor.scales:
+        return ""
+    if len(tensor.scales) == 1:
+        zero_point = tensor.zero_points[0] if tensor.zero_points else 0
+        return f"  scale {tensor.scales[0]:.6g}, zero point {zero_point}"
+    low, high = min(tensor.scales), max(tensor.scales)
+    return f"  {len(tensor.scales)} scales {low:.3g} to {high:.3g} on axis {tensor.quantized_axis}"
+
+
+def _tensor_table(graph: Subgraph) -> list[str]:
+    rows = [("#", "dtype", "shape", "bytes", "kind", "name", "quantization")]
+    for tensor in graph.tensors:
+        kind = "constant" if tensor.is_constant else "variable" if tensor.is_variable else ""
+        rows.append((
+            str(tensor.index), tensor.dtype, "x".join(map(str, tensor.shape)) or "scalar",
+            str(tensor.size_bytes), kind, tensor.name, _scale_text(tensor).strip(),
+        ))  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(6)]
+    return [
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[6]]).rstrip()
+        for row in rows
+    ]

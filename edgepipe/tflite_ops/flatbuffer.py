@@ -1,0 +1,396 @@
+"""Reading .tflite files: bytes in, plain frozen records out; nothing is executed.
+
+The format is the FlatBuffers schema of LiteRT (``schema.fbs``, identifier ``TFL3``). Weights are
+left where they are: only their size is looked at, so a large file parses in milliseconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+from edgepipe.errors import ArtifactError
+
+IDENTIFIER = b"TFL3"
+FLOAT_DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
+CONVERSIONS = frozenset({"QUANTIZE", "DEQUANTIZE"})
+
+_BITS = {
+    "float32": 32, "float16": 16, "bfloat16": 16, "float64": 64,
+    "int2": 2, "int4": 4, "uint4": 4, "int8": 8, "uint8": 8, "int16": 16, "uint16": 16,
+    "int32": 32, "uint32": 32, "int64": 64, "uint64": 64, "bool": 8,
+    "complex64": 64, "complex128": 128, "float8_e4m3fn": 8, "float8_e5m2": 8,
+}  # fmt: skip
+
+# What flatbuffers' Python reader raises on bytes that are not what their offsets promise.
+_DAMAGE = (
+    struct.error,
+    IndexError,
+    KeyError,
+    ValueError,  # also UnicodeDecodeError
+    TypeError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """``scales`` and ``zero_points`` have one entry, or one for each slice along ``quantized_axis``.
+
+    ``size_bytes`` is the stored size of a constant, and what the shape and dtype need otherwise.
+    ``buffer`` is the number of the model's buffer that holds a constant.
+    """
+
+    index: int
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    scales: tuple[float, ...]
+    zero_points: tuple[int, ...]
+    quantized_axis: int
+    is_constant: bool
+    is_variable: bool
+    size_bytes: int
+    buffer: int
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in FLOAT_DTYPES
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """``inputs`` and ``outputs`` are tensor numbers of its subgraph, -1 for an absent optional one.
+
+    ``options`` are the scalar fields of its option table, by their schema name in snake case.
+    """
+
+    index: int
+    name: str
+    version: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    options: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Subgraph:
+    name: str
+    tensors: tuple[Tensor, ...]
+    operators: tuple[Operator, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """Names for the inputs and outputs of one subgraph: name -> tensor number."""
+
+    key: str
+    subgraph: int
+    inputs: Mapping[str, int]
+    outputs: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    version: int
+    description: str
+    size_bytes: int
+    subgraphs: tuple[Subgraph, ...]
+    signatures: tuple[Signature, ...]
+    metadata: tuple[str, ...]
+
+
+def parse_model(content: bytes, *, where: str) -> Model:
+    """The bytes of a .tflite file -> Model. ``where`` names the file in errors.
+
+    Raises ArtifactError for bytes of another format (named where it is a known one), a truncated
+    file, or offsets and numbers that lead out of it.
+    """
+    check_identifier(content, where=where)
+    try:
+        reader = _Reader(content)
+        model = reader.model()
+        _check(model)
+    except _Damaged as exc:
+        raise _damaged(where, str(exc)) from exc
+    except _DAMAGE as exc:
+        raise _damaged(where, "its offsets lead out of the file") from exc
+    return model
+
+
+def check_identifier(content: bytes, *, where: str) -> None:
+    """Raise ArtifactError unless the bytes begin like a TFLite file; say what they are instead."""
+    if content[4:8] == IDENTIFIER:
+        return
+    if not content:
+        found = "it is empty"
+    elif content[:4] == b"PK\x03\x04":
+        found = "it is a zip archive (a PyTorch .pt/.pt2, a Keras or an .npz file?)"
+    elif content[:2] in (b"\x80\x02", b"\x80\x04"):
+        found = "it is a Python pickle"
+    elif content[:8] == b"\x89HDF\r\n\x1a\n":
+        found = "it is an HDF5 (Keras) file"
+    elif content[:1] == b"\x08" and (b"onnx" in content[:400] or b"pytorch" in content[:400]):
+        found = "it is an ONNX model"
+    elif content.startswith(b"version https://git-lfs"):
+        found = "it is a Git LFS pointer, not the file it stands for (git lfs pull)"
+    elif content[:1] == b"<":
+        found = "it is HTML or XML, perhaps an error page that was saved"
+    else:
+        found = f"it begins with {content[:8].hex(' ')}"
+    raise ArtifactError(
+        f"{where} is not a TFLite model: {found}",
+        hint="a TFLite file has the letters TFL3 at its fifth byte",
+        code="not-tflite",
+    )
+
+
+def operator_codes(code: Any) -> tuple[str, int]:
+    """(name, version) of a schema.OperatorCode; a custom operator's own name."""
+    # Codes above 127 do not fit the first field, which then holds 127 (schema.fbs, OperatorCode).
+    number = max(code.BuiltinCode(), code.DeprecatedBuiltinCode())
+    if number == schema.BuiltinOperator.CUSTOM:
+        custom = code.CustomCode()
+        return (custom.decode("utf-8") if custom else "CUSTOM"), code.Version()
+    return _OPERATORS.get(number, f"BUILTIN_{number}"), code.Version()
+
+
+class _Damaged(Exception):
+    """The file contradicts itself; the text says how."""
+
+
+def _damaged(where: str, how: str) -> ArtifactError:
+    return ArtifactError(
+        f"{where} is a damaged or truncated TFLite model: {how}",
+        hint="convert or copy it again, and compare sha256 with the original",
+        code="damaged-model",
+    )
+
+
+def _names(enum: type) -> dict[int, str]:
+    return {v: k for k, v in vars(enum).items() if isinstance(v, int) and not k.startswith("_")}
+
+
+_OPERATORS = _names(schema.BuiltinOperator)
+_DTYPES = {number: name.lower() for number, name in _names(schema.TensorType).items()}
+_OPTION_TYPES = {
+    **{(1, number): name for number, name in _names(schema.BuiltinOptions).items()},
+    **{(2, number): name for number, name in _names(schema.BuiltinOptions2).items()},
+}
+_OPTION_ENUMS = {
+    "fused_activation_function": _names(schema.ActivationFunctionType),
+    "padding": _names(schema.Padding),
+}
+
+
+@functools.cache
+def _option_fields(name: str) -> tuple[tuple[str, str], ...]:
+    """(snake case name, accessor) of the scalar fields of an option table."""
+    fields = []
+    for accessor, function in vars(getattr(schema, name)).items():
+        if accessor.startswith("_") or accessor == "Init" or not inspect.isfunction(function):
+            continue
+        if len(inspect.signature(function).parameters) == 1 and not accessor.endswith(
+            ("AsNumpy", "IsNone", "Length")
+        ):
+            fields.append(
+                (
+                    re.sub(
+                        r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", accessor
+                    ).lower(),
+                    accessor,
+                )
+            )
+    return tuple(fields)
+
+
+class _Reader:
+    """Walks one file. Every element read is counted, and no file may hold more elements than it has
+    bytes: so a vector length turned into four thousand million by damage ends the walk at once."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.left = len(content)
+
+    def length(self, length: int) -> int:
+        self.left -= length
+        if length < 0 or self.left < 0:
+            raise _Damaged("a list in it claims more elements than the file has bytes")
+        return length
+
+    def items(self, owner: Any, name: str) -> list[Any]:
+        """All elements of a vector of tables."""
+        get = getattr(owner, name)
+        return [get(i) for i in range(self.length(getattr(owner, name + "Length")()))]
+
+    def numbers(self, owner: Any, name: str) -> list[Any]:
+        """All elements of a vector of numbers."""
+        count = self.length(getattr(owner, name + "Length")())
+        if count == 0:
+            return []
+        array: np.ndarray = getattr(owner, name + "AsNumpy")()
+        return array.tolist()
+
+    def text(self, raw: bytes | None) -> str:
+        return "" if raw is None else raw[: self.length(len(raw))].decode("utf-8")
+
+    def model(self) -> Model:
+        root = schema.Model.GetRootAs(self.content, 0)
+        codes = [operator_codes(code) for code in self.items(root, "OperatorCodes")]
+        buffers = [self.buffer_bytes(item) for item in self.items(root, "Buffers")]
+        subgraphs = tuple(self.subgraph(g, codes, buffers) for g in self.items(root, "Subgraphs"))
+        if not subgraphs:
+            raise _Damaged("it holds no graph")
+        return Model(
+            version=root.Version(),
+            description=self.text(root.Description()),
+            size_bytes=len(self.content),
+            subgraphs=subgraphs,
+            signatures=tuple(self.signature(s) for s in self.items(root, "SignatureDefs")),
+            metadata=tuple(self.text(m.Name()) for m in self.items(root, "Metadata")),
+        )
+
+    def buffer_bytes(self, buffer: Any) -> int:
+        # Files over 2 GiB keep their data behind the flatbuffer: offset and size instead of data.
+        offset, size = buffer.Offset(), buffer.Size()
+        if offset > 1:
+            if offset + size > len(self.content):
+                raise _Damaged("weights kept at its end are cut off")
+            return int(size)
+        length = int(buffer.DataLength())
+        if length > len(self.content):
+            raise _Damaged("weights in it are cut off")
+        if length:
+            buffer.Data(length - 1)  # the last byte must be there
+        return length
+
+    def subgraph(self, graph: Any, codes: list[tuple[str, int]], buffers: list[int]) -> Subgraph:
+        return Subgraph(
+            name=self.text(graph.Name()),
+            tensors=tuple(
+                self.tensor(index, tensor, buffers)
+                for index, tensor in enumerate(self.items(graph, "Tensors"))
+            ),
+            operators=tuple(
+                self.operator(index, operator, codes)
+                for index, operator in enumerate(self.items(graph, "Operators"))
+            ),
+            inputs=tuple(self.numbers(graph, "Inputs")),
+            outputs=tuple(self.numbers(graph, "Outputs")),
+        )
+
+    def tensor(self, index: int, tensor: Any, buffers: list[int]) -> Tensor:
+        shape = tuple(self.numbers(tensor, "Shape"))
+        quantization = tensor.Quantization()
+        scales: list[float] = []
+        zero_points: list[int] = []
+        if quantization is not None:
+            scales = self.numbers(quantization, "Scale")
+            zero_points = self.numbers(quantization, "ZeroPoint")
+        dtype = _DTYPES.get(tensor.Type())
+        if dtype is None:
+            raise _Damaged(f"tensor {index} has the unknown element type {tensor.Type()}")
+        if any(size < 0 for size in shape):
+            raise _Damaged(f"tensor {index} has the shape {shape}")
+        stored = buffers[tensor.Buffer()]
+        elements = 1
+        for size in shape:
+            elements *= size
+        needed = (elements * _BITS.get(dtype, 0) + 7) // 8
+        if stored and _BITS.get(dtype) and stored < needed and not tensor.Sparsity():
+            raise _Damaged(f"tensor {index} needs {needed} bytes, its buffer has {stored}")
+        return Tensor(
+            index=index,
+            name=self.text(tensor.Name()),
+            shape=shape,
+            dtype=dtype,
+            scales=tuple(scales),
+            zero_points=tuple(zero_points),
+            quantized_axis=quantization.QuantizedDimension() if quantization else 0,
+            is_constant=stored > 0,
+            is_variable=bool(tensor.IsVariable()),
+            size_bytes=stored or needed,
+            buffer=tensor.Buffer(),
+        )
+
+    def operator(self, index: int, operator: Any, codes: list[tuple[str, int]]) -> Operator:
+        name, version = codes[operator.OpcodeIndex()]
+        options: dict[str, Any] = {}
+        for table, kind in (
+            (operator.BuiltinOptions(), (1, operator.BuiltinOptionsType())),
+            (operator.BuiltinOptions2(), (2, operator.BuiltinOptions2Type())),
+        ):
+            type_name = _OPTION_TYPES.get(kind, "NONE")
+            if table is None or type_name == "NONE":
+                continue
+            record = getattr(schema, type_name)()
+            record.Init(table.Bytes, table.Pos)
+            for field, accessor in _option_fields(type_name):
+                value = getattr(record, accessor)()
+                if isinstance(value, bytes):
+                    value = self.text(value)
+                if field in _OPTION_ENUMS:
+                    value = _OPTION_ENUMS[field].get(value, value)
+                if isinstance(value, (bool, int, float, str)):
+                    options[field] = value
+        return Operator(
+            index=index,
+            name=name,
+            version=version,
+            inputs=tuple(self.numbers(operator, "Inputs")),
+            outputs=tuple(self.numbers(operator, "Outputs")),
+            options=options,
+        )
+
+    def signature(self, signature: Any) -> Signature:
+        def named(side: str) -> dict[str, int]:
+            return {self.text(m.Name()): m.TensorIndex() for m in self.items(signature, side)}
+
+        return Signature(
+            key=self.text(signature.SignatureKey()),
+            subgraph=signature.SubgraphIndex(),
+            inputs=named("Inputs"),
+            outputs=named("Outputs"),
+        )
+
+
+def _check(model: Model) -> None:
+    """Every number that refers to a tensor or subgraph must refer to one that is there."""
+    for graph in model.subgraphs:
+        count = len(graph.tensors)
+        used = [("graph inputs", 0, graph.inputs), ("graph outputs", 0, graph.outputs)]
+        used += [
+            (f"operator {operator.index} ({operator.name})", -1, operator.inputs + operator.outputs)
+            for operator in graph.operators
+        ]
+        for what, lowest, numbers in used:
+            bad = [n for n in numbers if not lowest <= n < count]
+            if bad:
+                raise _Damaged(f"{what} name tensor {bad[0]}, but there are {count}")
+    for signature in model.signatures:
+        if not 0 <= signature.subgraph < len(model.subgraphs):
+            raise _Damaged(f"signature {signature.key!r} names subgraph {signature.subgraph}")
+        count = len(model.subgraphs[signature.subgraph].tensors)
+        named = [*signature.inputs.values(), *signature.outputs.values()]
+        if any(not 0 <= n < count for n in named):
+            raise _Damaged(f"signature {signature.key!r} names a tensor that is not there")
+
+
+def guarded(where: str, function: Callable[[], Any]) -> Any:
+    """Run code that walks a file with flatbuffers' own classes; its errors become ours."""
+    try:
+        return function()
+    except _DAMAGE as exc:
+        raise _damaged(where, "its offsets lead out of the file") from exc
