@@ -100,7 +100,8 @@ class LocalDevice:
 
 
 def _expand(remote: str) -> Path:
-    return Path.home() / remote.removeprefix("~/") if remote.startswith("~/") else Path(remote)
+    # a relative path starts in the home folder too, as over SSH
+    return Path.home() / remote.removeprefix("~/")
 
 
 def _collect(
