@@ -38,6 +38,7 @@ import time
 import traceback
 import zlib
 from array import array
+from ctypes import byref, sizeof
 from itertools import repeat
 
 SCHEMA = 1
@@ -400,145 +401,102 @@ class LiteRtC:
     """libLiteRt.so through ctypes: the CompiledModel C API as of LiteRT 2.1.6 (litert/c/*.h).
 
     Older libraries have the same symbols with other signatures, and a wrong guess is a segfault:
-    hence the version check in `choose_runtime`, the pinned sha256 and the separate process.
+    hence the version check in `library_fault`, the pinned sha256 and the separate process.
     """
 
-    backend = "litert-c"
+    reset = None  # the C API has no way to reset variable tensors
 
     def __init__(self, library, path, threads):
-        started = time.perf_counter_ns()
-        api = self.api = ctypes.CDLL(library, mode=os.RTLD_LAZY | os.RTLD_LOCAL)
-        loaded = time.perf_counter_ns()
-        libc = ctypes.CDLL(None)
-        libc.strdup.restype, libc.strdup.argtypes = _VOID, [ctypes.c_char_p]
-        free = ctypes.cast(libc.free, _VOID)
-        environment, model, options, compiled = _VOID(), _VOID(), _VOID(), _VOID()
+        at = [time.perf_counter_ns()]
+        self.api = ctypes.CDLL(library, mode=os.RTLD_LAZY | os.RTLD_LOCAL)
+        at.append(time.perf_counter_ns())
+        self.environment, self.model, self.compiled = _VOID(), _VOID(), _VOID()
         # tag 24: accelerators to register = CPU only (1); tag 25: log severity = errors (3);
         # both are integers (LiteRtAny type 2). litert/c/litert_environment_options.h
         wanted = (EnvironmentOption * 2)(
             EnvironmentOption(24, LiteRtAny(2, 1)), EnvironmentOption(25, LiteRtAny(2, 3))
         )
-        self.check(
-            api.LiteRtCreateEnvironment(_INT(2), wanted, ctypes.byref(environment)),
-            "create the environment",
-        )
-        ready = time.perf_counter_ns()
+        self.do("CreateEnvironment", _INT(2), wanted, byref(self.environment))
+        at.append(time.perf_counter_ns())
         file = ctypes.c_char_p(os.fsencode(path))
-        self.check(
-            api.LiteRtCreateModelFromFile(environment, file, ctypes.byref(model)), "load the model"
-        )
-        read_ns = time.perf_counter_ns()
-        self.check(api.LiteRtCreateOptions(ctypes.byref(options)), "create options")
-        self.check(api.LiteRtSetOptionsHardwareAccelerators(options, _INT(1)), "choose the CPU")
-        toml, opaque = b"num_threads = %d\n" % threads, _VOID()
-        self.check(
-            api.LiteRtCreateOpaqueOptions(
-                ctypes.c_char_p(b"xnnpack"), _VOID(libc.strdup(toml)), free, ctypes.byref(opaque)
-            ),
-            "set threads",
-        )
-        self.check(api.LiteRtAddOpaqueOptions(options, opaque), "set threads")
-        self.check(
-            api.LiteRtCreateCompiledModel(environment, model, options, ctypes.byref(compiled)),
-            "compile the model",
-        )
-        compiled_ns = time.perf_counter_ns()
-        self.environment, self.model, self.compiled = environment, model, compiled
+        self.do("CreateModelFromFile", self.environment, file, byref(self.model))
+        at.append(time.perf_counter_ns())
+        options = self._options(threads)
+        self.do("CreateCompiledModel", self.environment, self.model, options, byref(self.compiled))
+        at.append(time.perf_counter_ns())
         signature = _VOID()
-        self.check(
-            api.LiteRtGetModelSignature(model, _SIZE(0), ctypes.byref(signature)),
-            "find a signature",
-        )
-        self.inputs, input_buffers = self._buffers(signature, "Input")
-        self.outputs, output_buffers = self._buffers(signature, "Output")
+        self.do("GetModelSignature", self.model, _SIZE(0), byref(signature))
+        self.inputs, inputs = self._buffers(signature, "Input")
+        self.outputs, outputs = self._buffers(signature, "Output")
+        at.append(time.perf_counter_ns())
+        steps = [after - before for before, after in zip(at, at[1:])]
+        self.runtime_load_ns = steps[0]
+        self.load_parts_ns = dict(zip(("environment", "model", "compile", "buffers"), steps[1:]))
         self.stateful = self._is_stateful()
-        self.runtime_load_ns = loaded - started
-        self.load_parts_ns = {
-            "environment": ready - loaded,
-            "model": read_ns - ready,
-            "compile": compiled_ns - read_ns,
-            "buffers": time.perf_counter_ns() - compiled_ns,
-        }
-        run = api.LiteRtRunCompiledModel
+        self._keep = (inputs, outputs)
+        run = self.api.LiteRtRunCompiledModel
         run.argtypes, run.restype = [_VOID, _SIZE, _SIZE, _VOID, _SIZE, _VOID], _INT
         arguments = (
-            compiled, 0, len(self.inputs), ctypes.addressof(input_buffers),
-            len(self.outputs), ctypes.addressof(output_buffers),
+            self.compiled, 0, len(inputs), ctypes.addressof(inputs), len(outputs),
+            ctypes.addressof(outputs),
         )  # fmt: skip
-        self._keep = (input_buffers, output_buffers)
 
         def call():
             status = run(*arguments)
             if status:
-                raise RuntimeError("LiteRT cannot run the model: status %d" % status)
+                raise RuntimeError("LiteRtRunCompiledModel: status %d" % status)
 
         self.call = call
 
-    def check(self, status, what):
+    def do(self, function, *arguments):
+        status = getattr(self.api, "LiteRt" + function)(*arguments)
         if status:
-            raise RuntimeError("LiteRT cannot %s: status %d" % (what, status))
+            raise RuntimeError("LiteRt%s: status %d" % (function, status))
+
+    def _options(self, threads):
+        libc = ctypes.CDLL(None)
+        libc.strdup.restype, libc.strdup.argtypes = _VOID, [ctypes.c_char_p]
+        options, cpu = _VOID(), _VOID()
+        self.do("CreateOptions", byref(options))
+        self.do("SetOptionsHardwareAccelerators", options, _INT(1))  # CPU
+        toml = _VOID(libc.strdup(b"num_threads = %d\n" % threads))  # the library frees it
+        name = ctypes.c_char_p(b"xnnpack")
+        self.do("CreateOpaqueOptions", name, toml, ctypes.cast(libc.free, _VOID), byref(cpu))
+        self.do("AddOpaqueOptions", options, cpu)
+        return options
 
     def _buffers(self, signature, kind):
         """Buffers of all inputs or outputs -> (their descriptions, array of handles)."""
-        api, count = self.api, _SIZE()
-        self.check(
-            getattr(api, "LiteRtGetNumSignature%ss" % kind)(signature, ctypes.byref(count)), "count tensors"
-        )  # fmt: skip
-        handles, tensors = (_VOID * count.value)(), []
+        count = _SIZE()
+        self.do("GetNumSignature%ss" % kind, signature, byref(count))
         layouts = (Layout * count.value)()
+        # the model's own layouts have -1 for a dynamic batch; the compiled model's do not
         if kind == "Output":
-            self.check(
-                api.LiteRtGetCompiledModelOutputTensorLayouts(
-                    self.compiled, _SIZE(0), _SIZE(count.value), layouts, ctypes.c_bool(True)
-                ),
-                "lay out the outputs",
-            )
+            arguments = (self.compiled, _SIZE(0), count, layouts, ctypes.c_bool(True))
+            self.do("GetCompiledModelOutputTensorLayouts", *arguments)
+        handles, tensors = (_VOID * count.value)(), []
         for k in range(count.value):
-            tensor, kind_of, needs, buffer = _VOID(), TensorType(), _VOID(), _VOID()
+            tensor, tensor_type, needs, buffer = _VOID(), TensorType(), _VOID(), _VOID()
             name, size = ctypes.c_char_p(), _SIZE()
-            self.check(
-                getattr(api, "LiteRtGetSignature%sTensorByIndex" % kind)(
-                    signature, _SIZE(k), ctypes.byref(tensor)
-                ),
-                "find a tensor",
-            )
-            self.check(api.LiteRtGetTensorName(tensor, ctypes.byref(name)), "name a tensor")
-            self.check(
-                api.LiteRtGetRankedTensorType(tensor, ctypes.byref(kind_of)), "type a tensor"
-            )
             if kind == "Input":
-                # the model's own layout has -1 for a dynamic batch; the compiled model knows better
-                self.check(
-                    api.LiteRtGetCompiledModelInputTensorLayout(
-                        self.compiled, _SIZE(0), _SIZE(k), ctypes.byref(layouts[k])
-                    ),
-                    "lay out the inputs",
-                )
-            kind_of.layout = layouts[k]
-            self.check(
-                getattr(api, "LiteRtGetCompiledModel%sBufferRequirements" % kind)(
-                    self.compiled, _SIZE(0), _SIZE(k), ctypes.byref(needs)
-                ),
-                "size a buffer",
-            )
-            self.check(
-                api.LiteRtCreateManagedTensorBufferFromRequirements(
-                    self.environment, ctypes.byref(kind_of), needs, ctypes.byref(buffer)
-                ),
-                "allocate a buffer",
-            )
-            self.check(
-                api.LiteRtGetTensorBufferPackedSize(buffer, ctypes.byref(size)), "size a buffer"
-            )
+                arguments = (self.compiled, _SIZE(0), _SIZE(k), byref(layouts, k * sizeof(Layout)))
+                self.do("GetCompiledModelInputTensorLayout", *arguments)
+            self.do("GetSignature%sTensorByIndex" % kind, signature, _SIZE(k), byref(tensor))
+            self.do("GetTensorName", tensor, byref(name))
+            self.do("GetRankedTensorType", tensor, byref(tensor_type))
+            tensor_type.layout = layouts[k]
+            arguments = (self.compiled, _SIZE(0), _SIZE(k), byref(needs))
+            self.do("GetCompiledModel%sBufferRequirements" % kind, *arguments)
+            arguments = (self.environment, byref(tensor_type), needs, byref(buffer))
+            self.do("CreateManagedTensorBufferFromRequirements", *arguments)
+            self.do("GetTensorBufferPackedSize", buffer, byref(size))
             handles[k] = buffer.value
-            rank = kind_of.layout.bits & 0x7F
+            element = tensor_type.element
             tensors.append(
                 {
                     "name": (name.value or b"").decode("utf-8", "replace"),
-                    "dtype": ELEMENT_TYPES.get(kind_of.element, ("type %d" % kind_of.element, 0))[
-                        0
-                    ],
-                    "shape": [int(kind_of.layout.dims[axis]) for axis in range(rank)],
+                    "dtype": ELEMENT_TYPES.get(element, ("type %d" % element, 0))[0],
+                    "shape": [int(n) for n in layouts[k].dims[: layouts[k].bits & 0x7F]],
                     "bytes": int(size.value),
                     "handle": buffer,
                 }
@@ -546,48 +504,35 @@ class LiteRtC:
         return tensors, handles
 
     def _is_stateful(self):
-        api, count = self.api, _SIZE()
-        self.check(
-            api.LiteRtGetNumModelSubgraphs(self.model, ctypes.byref(count)), "read the graph"
-        )
+        graph, count = _VOID(), _SIZE()
+        self.do("GetNumModelSubgraphs", self.model, byref(count))
         if count.value > 1:
             return True  # control flow or CALL_ONCE: do not guess
-        graph, operators = _VOID(), _SIZE()
-        self.check(
-            api.LiteRtGetModelSubgraph(self.model, _SIZE(0), ctypes.byref(graph)), "read the graph"
-        )
-        self.check(api.LiteRtGetNumSubgraphOps(graph, ctypes.byref(operators)), "read the graph")
-        for index in range(operators.value):
+        self.do("GetModelSubgraph", self.model, _SIZE(0), byref(graph))
+        self.do("GetNumSubgraphOps", graph, byref(count))
+        for index in range(count.value):
             operator, code = _VOID(), _INT()
-            self.check(
-                api.LiteRtGetSubgraphOp(graph, _SIZE(index), ctypes.byref(operator)),
-                "read the graph",
-            )
-            self.check(api.LiteRtGetOpCode(operator, ctypes.byref(code)), "read the graph")
+            self.do("GetSubgraphOp", graph, _SIZE(index), byref(operator))
+            self.do("GetOpCode", operator, byref(code))
             if code.value in STATEFUL_OPERATORS:
                 return True
         return False
 
     def _locked(self, tensor, mode):
         address = _VOID()
-        self.check(
-            self.api.LiteRtLockTensorBuffer(tensor["handle"], ctypes.byref(address), _INT(mode)),
-            "lock a buffer",
-        )
-        return address
+        self.do("LockTensorBuffer", tensor["handle"], byref(address), _INT(mode))
+        return address.value
 
     def write(self, tensor, offset, chunk):
-        address = self._locked(tensor, 1)  # kLiteRtTensorBufferLockModeWrite
-        ctypes.memmove(address.value + offset, chunk, len(chunk))
-        self.check(self.api.LiteRtUnlockTensorBuffer(tensor["handle"]), "unlock a buffer")
+        # kLiteRtTensorBufferLockModeWrite = 1
+        ctypes.memmove(self._locked(tensor, 1) + offset, chunk, len(chunk))
+        self.do("UnlockTensorBuffer", tensor["handle"])
 
     def read(self, tensor):
-        address = self._locked(tensor, 0)  # kLiteRtTensorBufferLockModeRead
-        raw = ctypes.string_at(address, tensor["bytes"])
-        self.check(self.api.LiteRtUnlockTensorBuffer(tensor["handle"]), "unlock a buffer")
+        # kLiteRtTensorBufferLockModeRead = 0
+        raw = ctypes.string_at(self._locked(tensor, 0), tensor["bytes"])
+        self.do("UnlockTensorBuffer", tensor["handle"])
         return raw
-
-    reset = None  # the C API has no way to reset variable tensors
 
 
 class Interpreter:
@@ -1192,12 +1137,12 @@ def run_job(path, reply):
     reply["job"] = job["id"]
     lease = Lease(job)
     try:
-        measure(job, reply, deadline)
+        measure(job, reply, deadline, os.path.dirname(os.path.abspath(path)))
     finally:
         lease.leave()
 
 
-def measure(job, reply, deadline):
+def measure(job, reply, deadline, job_dir):
     reply["device"] = device_facts()
     if not job["sessions"]:
         return
@@ -1212,7 +1157,7 @@ def measure(job, reply, deadline):
         job["runtime"]["path"] = check_file("runtime", job["runtime"])
     if job["inputs"] is not None:
         job["inputs"]["path"] = check_file("inputs", job["inputs"])
-    folder = tempfile.mkdtemp(prefix="session-", dir=job["work_dir"])
+    folder = tempfile.mkdtemp(prefix="session-", dir=job_dir)
     try:
         self_test = os.path.join(folder, "self-test.tflite")
         with open(self_test, "wb") as stream:
