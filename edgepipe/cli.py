@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
-from typing import TYPE_CHECKING, Any
 
 from edgepipe.errors import (
     EXIT_BUG,
@@ -15,9 +13,11 @@ from edgepipe.errors import (
     StageError,
 )
 
+TYPE_CHECKING = False  # typing itself would double the time of `edgepipe --help`
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
+    from typing import Any
 
 COMMANDS: dict[str, str] = {
     "init": "write a commented recipe for a model",
@@ -73,6 +73,18 @@ class Output:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    try:
+        code = _main(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output went away, as in `edgepipe runs | head`
+        import os
+
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         commands = "\n".join(f"  {name:11} {summary}" for name, summary in COMMANDS.items())
@@ -129,8 +141,7 @@ def _run_command(name: str, arguments: list[str]) -> int:
         print("interrupted; finished steps are kept, run the same command to go on", file=sys.stderr)  # fmt: skip
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output went away, as in `edgepipe runs | head`
-        return 0
+        raise
     except OSError as exc:
         import errno
 
@@ -179,6 +190,7 @@ def _show_progress(args: argparse.Namespace) -> Any:
     """Send edgepipe's log records to stderr, and say every few seconds that work goes on."""
     import logging
     import threading
+    import time
 
     class Progress(logging.Handler):
         """INFO lines as they are; a sign of life after `SILENCE_S` without one."""

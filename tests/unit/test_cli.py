@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgepipe import cli
+from edgepipe.commands import runs
+from edgepipe.errors import EdgepipeError, NotReadyError, RequestError, StageError
+
+
+def test_help_lists_every_command_and_imports_next_to_nothing() -> None:
+    code = (
+        "import sys; before = set(sys.modules); from edgepipe.cli import main; main(['--help'])\n"
+        "print(len(set(sys.modules) - before), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for command in cli.COMMANDS:
+        assert f"  {command} " in done.stdout
+    assert int(done.stderr) < 30
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help_with_an_example(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"edgepipe {command}" in text.partition("\n\n")[2]
+    assert "--json" in text
+    assert "\n  --quiet" in text
+
+
+def test_an_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["quantise"]) == 2
+    assert "did you mean 'quantize'?" in capsys.readouterr().err
+
+
+def test_an_unknown_option_is_a_bad_request(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["runs", "--nonsense"]) == 2
+    assert "--nonsense" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RequestError("what", hint="do this"), 2),
+        (NotReadyError("what", hint="do this"), 3),
+        (StageError("what", stage="prune", hint="do this", log_path="the.log"), 2),
+        (EdgepipeError("what", hint="do this"), 4),
+        (ZeroDivisionError("what"), 4),
+        (KeyboardInterrupt(), 130),
+        (OSError(28, "No space left on device", "/full/x"), 3),
+    ],
+)
+def test_an_error_becomes_text_and_an_exit_code(
+    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    def fail(args: object, out: object) -> int:
+        raise error
+
+    monkeypatch.setattr(runs, "run", fail)
+    assert cli.main(["runs"]) == code
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    if isinstance(error, EdgepipeError):
+        assert "error: what\nhint: do this" in text
+    if isinstance(error, StageError):
+        assert "log: the.log" in text
+    if isinstance(error, ZeroDivisionError):
+        traceback = text.partition("traceback: ")[2].split()[0]
+        assert "ZeroDivisionError" in Path(traceback).read_text()
+        Path(traceback).unlink()
+
+
+def test_json_is_one_document_also_for_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(args: object, out: object) -> int:
+        raise RequestError("what", hint="do this", code="some-code")
+
+    monkeypatch.setattr(runs, "run", fail)
+    assert cli.main(["runs", "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"error": "some-code", "message": "what", "hint": "do this"}
+
+
+@pytest.mark.parametrize(("options", "shown"), [([], True), (["--quiet"], False)])
+def test_progress_goes_to_stderr_unless_quiet(
+    options: list[str], shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    def work(args: object, out: cli.Output) -> int:
+        logging.getLogger("edgepipe.x").info("[1/2] working")
+        out.text("result")
+        return 0
+
+    monkeypatch.setattr(runs, "run", work)
+    assert cli.main(["runs", *options]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "result\n"
+    assert ("[1/2] working" in captured.err) is shown
+    assert "\x1b" not in captured.err
+
+
+def test_no_runs_yet_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["runs", "--store", str(tmp_path)]) == 0
+    assert "no runs yet" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m edgepipe --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=os.environ)
+    assert "Traceback" not in done.stderr

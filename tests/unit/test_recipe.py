@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgepipe.errors import RecipeError
+from edgepipe.recipe import load_recipe
+
+GOOD = """\
+schema = 1
+name = "tiny"
+devices = ["localhost"]
+[model]
+builder = "net.py:build"
+[[model.inputs]]
+name = "x"
+shape = [1, 4]
+[data.calibration]
+kind = "npz"
+path = "c.npz"
+[data.test]
+kind = "npz"
+path = "c.npz"
+[evaluate]
+data = "test"
+metric = "top1"
+[[stages]]
+stage = "export_onnx"
+[[stages]]
+stage = "to_tflite"
+[[stages]]
+stage = "quantize_int8"
+[measure]
+session = "2 s"
+[[gates]]
+gate = "latency"
+max = "20 ms"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "net.py").write_text("def build(): ...\n")
+    (tmp_path / "c.npz").write_bytes(b"")
+    return tmp_path
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_good_recipe_is_read(folder: Path) -> None:
+    recipe = load_recipe(write(folder, GOOD))
+    assert [s.name for s in recipe.stages] == ["export_onnx", "to_tflite", "quantize_int8"]
+    assert recipe.gates[0].max == 0.02  # type: ignore[attr-defined]
+    assert recipe.measure.session == 2.0
+    assert recipe.data["calibration"].path == folder / "c.npz"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ('name = "tiny"', 'nmae = "tiny"', "nmae: unknown key; did you mean 'name'?"),
+        ("schema = 1", "", '"schema = 1" is missing'),
+        ('stage = "to_tflite"', 'stage = "to_tflit"', "unknown stage 'to_tflit'; did you mean 'to_tflite'?"),
+        ('stage = "export_onnx"', 'stage = "quantize_int8"', "[[stages]] 1 (quantize_int8): needs tflite, but the model gives torch; put to_tflite"),
+        ('stage = "quantize_int8"', 'stage = "quantize_int8"\ninput_dtyp = "int8"', "input_dtyp: unknown key; did you mean 'input_dtype'?"),
+        ('stage = "quantize_int8"', 'stage = "quantize_int8"\ninput_dtype = "int4"', "input_dtype: input should be 'int8', 'uint8' or 'float32'"),
+        ('max = "20 ms"', "max = 20", "20 has no unit"),
+        ('max = "20 ms"', 'max = "20 MB"', "is not a time; 'MB' is a unit of size"),
+        ('gate = "latency"', 'gate = "latensy"', "unknown gate 'latensy'; did you mean 'latency'?"),
+        ('session = "2 s"', 'sesion = "2 s"', "sesion: unknown key; did you mean 'session'?"),
+        ('devices = ["localhost"]', 'devices = ["localhsot"]', "unknown profile 'localhsot'; did you mean 'localhost'?"),
+        ('path = "c.npz"', 'path = "gone.npz"', "gone.npz does not exist"),
+        ('builder = "net.py:build"', 'builder = "nett.py:build"', "nett.py does not exist"),
+        ('builder = "net.py:build"', 'builder = "net.py"', "names no Python function"),
+        ('builder = "net.py:build"', 'file = "net.pth"', "weights of a PyTorch model"),
+        ('metric = "top1"', 'metric = "top2"', "unknown metric 'top2'; did you mean 'top1'?"),
+        ('data = "test"', 'data = "tset"', "no [data.tset]; did you mean 'test'?"),
+        ("[data.calibration]", "[data.calibrate]", "reads [data.calibration], which is not there; did you mean 'calibrate'?"),
+        ('kind = "npz"', 'kind = "npz"\nfold = [5, 5]', "fold [k, n] needs 0 <= k < n"),
+        ('kind = "npz"', 'kind = "wavs"', "declared preprocessing"),
+        ('path = "c.npz"', 'path = "${EDGEPIPE_NO_SUCH_VARIABLE}/c.npz"', "EDGEPIPE_NO_SUCH_VARIABLE is not set"),
+        ('name = "x"\nshape = [1, 4]', 'name = "x"\nshape = "1x4"', "shape"),
+        ("schema = 1", "schema = 99", "schema 99 is newer"),
+        ("[model]", "[model", "is not valid TOML"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_with_file_and_key(folder: Path, old: str, new: str, named: str) -> None:
+    assert old in GOOD
+    path = write(folder, GOOD.replace(old, new, 1))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert named in caught.value.message
+    assert str(path) in caught.value.message
+
+
+def test_all_mistakes_are_reported_at_once(folder: Path) -> None:
+    text = GOOD.replace("20 ms", "20 MB").replace("to_tflite", "to_tflit").replace("top1", "top2")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(folder, text))
+    for named in ("'MB' is a unit", "to_tflit", "top2"):
+        assert named in caught.value.message
+
+
+def test_a_device_needs_a_tflite_model(folder: Path) -> None:
+    text = GOOD[: GOOD.index('[[stages]]\nstage = "to_tflite"')] + GOOD[GOOD.index("[measure]") :]
+    with pytest.raises(RecipeError, match="last stage gives onnx"):
+        load_recipe(write(folder, text))
+
+
+def test_checking_a_recipe_imports_no_framework(folder: Path) -> None:
+    path = write(folder, GOOD)
+    code = (
+        "import sys; from edgepipe.cli import main\n"
+        f"assert main(['check', {str(path)!r}]) == 0\n"
+        "bad = {'torch', 'numpy', 'onnx', 'ai_edge_litert', 'paramiko', 'tensorflow'} & set(sys.modules)\n"
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_paths_may_name_environment_variables(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAMPLES", str(folder))
+    recipe = load_recipe(write(folder, GOOD.replace('"c.npz"', '"${SAMPLES}/c.npz"')))
+    assert recipe.data["test"].path == folder / "c.npz"
+
+
+def test_the_accuracy_drop_counts_from_the_trained_model(folder: Path) -> None:
+    assert load_recipe(write(folder, GOOD)).reference_stage == 1
+    (folder / "w.safetensors").write_bytes(b"")
+    weighted = GOOD.replace("[[model.inputs]]", 'weights = "w.safetensors"\n[[model.inputs]]', 1)
+    assert load_recipe(write(folder, weighted)).reference_stage == 0
