@@ -149,3 +149,10 @@ def example_inputs(
         else torch.zeros(tuple(shape), dtype=getattr(torch, dtype))
         for shape, dtype in shapes
     ]
+
+
+def same_outputs(one: nn.Module, other: nn.Module, inputs: Sequence[torch.Tensor]) -> bool:
+    """Whether two models in evaluation mode give the same outputs, bit for bit."""
+    with torch.no_grad():
+        pairs = zip(flatten_outputs(one(*inputs)), flatten_outputs(other(*inputs)), strict=True)
+        return all(torch.equal(a, b) for a, b in pairs)
