@@ -1,0 +1,91 @@
+"""Parity: proof that the model a stage made computes what the model it was given computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from edgepipe.artifact import Artifact, TensorSpec
+from edgepipe.data import DataSource
+from edgepipe.errors import ArtifactError, StageError
+from edgepipe.predict import predict
+
+if TYPE_CHECKING:
+    import numpy as np
+
+log = logging.getLogger(__name__)
+
+
+def parity_inputs(
+    source: DataSource | None, specs: Sequence[TensorSpec], samples: int, seeds: int
+) -> dict[str, np.ndarray]:
+    """Inputs to compare two models on: real samples, then noise in the range of the real ones.
+
+    Returns source input name -> (n + seeds, ...) in the source layout and dtype, n being
+    ``samples`` or as many as the data has. Row n + k is noise of seed k: uniform between the least
+    and the largest real value of that input. Without ``source`` there is only noise: standard
+    normal, or 0 and 1 for integers. Raises DataError where the data does not fit ``specs``, or is
+    NaN or infinite.
+    """
+    from edgepipe.array_ops.noise import with_noise
+
+    real: dict[str, np.ndarray] = {}
+    if source is not None and samples > 0:
+        from edgepipe.array_ops.load import load_samples
+
+        limit = min(source.limit, samples) if source.limit else samples
+        real = load_samples(dataclasses.replace(source, limit=limit), specs).inputs
+    return with_noise(real, specs, seeds)
+
+
+def verify(
+    reference: Artifact,
+    candidate: Artifact,
+    inputs: Mapping[str, np.ndarray],
+    *,
+    max_relative_error: float,
+    stage: str,
+) -> dict[str, Any]:
+    """Run both models on the same inputs and compare every output; returns the evidence.
+
+    ``inputs`` are as `parity_inputs` makes them. The evidence (``Artifact.facts["parity"]``) holds
+    per output max abs error, that relative to max|reference|, SQNR and cosine. Raises StageError
+    (``parity``) where an output is off by more than ``max_relative_error`` of the largest absolute
+    value of its reference, has another shape, or is NaN.
+    """
+    from edgepipe.array_ops.compare import compare
+
+    try:
+        errors = compare(predict(reference, inputs), predict(candidate, inputs))
+    except ArtifactError as exc:
+        raise StageError(
+            f"cannot show that the {candidate.kind} model computes the same as the "
+            f"{reference.kind} model: {exc.message}",
+            stage=stage, hint=exc.hint, code="parity",
+        ) from exc  # fmt: skip
+    outputs = {name: dataclasses.asdict(error) for name, error in errors.items()}
+    departed = [name for name, error in errors.items() if not error.max_abs_relative <= max_relative_error]  # fmt: skip
+    if departed:
+        told = "; ".join(
+            f"output {name!r} is off by {errors[name].max_abs:.3g} ({errors[name].max_abs_relative:.2g} "
+            f"of its largest value), SQNR {errors[name].sqnr_db:.1f} dB"
+            for name in departed
+        )
+        raise StageError(
+            f"the {candidate.kind} model does not compute the same as the {reference.kind} model: {told}; "
+            f"allowed is {max_relative_error:.2g}",
+            stage=stage, code="parity",
+            hint="if the model is random or unstable by nature, raise max_relative_error; else report it",
+        )  # fmt: skip
+    worst = min(error.sqnr_db for error in errors.values())
+    samples = len(next(iter(inputs.values()))) if inputs else 0
+    log.info("%s = %s on %d inputs: SQNR at least %.1f dB", candidate.kind, reference.kind, samples, worst)  # fmt: skip
+    return {
+        "reference": reference.kind,
+        "reference_sha256": reference.sha256,
+        "samples": samples,
+        "max_relative_error": max_relative_error,
+        "outputs": outputs,
+    }

@@ -1,0 +1,52 @@
+"""What every converter script does around its own work. Runs in the toolchain's environment.
+
+Usage of a script: ``python SCRIPT request.json answer.json``, in a folder of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import resource
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+# onnx2tf 2.x: "... validation failed: op=DFT node=node__fft_r2c reason_code=x message=y"
+_REFUSED = re.compile(r"op=(\S+) node=(\S*) reason_code=(\S+) message=(.*)", re.DOTALL)
+
+
+def serve(convert) -> None:
+    """Answer one request: ``convert(request)`` returns what the answer holds beside ``ok``."""
+    request_path, answer_path = map(Path, sys.argv[1:3])
+    request = json.loads(request_path.read_text(encoding="utf-8"))
+    _limit(request.pop("limits"))
+    try:
+        answer = {"ok": True, **convert(request)}
+    except SystemExit as exc:  # onnx2tf's way to say that it cannot
+        answer = {"ok": False, "reason": "invalid-graph", "message": f"the converter gave up (exit {exc.code})"}  # fmt: skip
+    except Exception as exc:  # noqa: BLE001  whatever it is, it goes into the answer
+        traceback.print_exc()
+        answer = {"ok": False, **_explain(exc)}
+    partial = answer_path.with_suffix(".part")
+    partial.write_text(json.dumps(answer), encoding="utf-8")
+    partial.replace(answer_path)
+
+
+def _explain(error):
+    found = _REFUSED.search(str(error))
+    if found:
+        op, node, code, message = found.groups()
+        return {"reason": "unsupported-op", "op": op, "node": node, "message": f"{message.strip()} ({code})"}  # fmt: skip
+    return {"reason": "converter-error", "message": f"{type(error).__name__}: {str(error)[:500]}"}
+
+
+def _limit(limits) -> None:
+    """Die with the parent; no more CPU time or memory than allowed, children included."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of <sys/prctl.h>
+    resource.setrlimit(resource.RLIMIT_CPU, (limits["cpu_limit_s"],) * 2)
+    if limits["memory_limit_bytes"]:
+        resource.setrlimit(resource.RLIMIT_AS, (limits["memory_limit_bytes"],) * 2)
