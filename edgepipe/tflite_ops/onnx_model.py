@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from google.protobuf.message import DecodeError
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from edgepipe.artifact import TensorSpec
 from edgepipe.errors import ArtifactError
@@ -155,3 +155,43 @@ def _dtype(path: Path, name: str, ort_type: str) -> str:
         return str(np.dtype(dtype))
     except TypeError as exc:
         raise ArtifactError(f"input {name!r} of {path} is a {ort_type}, not a tensor of numbers") from exc  # fmt: skip
+
+
+def keep_pooled_axes(model: onnx.ModelProto) -> int:
+    """Write means over height and width the way converters to NHWC follow; returns how many.
+
+    ``ReduceMean(x, axes [2, 3], keepdims 0)`` of a 4-D x becomes keepdims 1 and Flatten, the same
+    values. onnx2tf 2.6.9 turns the first form of MobileNetV2's ``x.mean([2, 3])`` into a Transpose
+    and a loose RELU6 (72 operators, one of them float after quantization), the second into neither
+    (71 operators).
+    """
+    constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    values = (*inferred.value_info, *inferred.input, *inferred.output)
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in values}
+    nodes, changed = [], 0
+    for node in model.graph.node:
+        nodes.append(node)
+        if node.op_type != "ReduceMean" or ranks.get(node.input[0]) != 4:
+            continue
+        options = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        axes = options.get("axes")  # an attribute up to opset 17, an input from 18
+        if axes is None and len(node.input) > 1:
+            axes = constants.get(node.input[1])
+        if axes is None or options.get("keepdims", 1) or {int(a) % 4 for a in axes} != {2, 3}:
+            continue
+        result, pooled = node.output[0], f"{node.output[0]}_pooled"
+        # (N, C, H, W) -> (N, C, 1, 1) -> (N, C)
+        next(a for a in node.attribute if a.name == "keepdims").i = 1
+        node.output[0] = pooled
+        flatten = onnx.helper.make_node("Flatten", [pooled], [result], f"{node.name}_flatten", axis=1)  # fmt: skip
+        flatten.metadata_props.extend(node.metadata_props)
+        nodes.append(flatten)
+        changed += 1
+    if changed:
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+    return changed
