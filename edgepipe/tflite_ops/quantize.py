@@ -1,0 +1,460 @@
+"""Float TFLite bytes to full-integer int8 bytes, with ranges that we collect ourselves.
+
+The arithmetic follows the LiteRT 8-bit specification: activations int8 with scale and zero point,
+``real = scale * (stored - zero_point)``; weights int8 symmetric, one scale for each output channel.
+The rewriting of the file is litert-quantizer's; the activation ranges are ours, because its default
+calibration is a moving average of the samples' ranges and loses 8-19 dB against their union.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
+from ai_edge_litert.tools import flatbuffer_utils
+from litert_quantizer import default_policy, qtyping, quantizer
+from litert_quantizer import recipe as quantizer_recipe
+
+from edgepipe.errors import ArtifactError, StageError
+from edgepipe.tflite_ops.flatbuffer import Model, Operator, Subgraph, parse_model
+from edgepipe.tflite_ops.inspect import FloatIsland, describe_model
+
+log = logging.getLogger(__name__)
+
+STAGE = "quantize_int8"
+IoDtype = Literal["int8", "uint8", "float32"]
+
+# Operators whose kernels clamp their result themselves: the *Options tables of schema.fbs with a
+# fused_activation_function that every runtime from TFLite 2.14 on honours.
+_CLAMPING = frozenset(
+    {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "ADD", "SUB", "MUL",
+     "AVERAGE_POOL_2D", "MAX_POOL_2D"}
+)  # fmt: skip
+# Operators that only move values, so that clamping before or after them is the same.
+_MOVING = frozenset({"TRANSPOSE", "RESHAPE", "SQUEEZE", "EXPAND_DIMS"})
+_FUSED = {
+    "RELU": schema.ActivationFunctionType.RELU,
+    "RELU6": schema.ActivationFunctionType.RELU6,
+    "RELU_N1_TO_1": schema.ActivationFunctionType.RELU_N1_TO_1,
+}
+_PROGRESS_S = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranges:
+    """Smallest and largest value of T activation tensors in each of N batches: (N, T) float32."""
+
+    names: tuple[str, ...]
+    minima: np.ndarray
+    maxima: np.ndarray
+
+    def table(self) -> dict[str, tuple[float, float]]:
+        """Tensor name -> (minimum, maximum) over all batches."""
+        lowest, highest = self.minima.min(axis=0), self.maxima.max(axis=0)
+        return {name: (float(lowest[i]), float(highest[i])) for i, name in enumerate(self.names)}
+
+
+def check_quantizable(model: Model, *, where: str) -> None:
+    """Raise StageError for a file that cannot be the input of int8 quantisation, with the reason."""
+    graph = model.subgraphs[0]
+    scaled = [t.name for t in graph.tensors if t.scales]
+    if scaled:
+        raise StageError(
+            f"{where} is quantized already: {len(scaled)} of its {len(graph.tensors)} tensors have"
+            f" scales (the first is {scaled[0]!r})",
+            stage=STAGE,
+            hint="start from the float32 model",
+        )
+    for number, other in enumerate(model.subgraphs):
+        if number and describe_model(dataclasses.replace(model, subgraphs=(other,))).float_islands:
+            flow = [o.name for o in graph.operators if o.name in ("WHILE", "IF", "CALL_ONCE", "STABLEHLO_COMPOSITE")]  # fmt: skip
+            raise StageError(
+                f"{where} computes in subgraph {number} ({other.name!r}), called by"
+                f" {', '.join(sorted(set(flow))) or 'control flow'}: such models have no int8 form",
+                stage=STAGE,
+                hint="export the model with its loops unrolled",
+            )
+    names = Counter(
+        t.name for t in graph.tensors if t.is_float and not t.is_constant and _is_used(t.index, graph)
+    )  # fmt: skip
+    double = [name for name, count in names.items() if count > 1 or not name]
+    if double:
+        raise StageError(
+            f"{where}: {names[double[0]]} activation tensors are called {double[0]!r}; ranges are"
+            " kept by name",
+            stage=STAGE,
+            hint="convert the model again with distinct names",
+        )
+
+
+def _is_used(tensor: int, graph: Subgraph) -> bool:
+    return (
+        tensor in graph.inputs
+        or tensor in graph.outputs
+        or any(tensor in o.inputs or tensor in o.outputs for o in graph.operators)
+    )
+
+
+# --- exact rewriting of the float file -----------------------------------------------------------
+
+
+def fuse_activations(content: bytes, *, where: str) -> tuple[bytes, tuple[str, ...]]:
+    """Move loose RELU, RELU6 and RELU_N1_TO_1 into the operator that computes their input.
+
+    Exact in float32: the producer applies the same clamp to the same values. Needed because the
+    quantizer has no integer form of a loose RELU6, which converters leave behind where a transpose
+    stands between a convolution and its activation; transposes and reshapes between are looked
+    through. Returns the file and, for each fusion, ``"RELU6 'name' into CONV_2D"``.
+    """
+    graph = parse_model(content, where=where).subgraphs[0]
+    found = [(o, chain) for o in graph.operators if (chain := _producers(o, graph))]
+    if not found:
+        return content, ()
+    model = flatbuffer_utils.read_model_from_bytearray(content)
+    target = model.subgraphs[0]
+    fused = []
+    for activation, chain in found:
+        producer, nearest = chain[-1], chain[0]
+        target.operators[producer.index].builtinOptions.fusedActivationFunction = _FUSED[activation.name]  # fmt: skip
+        target.operators[nearest.index].outputs = [activation.outputs[0]]
+        name = graph.tensors[activation.outputs[0]].name
+        fused.append(f"{activation.name} {name!r} into {producer.name}")
+    gone = {activation.index for activation, _ in found}
+    target.operators = [o for i, o in enumerate(target.operators) if i not in gone]
+    _drop_tensors(model, {activation.inputs[0] for activation, _ in found})
+    return bytes(flatbuffer_utils.convert_object_to_bytearray(model)), tuple(fused)
+
+
+def _producers(activation: Operator, graph: Subgraph) -> list[Operator]:
+    """From the operator before a loose activation back to the one that can take it over; or []."""
+    if activation.name not in _FUSED:
+        return []
+    chain: list[Operator] = []
+    tensor = activation.inputs[0]
+    while True:
+        users = [o for o in graph.operators if tensor in o.inputs]
+        makers = [o for o in graph.operators if tensor in o.outputs]
+        if len(users) != 1 or len(makers) != 1 or tensor in graph.outputs:
+            return []
+        maker = makers[0]
+        chain.append(maker)
+        if maker.name in _CLAMPING:
+            is_free = maker.options.get("fused_activation_function") == "NONE"
+            return chain if is_free and graph.tensors[maker.outputs[0]].is_float else []
+        if maker.name not in _MOVING:
+            return []
+        tensor = maker.inputs[0]
+
+
+def _drop_tensors(model: Any, gone: set[int]) -> None:
+    """Remove tensors of the main graph that nothing uses, and renumber the rest."""
+    graph = model.subgraphs[0]
+    kept = [i for i in range(len(graph.tensors)) if i not in gone]
+    number = {old: new for new, old in enumerate(kept)} | {-1: -1}
+    graph.tensors = [graph.tensors[i] for i in kept]
+
+    def moved(indices: Iterable[int] | None) -> list[int]:
+        return [number[int(i)] for i in indices] if indices is not None else []
+
+    graph.inputs, graph.outputs = moved(graph.inputs), moved(graph.outputs)
+    for operator in graph.operators:
+        operator.inputs, operator.outputs = moved(operator.inputs), moved(operator.outputs)
+        if operator.intermediates is not None:
+            operator.intermediates = moved(operator.intermediates)
+    for signature in model.signatureDefs or []:
+        if signature.subgraphIndex == 0:
+            for entry in [*(signature.inputs or []), *(signature.outputs or [])]:
+                entry.tensorIndex = number[entry.tensorIndex]
+
+
+# --- ranges --------------------------------------------------------------------------------------
+
+
+def collect_ranges(
+    content: bytes, batches: Iterable[Sequence[np.ndarray]], *, where: str, total: int = 0
+) -> Ranges:
+    """Run the float model on each batch and note the range of every activation, in one pass.
+
+    A batch holds one array for each input, of exactly the file's shape and dtype and in its order.
+    Memory: all activations of one inference, and 8 bytes for each tensor and batch. Raises
+    StageError naming the tensor where one becomes NaN. Infinities, which padding for max pooling
+    brings in, are left out of the range.
+    """
+    graph = parse_model(content, where=where).subgraphs[0]
+    tensors = [
+        t for t in graph.tensors
+        if t.is_float and not t.is_constant and _is_used(t.index, graph)
+    ]  # fmt: skip
+    interpreter = _open(content, where=where)
+    minima: list[np.ndarray] = []
+    maxima: list[np.ndarray] = []
+    shown = time.monotonic()
+    for batch in batches:
+        _invoke(interpreter, batch)
+        row = np.empty((2, len(tensors)), np.float32)
+        for position, tensor in enumerate(tensors):
+            row[:, position] = _extremes(interpreter, tensor.index)
+        if np.isnan(row).any():
+            # in order of execution, the first to go wrong is the cause
+            bad = _first_nan(graph, {t.index for t, v in zip(tensors, row[0], strict=True) if np.isnan(v)})  # fmt: skip
+            raise StageError(
+                f"{where}: {bad} is NaN for calibration sample {len(minima)}",
+                stage=STAGE,
+                hint="run the float model on this sample: it divides by zero or overflows",
+            )
+        minima.append(row[0])
+        maxima.append(row[1])
+        if total and time.monotonic() - shown > _PROGRESS_S:
+            shown = time.monotonic()
+            log.info("calibrating: %d of %d samples", len(minima), total)
+    if not minima:
+        raise StageError(f"{where}: there is no calibration sample", stage=STAGE)
+    return Ranges(tuple(t.name for t in tensors), np.stack(minima), np.stack(maxima))
+
+
+def _open(content: bytes, *, where: str) -> Interpreter:
+    """An interpreter on one thread that keeps every tensor; delegates would hide some."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # keeping all tensors costs memory: that is meant
+            interpreter = Interpreter(
+                model_content=content,
+                num_threads=1,
+                experimental_preserve_all_tensors=True,
+                experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+            )
+            interpreter.allocate_tensors()
+    except (ValueError, RuntimeError) as exc:
+        raise ArtifactError(
+            f"LiteRT cannot load {where}: {exc}", hint="see the operator it names"
+        ) from exc
+    return interpreter
+
+
+def _invoke(interpreter: Interpreter, batch: Sequence[np.ndarray]) -> None:
+    for detail, array in zip(interpreter.get_input_details(), batch, strict=True):
+        interpreter.set_tensor(detail["index"], array)
+    interpreter.reset_all_variables()
+    interpreter.invoke()
+
+
+def _extremes(interpreter: Interpreter, index: int) -> tuple[float, float]:
+    """(minimum, maximum) of a tensor without copying it; (0, 0) where it is empty."""
+    values = interpreter.tensor(index)()
+    if values.size == 0:
+        return 0.0, 0.0
+    low, high = float(values.min()), float(values.max())
+    if np.isinf(low) or np.isinf(high):
+        finite = values[np.isfinite(values)]
+        return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    return low, high
+
+
+def _first_nan(graph: Subgraph, bad: set[int]) -> str:
+    for operator in graph.operators:
+        for output in operator.outputs:
+            if output in bad:
+                return f"{operator.name} output {graph.tensors[output].name!r}"
+    return "an input"
+
+
+# --- quantising ----------------------------------------------------------------------------------
+
+
+def quantize(
+    content: bytes,
+    ranges: Mapping[str, tuple[float, float]],
+    *,
+    input_dtype: IoDtype = "int8",
+    output_dtype: IoDtype = "int8",
+    where: str = "the model",
+) -> bytes:
+    """A float32 .tflite -> int8 .tflite, with the given range of every activation tensor.
+
+    A range is widened to hold zero and becomes ``scale = (max - min) / 255`` and a zero point. uint8
+    at a door is the int8 value + 128 (same scale, zero point + 128), through one QUANTIZE operator;
+    float32 leaves one QUANTIZE or DEQUANTIZE there. Inputs and outputs that are integers stay.
+    Operators without an integer form stay in float between DEQUANTIZE and QUANTIZE: look for them
+    with `float_reasons`. Raises StageError where litert-quantizer fails.
+    """
+    graph = parse_model(content, where=where).subgraphs[0]
+    statistics = {}
+    for tensor in graph.tensors:
+        if tensor.name in ranges and tensor.is_float and not tensor.is_constant:
+            shape = (1,) * max(len(tensor.shape), 1)
+            low, high = ranges[tensor.name]
+            statistics[tensor.name] = {
+                "min": np.full(shape, min(low, 0.0), np.float32),
+                "max": np.full(shape, max(high, 0.0), np.float32),
+            }
+    with _quiet():
+        try:
+            tool = quantizer.Quantizer(content)
+            tool.load_quantization_recipe(_recipe(input_dtype, output_dtype))
+            result = tool.quantize(
+                statistics, enable_progress_bar=False, enable_progress_report=False
+            )
+        except Exception as exc:  # it raises whatever its parts raise
+            raise StageError(
+                f"litert-quantizer cannot quantise {where}: {type(exc).__name__}: {exc}",
+                stage=STAGE,
+                hint="the message names the operator; `edgepipe inspect` lists what the file holds",
+            ) from exc
+    if result.quantized_model is None:
+        raise StageError(f"litert-quantizer made no model of {where}", stage=STAGE)
+    return bytes(result.quantized_model)
+
+
+def _recipe(input_dtype: IoDtype, output_dtype: IoDtype) -> list[dict[str, Any]]:
+    """litert-quantizer's own int8 recipe, then one rule for each door that is not int8."""
+    rules: list[dict[str, Any]] = quantizer_recipe.static_wi8_ai8()
+    base = rules[0]["op_config"]
+    for door, dtype in (("INPUT", input_dtype), ("OUTPUT", output_dtype)):
+        rule: dict[str, Any] = {"regex": ".*", "operation": qtyping.TFLOperationName(door)}
+        if dtype == "float32":
+            rules.append({**rule, "algorithm_key": "no_quantize", "op_config": base})
+        elif dtype == "uint8":
+            activation = {**base["activation_tensor_config"], "dtype": "UINT"}
+            config = {**base, "activation_tensor_config": activation}
+            rules.append({**rule, "algorithm_key": "min_max_uniform_quantize", "op_config": config})
+    return rules
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """litert-quantizer warns about keeping tensors, which it does to read their names."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def integer_operators() -> frozenset[str]:
+    """Names of the operators litert-quantizer 0.11 has an int8 form for."""
+    names = json.loads(default_policy.DEFAULT_JSON_POLICY)["ops_per_config"]["static_wi8_ai8"]
+    return frozenset({"TRANSPOSE_CONV" if n == "CONV_2D_TRANSPOSE" else n for n in names})
+
+
+_ADVICE = {
+    "RELU6": "put nn.ReLU6 right behind a convolution, linear layer or addition that nothing else uses",
+    "RELU_N1_TO_1": "put the clamp right behind a convolution, linear layer or addition",
+    "LEAKY_RELU": "train with nn.ReLU, or write it as torch.maximum(x, slope * x)",
+    "PRELU": "train with nn.ReLU",
+    "MINIMUM": "write it as -torch.maximum(-a, -b)",
+    "REDUCE_MAX": "use max_pool2d over the whole map",
+    "ELU": "train with nn.ReLU or nn.Hardswish",
+    "EXP": "leave the exponential to the code behind the model",
+    "UNIDIRECTIONAL_SEQUENCE_LSTM": "export the LSTM unrolled",
+}
+
+
+def float_reasons(islands: Sequence[FloatIsland]) -> list[dict[str, Any]]:
+    """For each island: its operators, the tensor it makes, why it is float and what to do."""
+    known = integer_operators()
+    records = []
+    for island in islands:
+        missing = sorted({n for n in island.computing if n not in known})
+        if missing:
+            reason = f"no int8 form of {', '.join(missing)} in litert-quantizer"
+        elif island.computing:
+            reason = "its shape, options or neighbours rule out the int8 form"
+        else:
+            reason = "a detour through float between two integer tensors"
+        advice = [f"{n}: {_ADVICE[n]}" for n in missing if n in _ADVICE]
+        records.append(
+            {
+                "operators": list(island.names),
+                "computing": list(island.computing),
+                "tensor": island.output,
+                "reason": reason,
+                "advice": "; ".join(advice),
+            }
+        )
+    return records
+
+
+def check_full_integer(
+    content: bytes, *, allow_float: Sequence[str] = (), where: str = "the model"
+) -> list[dict[str, Any]]:
+    """The islands that may stay, as `float_reasons` gives them.
+
+    Raises StageError listing every island that holds an operator not named in ``allow_float``.
+    """
+    islands = describe_model(parse_model(content, where=where)).float_islands
+    records = float_reasons(islands)
+    refused = [
+        record
+        for record in records
+        if not record["computing"] or set(record["computing"]) - set(allow_float)
+    ]
+    if refused:
+        listed = "; ".join(
+            f"{' - '.join(r['operators'])} (makes {r['tensor']!r}): {r['reason']}" for r in refused
+        )
+        advice = "; ".join(dict.fromkeys(r["advice"] for r in refused if r["advice"]))
+        names = sorted({n for r in refused for n in r["computing"]})
+        allow = f"or let them stay: allow_float = {json.dumps(names)}" if names else ""
+        raise StageError(
+            f"{where} is not full-integer: {len(refused)} float island(s): {listed}",
+            stage=STAGE,
+            hint="; ".join(part for part in (advice, allow) if part),
+            code="float-islands",
+        )
+    return records
+
+
+# --- where int8 departs from float ---------------------------------------------------------------
+
+
+def departures(
+    float_content: bytes, integer_content: bytes, batches: Iterable[Sequence[np.ndarray]]
+) -> list[tuple[str, str, float]]:
+    """(tensor, operator, SQNR in dB) of the tensors both files name, in order of execution.
+
+    ``batches`` hold real inputs of the float file. Finds where quantisation first goes wrong: a
+    tensor far below those before it.
+    """
+    reference = _open(float_content, where="the float model")
+    candidate = _open(integer_content, where="the int8 model")
+    graph = parse_model(integer_content, where="the int8 model").subgraphs[0]
+    float_names = {d["name"]: d["index"] for d in reference.get_tensor_details()}
+    made = [(o.name, graph.tensors[i]) for o in graph.operators for i in o.outputs if i >= 0]
+    made = [(o, t) for o, t in made if t.name in float_names and not t.is_constant]
+    signal, noise = np.zeros(len(made)), np.zeros(len(made))
+    for batch in batches:
+        _invoke(reference, batch)
+        _invoke(
+            candidate,
+            [_stored(a, d) for a, d in zip(batch, candidate.get_input_details(), strict=True)],
+        )
+        for position, (_, tensor) in enumerate(made):
+            expected = reference.get_tensor(float_names[tensor.name]).astype(np.float64)
+            got = candidate.get_tensor(tensor.index).astype(np.float64)
+            if tensor.scales:
+                got = (got - tensor.zero_points[0]) * tensor.scales[0]
+            if got.shape == expected.shape:
+                signal[position] += float((expected**2).sum())
+                noise[position] += float(((got - expected) ** 2).sum())
+    tiny = np.finfo(np.float64).tiny
+    sqnr = 10 * np.log10(np.maximum(signal, tiny) / np.maximum(noise, tiny))
+    return [
+        (tensor.name, operator, float(value))
+        for (operator, tensor), value in zip(made, sqnr, strict=True)
+    ]
+
+
+def _stored(array: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:
+    scale, zero_point = detail["quantization"]
+    if not scale:
+        return array
+    limits = np.iinfo(detail["dtype"])
+    return np.clip(np.rint(array / scale) + zero_point, limits.min, limits.max).astype(detail["dtype"])  # fmt: skip
