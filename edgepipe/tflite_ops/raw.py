@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -131,3 +132,22 @@ def mismatch(
             if unequal.any():
                 largest = max(largest, float(np.abs(here[unequal] - there[unequal]).max()))
     return Mismatch(different / total if total else 0.0, total, largest)
+
+
+def read_samples(path: Path) -> dict[str, np.ndarray]:
+    """Arrays of a ``.npz`` by name, or the one array of a ``.npy`` under the name ``""``.
+
+    Raises DataError where it is neither, or holds Python objects (which could run code).
+    """
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {"": loaded}
+        with loaded:
+            return {name: loaded[name] for name in loaded.files}
+    except FileNotFoundError as exc:
+        raise DataError(f"{path} does not exist", hint="check the path", code="no-such-file") from exc  # fmt: skip
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as exc:
+        raise DataError(
+            f"{path} holds no arrays: {exc}", hint="save them with numpy.savez or numpy.save"
+        ) from exc

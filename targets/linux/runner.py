@@ -851,6 +851,8 @@ def worker():
         result, code = {"ok": WORK[spec["kind"]](spec)}, 0
     except MemoryError:
         result, code = {"error": "out of memory"}, 1
+    except RuntimeError as exc:  # the runtime's own words are on stderr
+        result, code = {"error": str(exc)}, 1
     except Exception as exc:
         traceback.print_exc()
         result, code = {"error": "%s: %s" % (type(exc).__name__, exc)}, 1
@@ -868,6 +870,7 @@ def run_worker(spec, timeout_s):
     process = subprocess.Popen(
         [sys.executable, os.path.abspath(__file__), "--worker"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/",
+        env=dict(os.environ, PYTHONHASHSEED="0"),  # one layout of dicts: memory repeats better
     )  # fmt: skip
     stdout, tail = [], [b""]
 
@@ -927,8 +930,10 @@ def run_worker(spec, timeout_s):
     if process.returncode == 0 and "ok" in answer:
         return answer["ok"], None
     message = answer.get("error") or "the worker ended with code %d" % process.returncode
-    what = "out-of-memory" if message == "out of memory" else "error"
-    return cause(what, message)
+    if message == "out of memory":
+        return cause("out-of-memory", message)
+    said = re.findall(r"^ERROR: *(.*\S)", stderr, re.M)
+    return cause("error", "%s (%s)" % (message, "; ".join(said[-3:])) if said else message)
 
 
 # ELF e_machine (elf.h) and EI_CLASS for what `machine` returns

@@ -1,0 +1,177 @@
+"""``edgepipe bench``: one .tflite file on one device."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgepipe.cli import Output
+
+if TYPE_CHECKING:
+    from edgepipe.artifact import Artifact
+    from edgepipe.bench import BenchResult, MeasureOptions
+
+BACKENDS = ("auto", "litert-c", "litert-interpreter", "tflite-runtime-interpreter")
+# One-sided confidence of the p90 bounds, as in the latency gate.
+CONFIDENCE = 0.99
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Measure latency, load time and memory of a TFLite file on a device. Nothing is judged.\n\n"
+        "  edgepipe bench model.tflite\n"
+        "  edgepipe bench model.tflite --device ssh://pi@raspberrypi --profile rpi4b_4gb --sessions 5\n\n"
+        "exit code 1: the model crashes or cannot be loaded there"
+    )
+    parser.add_argument("model", type=Path, help="the model, a .tflite file")
+    parser.add_argument("--device", metavar="ADDRESS", help="where to measure: local or ssh://user@host[:port] (default: local, or the profile's from edgepipe.local.toml)")  # fmt: skip
+    parser.add_argument("--profile", metavar="NAME", help="device profile that describes it (default: localhost)")  # fmt: skip
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of the runtime (default: the profile's)")  # fmt: skip
+    parser.add_argument("--sessions", type=int, metavar="N", help="latency sessions, a fresh process each (default: 3)")  # fmt: skip
+    parser.add_argument("--session", metavar="TIME", help='how long one session measures (default: "2 s")')  # fmt: skip
+    parser.add_argument("--warmup", metavar="TIME", help='warm-up before each session (default: "0.5 s")')  # fmt: skip
+    parser.add_argument("--memory-sessions", type=int, metavar="N", help="memory sessions (default: 2)")  # fmt: skip
+    parser.add_argument("--backend", choices=BACKENDS, help="demand one way of running the model (default: auto, the first that works)")  # fmt: skip
+    parser.add_argument("--affinity", metavar="CPUS", help="stay on these CPUs of the device, like 0,1")  # fmt: skip
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the random inputs (default: 0)")  # fmt: skip
+    parser.add_argument("--budget", metavar="TIME", help='give up after this long (default: "10 min")')  # fmt: skip
+    parser.add_argument("--samples", type=Path, metavar="FILE", help=".npz (arrays by input name) or .npy: also compare the device's outputs with this machine's")  # fmt: skip
+    parser.add_argument("--keep", action="store_true", help="leave the job's files on the device")
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    from edgepipe import bench
+    from edgepipe.device import open_device
+    from edgepipe.errors import EXIT_FAIL, EXIT_PASS
+    from edgepipe.inventory import resolve_targets
+    from edgepipe.measurement import measurement_to_dict
+
+    options = _options(args)
+    model = _model(args.model)
+    # a profile without an address is looked up; with neither it is this machine
+    address = args.device or (None if args.profile else "local")
+    (target,) = resolve_targets([], address=address, profile=args.profile)
+    samples = None
+    if args.samples:
+        from edgepipe.tflite_ops.raw import read_samples
+
+        samples = read_samples(args.samples)
+    device = open_device(target.address)
+    try:
+        result = bench.measure(
+            model, device, target.profile, options, samples=samples, keep=args.keep
+        )
+    finally:
+        device.close()
+    title = f"{args.model} on {target.profile.name} ({target.address})"
+    out.text(render(result, title))
+    out.json(
+        {
+            "model": str(args.model),
+            "model_sha256": model.sha256,
+            "profile": target.profile.name,
+            "device": target.address,
+            "device_facts": result.device_facts,
+            "measurements": [measurement_to_dict(m) for m in result.measurements],
+        }
+    )
+    runs = next(m for m in result.measurements if m.metric == "runs_on_device")
+    return EXIT_PASS if runs.samples[0][0] else EXIT_FAIL
+
+
+def _options(args: argparse.Namespace) -> MeasureOptions:
+    from edgepipe.bench import MeasureOptions
+    from edgepipe.errors import RequestError
+    from edgepipe.schema import build
+
+    names = ("threads", "sessions", "session", "warmup", "memory_sessions", "backend", "seed", "budget")  # fmt: skip
+    data: dict[str, Any] = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    if args.affinity:
+        try:
+            data["affinity"] = [int(cpu) for cpu in args.affinity.split(",")]
+        except ValueError as exc:
+            raise RequestError(
+                f"--affinity {args.affinity!r} is no list of CPU numbers",
+                hint="write --affinity 0,1",
+            ) from exc
+    return build(MeasureOptions, data, where="edgepipe bench", error=RequestError)
+
+
+def _model(path: Path) -> Artifact:
+    """The file as an artifact without specs: the runner reads shapes from the file itself."""
+    from edgepipe.artifact import make_artifact
+    from edgepipe.errors import ArtifactError
+
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(8)
+    except OSError as exc:
+        raise ArtifactError(f"cannot read {path}: {exc.strerror}", hint="check the path", code="no-such-file") from exc  # fmt: skip
+    if head[4:8] != b"TFL3":  # the file identifier of tflite schema.fbs
+        raise ArtifactError(
+            f"{path} is not a TFLite file", hint="convert it first: edgepipe convert MODEL"
+        )
+    return make_artifact("tflite", path, inputs=(), outputs=())
+
+
+def render(result: BenchResult, title: str) -> str:
+    """The tables a person reads."""
+    from edgepipe.report import Table, context_table, text_table
+
+    measured = {m.metric: m for m in result.measurements}
+    runs = measured["runs_on_device"]
+    if not runs.samples[0][0]:
+        rows = [("runs on the device", "NO"), ("reason", str(runs.context["reason"]))]
+        stderr = str(runs.context["cause"].get("stderr", "")).splitlines()
+        rows += [("its last words", line) for line in stderr[-3:]]
+        return text_table(Table(title, ("what", "value"), tuple(rows)))
+    bounds = f"p90, {CONFIDENCE:.0%} bounds"
+    header = ("metric", "p50", "p90", bounds, "sessions x samples")
+    tables = [
+        Table(title, header, tuple(_row(m) for m in result.measurements if m is not runs)),
+        context_table(measured),
+    ]
+    notes = _notes(measured)
+    return "\n\n".join([*(text_table(t) for t in tables), *(["\n".join(notes)] if notes else [])])
+
+
+def _row(measurement: Any) -> tuple[str, str, str, str, str]:
+    from edgepipe import stats
+    from edgepipe.units import format_value
+
+    sessions, unit = measurement.valid_sessions, measurement.unit
+    if not sessions:
+        return measurement.metric, "no valid session", "", "", f"0 of {len(measurement.samples)}"
+    p50 = format_value(stats.sessions_percentile(sessions, 0.5), unit)
+    size = f"{len(sessions)} x {min(len(s) for s in sessions)}"
+    if all(len(s) == 1 for s in sessions):
+        return measurement.metric, p50, "", "", size
+    low = stats.sessions_lower_bound(sessions, 0.9, CONFIDENCE)
+    high = stats.sessions_upper_bound(sessions, 0.9, CONFIDENCE)
+    if low is None or high is None:
+        interval = "too few samples"
+    else:
+        interval = f"{format_value(low, unit)} to {format_value(high, unit)}"
+    p90 = format_value(stats.sessions_percentile(sessions, 0.9), unit)
+    return measurement.metric, p50, p90, interval, size
+
+
+def _notes(measured: dict[str, Any]) -> list[str]:
+    """What a reader must know before trusting the figures."""
+    wall = measured["latency_wall"]
+    context, notes = wall.context, []
+    if context["contended"]:
+        shares = ", ".join(f"{s['cpu_share']:.0%}" for s in context["sessions"])
+        notes.append(f"note: the device was busy with other work (CPU time / wall time {shares}): trust latency_cpu")  # fmt: skip
+    for metric, measurement in measured.items():
+        for session, cause in sorted(measurement.excluded.items()):
+            notes.append(f"note: {metric}: session {session + 1} does not count: {cause}")
+    flags = sorted({flag for s in context["sessions"] for flag in s["flags"]})
+    if flags:
+        notes.append(f"note: flags: {', '.join(flags)}")
+    if context["runtime_differs_from_profile"]:
+        notes.append("note: measured with another runtime than the profile's")
+    if any(s["state"] == "kept" for s in context["sessions"]):
+        notes.append("note: the model keeps state between inferences; it was not reset")
+    return notes
