@@ -71,7 +71,7 @@ class DataSource:
     scale: float = 1.0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    # keep the samples whose index % n == k, or with not_fold those where it is not
+    # [k, n] keeps the samples whose index % n == k; not_fold those where it is not
     fold: tuple[int, int] | None = None
     not_fold: tuple[int, int] | None = None
     # a seeded random choice of this many samples, in stored order; 0 = all

@@ -62,7 +62,7 @@ def load_samples(source: DataSource, specs: Sequence[TensorSpec]) -> Samples:
         raise DataError("the model has no inputs, so there is nothing to load samples for")
     if source.fold is not None and source.not_fold is not None:
         raise DataError(
-            "data: fold and not_fold are both set", hint="keep one: fold = [5, 0] or not_fold"
+            "data: fold and not_fold are both set", hint="keep one: fold = [0, 5] or not_fold"
         )
     raw = _READERS[source.kind](source, specs)
     where = _where(source)
@@ -161,11 +161,11 @@ def _choose(count: int, source: DataSource) -> np.ndarray:
         fold: tuple[int, int] | None = getattr(source, option)
         if fold is None:
             continue
-        n, k = fold
+        k, n = fold
         if n < 1 or not 0 <= k < n:
             raise DataError(
-                f"{where}: {option} = [{n}, {k}] keeps nothing",
-                hint=f"write {option} = [n, k] with 0 <= k < n, like [5, 0]",
+                f"{where}: {option} = [{k}, {n}] keeps nothing",
+                hint=f"write {option} = [k, n] with 0 <= k < n, like [0, 5]",
             )
         keep = keep[(keep % n == k) == wanted]
     if source.limit < 0:
