@@ -39,6 +39,8 @@ def _explain(error):
     found = _REFUSED.search(str(error))
     if found:
         op, node, code, message = found.groups()
+        if code.startswith("custom_op"):
+            message = "no built-in TFLite operator computes it"
         return {"reason": "unsupported-op", "op": op, "node": node, "message": f"{message.strip()} ({code})"}  # fmt: skip
     return {"reason": "converter-error", "message": f"{type(error).__name__}: {str(error)[:500]}"}
 
