@@ -9,6 +9,9 @@ from typing import Annotated, Literal
 from edgepipe.errors import ProfileError
 from edgepipe.schema import Unit, build, near_miss, read_toml, record
 
+# What `machine` may say: uname -m of the processes, or "any" for a profile of no certain board.
+MACHINES = ("aarch64", "armv7l", "x86_64", "any")
+
 
 @record
 class Cluster:
@@ -34,6 +37,7 @@ class DeviceProfile:
 
     ``target`` is the folder under ``targets/`` with the payload; ``runtime`` the inference runtime
     the numbers are for. ``work_dir`` may begin with ``~``.
+    A profile of no certain board (localhost) leaves facts open: ``"any"``, 0, no clusters.
     """
 
     schema: int

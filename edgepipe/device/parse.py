@@ -2,9 +2,144 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from edgepipe.errors import CommandFailed
+from edgepipe.profile import Cluster
+
+FACTS_SCHEMA = 1
+
+# (implementer, part) of /proc/cpuinfo -> core. Linux, arch/arm64/include/asm/cputype.h (Arm's own
+# 32-bit cores: arch/arm/include/asm/cputype.h)
+CORES = {
+    ("0x41", "0xb76"): "ARM1176",
+    ("0x41", "0xc07"): "Cortex-A7",
+    ("0x41", "0xd03"): "Cortex-A53",
+    ("0x41", "0xd04"): "Cortex-A35",
+    ("0x41", "0xd05"): "Cortex-A55",
+    ("0x41", "0xd07"): "Cortex-A57",
+    ("0x41", "0xd08"): "Cortex-A72",
+    ("0x41", "0xd09"): "Cortex-A73",
+    ("0x41", "0xd0a"): "Cortex-A75",
+    ("0x41", "0xd0b"): "Cortex-A76",
+    ("0x41", "0xd0c"): "Neoverse-N1",
+    ("0x41", "0xd0d"): "Cortex-A77",
+    ("0x41", "0xd41"): "Cortex-A78",
+    ("0x41", "0xd44"): "Cortex-X1",
+    ("0x41", "0xd46"): "Cortex-A510",
+    ("0x41", "0xd47"): "Cortex-A710",
+    ("0x41", "0xd48"): "Cortex-X2",
+    ("0x41", "0xd49"): "Neoverse-N2",
+}
+# What /proc/cpuinfo calls the features that decide which kernels run, and what profiles call them.
+# Arm: Linux, Documentation/arch/arm64/elf_hwcaps.rst. x86: Documentation/arch/x86/cpuinfo.rst.
+ISA_FEATURES = {
+    "asimddp": "dotprod",
+    "asimdhp": "fp16",
+    "i8mm": "i8mm",
+    "bf16": "bf16",
+    "sve": "sve",
+    "sve2": "sve2",
+    "avx2": "avx2",
+    "avx_vnni": "avx_vnni",
+    "avx512f": "avx512f",
+    "avx512_vnni": "avx512_vnni",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a board says of itself (targets/linux/probe.py). None = it does not say.
+
+    ``socs`` are the chip's names from the device tree, most specific first. ``runtimes`` maps
+    installed inference packages to their versions. ``throttling`` are the firmware's own words.
+    """
+
+    model: str | None
+    socs: tuple[str, ...]
+    clusters: tuple[Cluster, ...]
+    ram_bytes: int | None
+    swap_bytes: int | None
+    machine: str
+    bits: int
+    os: str | None
+    kernel: str
+    libc: str | None
+    page_size_bytes: int
+    python: str
+    governor: str | None
+    temperature_c: float | None
+    throttling: tuple[str, ...] | None
+    free_bytes: int
+    runtimes: Mapping[str, str | None]
+
+
+def parse_facts(text: str) -> Facts:
+    """The JSON object that a target's probe prints. Raises CommandFailed on anything else."""
+    try:
+        data = json.loads(text)
+        if data["schema"] != FACTS_SCHEMA:
+            raise ValueError(f"schema {data['schema']}, expected {FACTS_SCHEMA}")
+        device, health, memory = data["device"], data["health"], data["memory"]
+        throttling = health["throttling"]
+        return Facts(
+            model=_text(device["model"]),
+            socs=_socs(data["compatible"]),
+            clusters=_clusters(data["cpus"]),
+            ram_bytes=_whole(memory["total_bytes"]),
+            swap_bytes=_whole(memory["swap_bytes"]),
+            machine=str(device["machine"]),
+            bits=int(device["bits"]),
+            os=_text(device["os"]),
+            kernel=str(device["kernel"]),
+            libc=_text(data["libc"]),
+            page_size_bytes=int(device["page_size_bytes"]),
+            python=str(device["python"]),
+            governor=_text(health["governor"]),
+            temperature_c=None
+            if health["temperature_c"] is None
+            else float(health["temperature_c"]),
+            throttling=None if throttling is None else tuple(str(item) for item in throttling),
+            free_bytes=int(data["free_bytes"]),
+            runtimes={str(k): _text(v) for k, v in dict(data["packages"]).items()},
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
+        raise _garbage("probe.py", text, f"{type(exc).__name__}: {exc}") from exc
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def _whole(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
+def _socs(compatible: Any) -> tuple[str, ...]:
+    """["raspberrypi,5-model-b", "brcm,bcm2712"] -> ("BCM2712",): the chip comes after the board."""
+    names = [str(item).rpartition(",")[2].upper() for item in list(compatible)]
+    return tuple(names[1:])
+
+
+def _clusters(cpus: Any) -> tuple[Cluster, ...]:
+    """CPUs that are of one kind and reach one frequency, in the order they first appear."""
+    counts: dict[tuple[str, int, tuple[str, ...]], int] = {}
+    for cpu in list(cpus):
+        part = (str(cpu["implementer"]), str(cpu["part"]))
+        core = CORES.get(part) or _text(cpu["name"]) or f"unknown core {part[0]}/{part[1]}"
+        features = set(cpu["features"])
+        isa = tuple(name for flag, name in ISA_FEATURES.items() if flag in features)
+        kind = (core, round((_whole(cpu["max_khz"]) or 0) / 1000), isa)
+        counts[kind] = counts.get(kind, 0) + 1
+    return tuple(
+        Cluster(core=core, count=count, max_frequency_mhz=mhz, isa=isa)
+        for (core, mhz, isa), count in counts.items()
+    )
+
 
 _SHA256 = re.compile(r"^[0-9a-f]{64}(?=\s|$)")
 
@@ -35,9 +170,10 @@ def parse_free_bytes(text: str) -> int:
     raise _garbage("df -Pk", text)
 
 
-def _garbage(command: str, text: str) -> CommandFailed:
+def _garbage(command: str, text: str, reason: str = "") -> CommandFailed:
+    why = f" ({reason[:200]})" if reason else ""
     return CommandFailed(
-        f"`{command}` printed something else than expected: {text[:200]!r}",
+        f"`{command}` printed something else than expected{why}: {text[:200]!r}",
         hint="run it on the board by hand; please report the output",
         code="unexpected-output",
     )

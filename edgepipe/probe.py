@@ -1,0 +1,189 @@
+"""Ask a board what it is, compare the answer with a profile, write a profile from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from edgepipe.artifact import hash_path
+from edgepipe.device.base import Device
+from edgepipe.device.parse import Facts, parse_facts
+from edgepipe.errors import CommandFailed, NotReadyError
+from edgepipe.profile import MACHINES, SCHEMA, SOURCED_FACTS, Cluster, DeviceProfile
+from edgepipe.resources import target_dir
+from edgepipe.runtime import DEFAULT_VERSION
+
+PROBE_TIMEOUT_S = 60.0
+# MemTotal is what the kernel and the GPU leave of the RAM that is soldered on: on a 512 MiB
+# Raspberry Pi with 76 MiB for the GPU about 80 %.
+_RAM_SHARE = 0.75
+RUNTIME_PACKAGES = {"ai_edge_litert": "litert", "tflite_runtime": "tflite_runtime"}
+
+
+def probe(device: Device, *, target: str = "linux", work_dir: str = "~/.edgepipe") -> Facts:
+    """Push the target's probe to ``work_dir`` on the board, run it, read what it prints.
+
+    Raises NotReadyError where the board has no python3, CommandFailed where the probe fails.
+    """
+    home = device.run(["sh", "-c", 'printf %s "$HOME"'], timeout_s=PROBE_TIMEOUT_S)
+    folder = target_dir(target)
+    files = [folder / "probe.py", folder / "runner.py"]
+    # named by content, as all we push: another version of edgepipe has its own
+    name = "-".join(hash_path(path)[:16] for path in files)
+    remote = f"{_expand(work_dir, os.fsdecode(home.stdout))}/probe/{name}"
+    for path in files:
+        device.push(path, f"{remote}/{path.name}")
+    command = ["python3", "-B", f"{remote}/probe.py", remote]
+    done = device.run(command, timeout_s=PROBE_TIMEOUT_S)
+    if done.returncode in (126, 127):
+        raise NotReadyError(
+            f"{device.address} has no python3",
+            hint="on the device: sudo apt-get install python3",
+            code="no-python",
+        )
+    if done.returncode != 0:
+        raise CommandFailed(
+            f"the probe failed on {device.address} with exit code {done.returncode}: "
+            f"{os.fsdecode(done.stderr).strip()[-500:]}",
+            hint="is python3 there 3.7 or newer?",
+        )
+    return parse_facts(done.stdout.decode(errors="replace"))
+
+
+def _expand(work_dir: str, home: str) -> str:
+    return f"{home.rstrip('/')}/{work_dir[2:]}" if work_dir.startswith("~/") else work_dir
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One fact in which a board departs from a profile, both as text."""
+
+    fact: str
+    profile: str
+    board: str
+
+
+def differences(facts: Facts, profile: DeviceProfile) -> list[Difference]:
+    """Every fact of ``profile`` that the board contradicts, or does not confirm ("?").
+
+    Facts that a profile leaves open ("any", 0, no clusters) are not compared. The model may carry
+    a revision, and RAM may be smaller by what kernel and GPU take.
+    """
+    found: list[Difference] = []
+
+    def compare(fact: str, expected: object, actual: object, same: bool) -> None:
+        if not same:
+            found.append(Difference(fact, str(expected), "?" if actual is None else str(actual)))
+
+    if profile.model != "any":
+        model = (facts.model or "").split(" Rev ")[0]
+        compare("model", profile.model, facts.model, model == profile.model)
+    if profile.soc != "any":
+        socs = ", ".join(facts.socs) or None
+        compare("soc", profile.soc, socs, profile.soc.upper() in facts.socs)
+    if profile.clusters:
+        same = sorted(map(_cluster_text, profile.clusters)) == sorted(
+            map(_cluster_text, facts.clusters)
+        )
+        compare("clusters", clusters_text(profile.clusters), clusters_text(facts.clusters), same)
+    if profile.ram_bytes:
+        ram_bytes = facts.ram_bytes
+        fits = ram_bytes is not None and (
+            _RAM_SHARE * profile.ram_bytes <= ram_bytes <= profile.ram_bytes
+        )
+        shown = None if ram_bytes is None else ram_text(ram_bytes)
+        compare("ram_bytes", ram_text(profile.ram_bytes), shown, fits)
+    if profile.machine != "any":
+        compare("machine", profile.machine, facts.machine, profile.machine == facts.machine)
+        compare("bits", profile.bits, facts.bits, profile.bits == facts.bits)
+    if profile.os != "any":
+        compare("os", profile.os, facts.os, profile.os == facts.os)
+    if profile.libc != "any":
+        compare("libc", profile.libc, facts.libc, profile.libc == facts.libc)
+    if profile.page_size_bytes:
+        compare(
+            "page_size_bytes",
+            profile.page_size_bytes,
+            facts.page_size_bytes,
+            profile.page_size_bytes == facts.page_size_bytes,
+        )
+    for package, version in facts.runtimes.items():
+        if RUNTIME_PACKAGES.get(package) == profile.runtime:
+            compare("runtime_version", profile.runtime_version, version, version == profile.runtime_version)  # fmt: skip
+    return found
+
+
+def clusters_text(clusters: tuple[Cluster, ...]) -> str:
+    return ", ".join(map(_cluster_text, clusters)) or "?"
+
+
+def _cluster_text(cluster: Cluster) -> str:
+    isa = f" ({' '.join(sorted(cluster.isa))})" if cluster.isa else ""
+    clock = f" at {cluster.max_frequency_mhz} MHz" if cluster.max_frequency_mhz else ""
+    return f"{cluster.count} x {cluster.core}{clock}{isa}"
+
+
+def ram_text(ram_bytes: float) -> str:
+    """RAM as its makers count it, in powers of two: 8589934592 -> "8 GiB"."""
+    return f"{ram_bytes / 2**30:.3g} GiB" if ram_bytes >= 2**30 else f"{ram_bytes / 2**20:.3g} MiB"
+
+
+def profile_toml(facts: Facts, *, date: str, target: str = "linux") -> str:
+    """A new profile with the board's facts; every source is ``probed on <date>`` (YYYY-MM-DD)."""
+    # without an installed one it is what we push with a job
+    runtime, version = "litert", DEFAULT_VERSION
+    for package, installed in facts.runtimes.items():
+        if installed and package in RUNTIME_PACKAGES:
+            runtime, version = RUNTIME_PACKAGES[package], installed
+            break
+    lines = [
+        "# What the board said of itself. Look it over: thermal limits and the number of threads",
+        "# are a choice, and ram_bytes is without what kernel and GPU keep for themselves.",
+        "",
+        f"schema = {SCHEMA}",
+        f"model = {_quoted((facts.model or 'any').split(' Rev ')[0])}",
+        f"soc = {_quoted(facts.socs[0] if facts.socs else 'any')}",
+        f'ram_bytes = "{(facts.ram_bytes or 0) // 2**20} MiB"',
+        f"target = {_quoted(target)}",
+        f"machine = {_quoted(facts.machine if facts.machine in MACHINES else 'any')}",
+        f"bits = {facts.bits}",
+        f"os = {_quoted(facts.os or 'any')}",
+        f"libc = {_quoted(facts.libc or 'any')}",
+        f"page_size_bytes = {facts.page_size_bytes}",
+        f"runtime = {_quoted(runtime)}",
+        f"runtime_version = {_quoted(version)}",
+        "threads = 1",
+        'work_dir = "~/.edgepipe"',
+    ]
+    for cluster in facts.clusters:
+        lines += [
+            "",
+            "[[clusters]]",
+            f"core = {_quoted(cluster.core)}",
+            f"count = {cluster.count}",
+            f"max_frequency_mhz = {cluster.max_frequency_mhz}",
+            f"isa = [{', '.join(map(_quoted, cluster.isa))}]",
+        ]
+    if not facts.clusters:
+        lines.append("clusters = []")
+    lines += ["", "[sources]", *(f'{fact} = "probed on {date}"' for fact in SOURCED_FACTS)]
+    return "\n".join(lines) + "\n"
+
+
+def write_profile(facts: Facts, path: Path, *, date: str, target: str = "linux") -> None:
+    """`profile_toml` into a new file, whole or not at all. Raises FileExistsError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part.{os.getpid()}")
+    try:
+        part.write_text(profile_toml(facts, date=date, target=target), encoding="utf-8")
+        os.link(part, path)  # unlike a rename it refuses to replace what is there
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _quoted(text: str) -> str:
+    """A TOML basic string: the escapes of JSON are escapes of TOML (TOML 1.0, "String")."""
+    whole = text.encode("utf-8", "replace").decode()  # a lone surrogate is in no TOML file
+    return json.dumps(whole, ensure_ascii=False).replace("\x7f", "\\u007f")
