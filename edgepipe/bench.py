@@ -407,13 +407,14 @@ def _run_sessions(
     done: dict[str, int] = dict.fromkeys(plan, 0)
     deadline_s = time.monotonic() + options.budget
     replies: list[dict[str, Any]] = []
+    backend = job["backend"]
     killed = 0
     while plan:
         kind = plan[0]
         left_s = deadline_s - time.monotonic()
         if left_s <= 0:
             raise _over_budget(board, options, f"before {kind} session {done[kind] + 1}")
-        call = {**job, "sessions": [kind], "budget_s": left_s}
+        call = {**job, "sessions": [kind], "backend": backend, "budget_s": left_s}
         reply = _call(board, call, f"{job_dir}/job-{len(replies)}.json", left_s)
         replies.append(reply)
         if reply["code"] == 70 and reply["runs_on_device"] is False:
@@ -430,6 +431,7 @@ def _run_sessions(
             continue
         if reply["code"] != 0:
             _raise_for(reply, board, options, profile)
+        backend = reply["runtime"]["backend"]  # what was chosen once is demanded from now on
         done[kind] += 1
         plan.pop(0)
         session = reply["sessions"][0]
@@ -525,6 +527,8 @@ def parse_reply(
         refuse("the runner's answer is not whole")
     if reply["code"] == 70 and not isinstance(reply.get("cause"), dict):
         refuse("the runner's answer gives no cause")
+    if reply["sessions"] and not isinstance(reply.get("runtime"), dict):
+        refuse("the runner's answer names no runtime")
     for session in reply["sessions"]:
         problem = _session_problem(session)
         if problem:

@@ -85,8 +85,13 @@ def host_outputs(path: Path, samples: RawSamples) -> tuple[dict[str, str], list[
     """(dtype of each output, output bytes by tensor name for each inference) on this host."""
     interpreter = open_tflite(path)
     inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
-    results, at = [], 0
+    # resource variables (tf.Variable) outlive reset_all_variables: only loading anew clears them
+    has_resources = any(op["op_name"] == "VAR_HANDLE" for op in interpreter._get_ops_details())
+    results: list[dict[str, bytes]] = []
+    at = 0
     for _ in range(samples.count):
+        if has_resources and results:
+            interpreter = open_tflite(path)
         for detail in inputs:
             shape, dtype = tuple(detail["shape"]), np.dtype(detail["dtype"])
             size = int(np.prod(shape)) * dtype.itemsize

@@ -44,6 +44,7 @@ def tiny_tflite(*, size: int = 4, layers: int = 1) -> bytes:
             _tensor(name, (1, size), 0),
         ]
         operator = schema.OperatorT()
+        operator.opcodeIndex = schema.BuiltinOperator.FULLY_CONNECTED
         operator.inputs = [source, weight, weight + 1]
         operator.outputs = [weight + 2]
         operator.builtinOptionsType = schema.BuiltinOptions.FullyConnectedOptions
@@ -51,7 +52,7 @@ def tiny_tflite(*, size: int = 4, layers: int = 1) -> bytes:
         graph.operators.append(operator)
     graph.inputs, graph.outputs = [0], [len(graph.tensors) - 1]
     buffers = [_buffer(None), _buffer(_identity(size, 2.0)), _buffer([1.0] * size)]
-    return _pack(graph, buffers, schema.BuiltinOperator.FULLY_CONNECTED)
+    return _pack([graph], buffers)
 
 
 def crashing_tflite() -> bytes:
@@ -81,30 +82,78 @@ def stateful_tflite(*, size: int = 4) -> bytes:
     ]
     graph.tensors[4].isVariable = True
     operator = schema.OperatorT()
+    operator.opcodeIndex = schema.BuiltinOperator.RNN
     operator.inputs, operator.outputs = [0, 1, 2, 3, 4], [5]
     operator.builtinOptionsType = schema.BuiltinOptions.RNNOptions
     operator.builtinOptions = schema.RNNOptionsT()
     operator.builtinOptions.fusedActivationFunction = schema.ActivationFunctionType.RELU
     graph.operators, graph.inputs, graph.outputs = [operator], [0], [5]
     buffers = [_buffer(None), _buffer(_identity(size, 1.0)), _buffer([0.0] * size)]
-    return _pack(graph, buffers, schema.BuiltinOperator.RNN)
+    return _pack([graph], buffers)
+
+
+def counting_tflite(*, size: int = 4) -> bytes:
+    """A float32 model with a resource variable: ``y = x + v; v = y``, ``(1, size) -> (1, size)``.
+
+    What a tf.Variable becomes. ``v`` starts at 0, set by a second graph that runs once.
+    """
+    kinds, options = schema.BuiltinOperator, schema.BuiltinOptions
+
+    def operator(kind: int, inputs: list[int], outputs: list[int], name: str) -> schema.OperatorT:
+        made = schema.OperatorT()
+        made.opcodeIndex = kind  # replaced by the index in _pack
+        made.inputs, made.outputs = inputs, outputs
+        made.builtinOptionsType = getattr(options, name)
+        made.builtinOptions = getattr(schema, f"{name}T")()
+        if name == "VarHandleOptions":
+            made.builtinOptions.container, made.builtinOptions.sharedName = b"", b"v"
+        if name == "CallOnceOptions":
+            made.builtinOptions.initSubgraphIndex = 1
+        return made
+
+    handle = _tensor("handle", (), 0)
+    handle.type = schema.TensorType.RESOURCE
+    shape = (1, size)
+    main, once = schema.SubGraphT(), schema.SubGraphT()
+    main.tensors = [_tensor("x", shape, 0), handle, _tensor("v", shape, 0), _tensor("y", shape, 0)]
+    main.operators = [
+        operator(kinds.CALL_ONCE, [], [], "CallOnceOptions"),
+        operator(kinds.VAR_HANDLE, [], [1], "VarHandleOptions"),
+        operator(kinds.READ_VARIABLE, [1], [2], "ReadVariableOptions"),
+        operator(kinds.ADD, [0, 2], [3], "AddOptions"),
+        operator(kinds.ASSIGN_VARIABLE, [1, 3], [], "AssignVariableOptions"),
+    ]
+    main.inputs, main.outputs = [0], [3]
+    once.tensors = [handle, _tensor("zeros", shape, 1)]
+    once.operators = [
+        operator(kinds.VAR_HANDLE, [], [0], "VarHandleOptions"),
+        operator(kinds.ASSIGN_VARIABLE, [0, 1], [], "AssignVariableOptions"),
+    ]
+    once.inputs, once.outputs = [], []
+    return _pack([main, once], [_buffer(None), _buffer([0.0] * size)])
 
 
 def _identity(size: int, value: float) -> list[float]:
     return [value if row == column else 0.0 for row in range(size) for column in range(size)]
 
 
-def _pack(graph: schema.SubGraphT, buffers: list[schema.BufferT], operator: int) -> bytes:
-    """A model of one graph whose operators are all of one kind, version 1."""
-    code = schema.OperatorCodeT()
-    code.builtinCode = code.deprecatedBuiltinCode = operator
-    code.version = 1
-    for item in graph.operators:
-        item.opcodeIndex = 0
-    graph.name = b"main"
+def _pack(graphs: list[schema.SubGraphT], buffers: list[schema.BufferT]) -> bytes:
+    """A model of these graphs; each operator's ``opcodeIndex`` is its BuiltinOperator so far."""
+    operators = [operator for graph in graphs for operator in graph.operators]
+    kinds = sorted({operator.opcodeIndex for operator in operators})
     model = schema.ModelT()
+    model.operatorCodes = []
+    for kind in kinds:
+        code = schema.OperatorCodeT()
+        code.builtinCode, code.version = kind, 1
+        code.deprecatedBuiltinCode = min(kind, 127)  # an int8 field; readers take the larger one
+        model.operatorCodes.append(code)
+    for operator in operators:
+        operator.opcodeIndex = kinds.index(operator.opcodeIndex)
+    for number, graph in enumerate(graphs):
+        graph.name = f"graph{number}".encode()
     model.version = 3
-    model.operatorCodes, model.subgraphs, model.buffers = [code], [graph], buffers
+    model.subgraphs, model.buffers = graphs, buffers
     model.description = b"edgepipe tiny"
     return _finish(model)
 

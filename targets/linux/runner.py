@@ -64,6 +64,10 @@ class Stop(Exception):
         self.code, self.error, self.message, self.more = code, error, message, more
 
 
+class Unsupported(RuntimeError):
+    """This backend cannot run this model by design; another one may."""
+
+
 def log(text):
     sys.stderr.write("runner: %s\n" % text)
     sys.stderr.flush()
@@ -450,8 +454,12 @@ class LiteRtC:
 
     def do(self, function, *arguments):
         status = getattr(self.api, "LiteRt" + function)(*arguments)
+        if status == 2:  # kLiteRtStatusErrorMemoryAllocationFailure (litert/c/litert_common.h)
+            raise MemoryError
         if status:
-            raise RuntimeError("LiteRt%s: status %d" % (function, status))
+            # kLiteRtStatusErrorUnsupported: variable tensors (LSTM, RNN, SVDF), for one
+            error = Unsupported if status == 5 else RuntimeError
+            raise error("LiteRt%s: status %d" % (function, status))
 
     def _options(self, threads):
         libc = ctypes.CDLL(None)
@@ -558,7 +566,9 @@ class Interpreter:
         }
         self.inputs = [self._describe(d) for d in interpreter.get_input_details()]
         self.outputs = [self._describe(d) for d in interpreter.get_output_details()]
-        self.stateful = None  # unknown, and of no matter: it can be reset
+        # resource variables (tf.Variable) are not reset by reset_all_variables, only by loading anew
+        operators = {operator["op_name"] for operator in interpreter._get_ops_details()}
+        self.stateful = bool(operators & {"VAR_HANDLE", "CALL_ONCE"})
         self.call, self.reset = interpreter.invoke, interpreter.reset_all_variables
 
     def _describe(self, detail):
@@ -629,10 +639,10 @@ def fill_random(model, seed):
 # A float32 model of one dense layer, y = 2 x + 1, (1, 4) -> (1, 4): edgepipe's tiny_tflite().
 SELF_TEST_MODEL = zlib.decompress(
     base64.b64decode(
-        "eNqNULEOAUEQHRxOLLniCoVCqVBIfACVSqnUkLuwCXKJS5AolD7AJ/gslS/wB+ft7BxLZTYvMzv73uzM+EQ0HU8G"
-        "4yzLQsRX4AY8C0QlsjgBPcADHuAZH5Cx8/AbFfLBqgh3xJzcfdnfuTP+ayCIo2Wc6CTupHp7xB3tUciUJrUQBaT4"
-        "76bk20AErIC19LOZ6y39aEOeRVHd0cL8QGKPj9Xk+8hrFJ18QfKe7HAGdOV+wQw+vBLe0dGa9zveleTMv2Vgoee7"
-        "vsNR3CXxjMqpZfhVYB/r5Srtcw3vrTE7sV1Z7Ud3+Okhr6V4Fx9NzY5VewFtryv7"
+        "eNqNkLEOAUEQhgeHE0uuuEKhUCoUl3gAKpVSqSEud5eIXJAgUSg9gEfwWCpP4A3Ov7Nz7Kns5cvOzv3/7sy4RDSb"
+        "TIeTLMt8xDdwB68SUYUMZzAADnhCp3eP9LqMitTIhaom2jFr8q2w/s5d8F4LQbiKwjRJw94+2ZxwRnnks6RNHUQe"
+        "KX67LfkuWIEYrIm4pmi7SOOg6PW5F0VNy4vlehI7/BlPPg+Sc9nKlyTvyAznoC/nK3pwsSvRnSyv/v/AfyU5/W4V"
+        "LJPFLrA0iqsk7lFZd2l9HRzCJIr3Ad/hfDx6JqYq4/36jj815HcpnsXX0zBtNd4vcyya"
     )
 )  # fmt: skip
 SELF_TEST_INPUT = struct.pack("<4f", 0.0, 1.0, 2.0, 3.0)
@@ -745,9 +755,11 @@ def work_latency(spec):
 
 def state_of(model, inner):
     """What happens to variable tensors (LSTM state) between inferences."""
-    if model.reset is not None:
-        return "reset-before-each-inference" if inner == 1 else "reset-before-each-batch"
-    return "kept" if model.stateful else "none"
+    if model.stateful:
+        return "kept"
+    if model.reset is None:
+        return "none"
+    return "reset-before-each-inference" if inner == 1 else "reset-before-each-batch"
 
 
 def work_memory(spec):
@@ -802,11 +814,11 @@ def work_outputs(spec):
     samples = []
     with open(given["path"], "rb") as stream:
         for _ in range(given["count"]):
-            if model.reset is not None:
-                model.reset()
-            elif model.stateful and not fresh:
+            if model.stateful and not fresh:
                 model = open_model(spec["runtime"], spec["model"], spec["threads"])
                 reloads += 1
+            elif model.reset is not None:
+                model.reset()
             for tensor in by_name(model.inputs, given["tensors"]):
                 raw = stream.read(tensor["bytes"])
                 if len(raw) != tensor["bytes"]:
@@ -850,7 +862,9 @@ def worker():
             os.sched_setaffinity(0, spec["affinity"])
         result, code = {"ok": WORK[spec["kind"]](spec)}, 0
     except MemoryError:
-        result, code = {"error": "out of memory"}, 1
+        result, code = {"error": "out of memory", "what": "out-of-memory"}, 1
+    except Unsupported as exc:
+        result, code = {"error": str(exc), "what": "unsupported"}, 1
     except RuntimeError as exc:  # the runtime's own words are on stderr
         result, code = {"error": str(exc)}, 1
     except Exception as exc:
@@ -930,10 +944,10 @@ def run_worker(spec, timeout_s):
     if process.returncode == 0 and "ok" in answer:
         return answer["ok"], None
     message = answer.get("error") or "the worker ended with code %d" % process.returncode
-    if message == "out of memory":
-        return cause("out-of-memory", message)
     said = re.findall(r"^ERROR: *(.*\S)", stderr, re.M)
-    return cause("error", "%s (%s)" % (message, "; ".join(said[-3:])) if said else message)
+    if said:
+        message += " (%s)" % "; ".join(said[-3:])
+    return cause(answer.get("what", "error"), message)
 
 
 # ELF e_machine (elf.h) and EI_CLASS for what `machine` returns
@@ -970,12 +984,13 @@ def library_fault(library):
     return None
 
 
-def choose_runtime(job, self_test, deadline):
+def choose_runtime(job, self_test, deadline, unfit):
     """The first backend that loads and passes the self-test -> (runtime, rejected ones).
 
-    Raises Stop(69) with every reason where there is none.
+    ``unfit`` are backends that turned out not to support the model, with the reason. Raises
+    Stop(69) with every reason where none is left.
     """
-    wanted, rejected, found = job["backend"], [], packages()
+    wanted, rejected, found = job["backend"], list(unfit), packages()
     candidates = []
     if job["runtime"] is not None:
         item = job["runtime"]
@@ -999,7 +1014,8 @@ def choose_runtime(job, self_test, deadline):
             reason = "Python %s has no %s" % (platform.python_version(), module)
             rejected.append({"backend": backend, "reason": reason})
     for candidate in candidates:
-        if wanted not in ("auto", candidate["backend"]):
+        known_unfit = [r["backend"] for r in unfit]
+        if wanted not in ("auto", candidate["backend"]) or candidate["backend"] in known_unfit:
             continue
         reason = None
         if candidate["backend"] == "litert-c":
@@ -1082,6 +1098,7 @@ class Lease:
         self.write(0 if self.job["release"] else self.now() + self.job["lease_s"])
 
 
+SESSIONS = ["latency", "memory", "outputs"]
 NUMBER = (int, float)
 JOB_KEYS = {
     "schema": int, "id": str, "owner": str, "work_dir": str, "model": dict,
@@ -1122,7 +1139,7 @@ def load_job(path):
                 if not isinstance(job[name].get(key), kind)
             ]
     if not wrong:
-        wrong += ["no session is called %r" % s for s in job["sessions"] if s not in WORK]
+        wrong += ["no session is called %r" % s for s in job["sessions"] if s not in SESSIONS]
         if job["backend"] not in ("auto", "litert-c", "litert-interpreter", "tflite-runtime-interpreter"):  # fmt: skip
             wrong.append("backend is %r" % job["backend"])
         if job["threads"] < 1:
@@ -1167,11 +1184,21 @@ def measure(job, reply, deadline, job_dir):
         self_test = os.path.join(folder, "self-test.tflite")
         with open(self_test, "wb") as stream:
             stream.write(SELF_TEST_MODEL)
-        reply["runtime"], reply["rejected"] = choose_runtime(job, self_test, deadline)
-        for kind in job["sessions"]:
+        unfit = []
+        reply["runtime"], reply["rejected"] = choose_runtime(job, self_test, deadline, unfit)
+        kinds = list(job["sessions"])
+        while kinds:
+            kind = kinds[0]
             session = run_session(job, kind, reply["runtime"], self_test, deadline)
-            reply["sessions"].append(session)
             cause = session["cause"]
+            if cause is not None and cause["what"] == "unsupported" and not reply["sessions"]:
+                unfit.append({"backend": reply["runtime"]["backend"], "reason": cause["message"]})
+                log("%s: %s" % (unfit[-1]["backend"], cause["message"]))
+                chosen = choose_runtime(job, self_test, deadline, unfit)
+                reply["runtime"], reply["rejected"] = chosen
+                continue
+            kinds.pop(0)
+            reply["sessions"].append(session)
             if cause is None:
                 reply["runs_on_device"] = True
             elif cause["what"] == "timeout":
