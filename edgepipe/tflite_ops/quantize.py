@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import logging
 import time
@@ -47,6 +48,8 @@ _FUSED = {
     "RELU6": schema.ActivationFunctionType.RELU6,
     "RELU_N1_TO_1": schema.ActivationFunctionType.RELU_N1_TO_1,
 }
+# Infinity, and what kernels make of it: they clamp their result to the float32 limits of 3.4e38.
+_HUGE = 3e38
 _PROGRESS_S = 2.0
 
 
@@ -254,8 +257,8 @@ def _extremes(interpreter: Interpreter, index: int) -> tuple[float, float]:
     if values.size == 0:
         return 0.0, 0.0
     low, high = float(values.min()), float(values.max())
-    if np.isinf(low) or np.isinf(high):
-        finite = values[np.isfinite(values)]
+    if low < -_HUGE or high > _HUGE:
+        finite = values[np.abs(values) <= _HUGE]
         return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     return low, high
 
@@ -332,8 +335,8 @@ def _recipe(input_dtype: IoDtype, output_dtype: IoDtype) -> list[dict[str, Any]]
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """litert-quantizer warns about keeping tensors, which it does to read their names."""
-    with warnings.catch_warnings():
+    """litert-quantizer draws a progress bar on stderr and warns about how it keeps tensors."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
 

@@ -181,7 +181,7 @@ def test_fold_and_not_fold_split_the_samples_without_overlap(n, k, count):
         np.save(path, np.arange(count, dtype=np.float32)[:, None])
         found = []
         for option in ("fold", "not_fold"):
-            source = DataSource(kind="npy", path=path, **{option: (n, k)})
+            source = DataSource(kind="npy", path=path, **{option: (k, n)})
             with contextlib.suppress(DataError):  # one side may be empty, which is refused
                 loaded = load_samples(source, [TensorSpec("x", (1, 1))])
                 found += loaded.inputs["x"].ravel().tolist()

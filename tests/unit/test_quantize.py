@@ -1,0 +1,325 @@
+"""Float to int8: the numbers against the LiteRT 8-bit specification, and what is refused."""
+
+import numpy as np
+import pytest
+from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgepipe.errors import StageError
+from edgepipe.tflite_ops import quantize as ops
+from edgepipe.tflite_ops.flatbuffer import parse_model
+from edgepipe.tflite_ops.inspect import describe_model
+from edgepipe.tflite_ops.tiny import tiny_tflite
+from tests.unit.tflite_builder import Graph, small_cnn
+
+
+def graph_of(content):
+    return parse_model(content, where="m").subgraphs[0]
+
+
+def run(content, batch, *, reference_kernels=False):
+    """Stored values in, stored values out."""
+    resolver = OpResolverType.BUILTIN_REF if reference_kernels else OpResolverType.AUTO
+    interpreter = Interpreter(model_content=content, experimental_op_resolver_type=resolver)
+    interpreter.allocate_tensors()
+    for detail, array in zip(interpreter.get_input_details(), batch, strict=True):
+        interpreter.set_tensor(detail["index"], array)
+    interpreter.invoke()
+    return [interpreter.get_tensor(d["index"]).copy() for d in interpreter.get_output_details()]
+
+
+def noise(*shape, seed=1):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def quantized(content, data, **options):
+    content, _ = ops.fuse_activations(content, where="m")
+    table = ops.collect_ranges(content, [[x[None]] for x in data], where="m").table()
+    return ops.quantize(content, table, **options)
+
+
+def one_dense(seed=0, outputs=6):
+    rng = np.random.default_rng(seed)
+    g = Graph()
+    x = g.input("x", (1, 8))
+    # channels of very different size: one scale for all of them would lose the small ones
+    weights = (rng.normal(size=(outputs, 8)) * np.logspace(-2, 1, outputs)[:, None]).astype(np.float32)  # fmt: skip
+    bias = rng.normal(size=outputs).astype(np.float32)
+    return g.bytes([g.dense(x, weights, bias, "y", (1, outputs))]), weights, bias
+
+
+# --- ranges
+
+
+def test_ranges_are_the_union_over_samples_of_every_activation():
+    content = tiny_tflite(size=4, layers=2)  # h0 = 2x + 1, y = 2 h0 + 1
+    data = [np.array([[0.0, 1, 2, 3]], np.float32), np.array([[-5.0, 0, 0, 0]], np.float32)]
+    ranges = ops.collect_ranges(content, [[x] for x in data], where="m")
+    assert ranges.table() == {"x": (-5, 3), "h0": (-9, 7), "y": (-17, 15)}
+    assert ranges.minima.shape == (2, 3)
+
+
+def test_samples_are_streamed_one_at_a_time():
+    alive = []
+
+    def batches():
+        for i in range(5):
+            alive.append(i)
+            yield [np.full((1, 4), i, np.float32)]
+
+    iterator = batches()
+    ops.collect_ranges(tiny_tflite(), iterator, where="m")
+    assert alive == [0, 1, 2, 3, 4]
+
+
+def test_a_tensor_that_becomes_nan_is_named_with_its_operator_and_sample():
+    good, bad = np.ones((1, 4), np.float32), np.full((1, 4), np.nan, np.float32)
+    with pytest.raises(StageError, match=r"FULLY_CONNECTED output 'y' is NaN for .* sample 1"):
+        ops.collect_ranges(tiny_tflite(), [[good], [bad]], where="m")
+
+
+def test_infinities_are_left_out_of_a_range():
+    g = Graph()
+    x = g.input("x", (1, 4))
+    y = g.op("ADD", [x, g.const("one", np.ones((1, 4), np.float32))], "y", (1, 4), "AddOptions")
+    big = np.array([[-np.inf, 1, 2, 3]], np.float32)
+    table = ops.collect_ranges(g.bytes([y]), [[big]], where="m").table()
+    assert table == {"x": (1, 3), "y": (2, 4)}
+
+
+# --- numbers
+
+
+def test_weights_and_bias_follow_the_8_bit_specification_channel_by_channel():
+    content, weights, bias = one_dense()
+    integer = quantized(content, noise(50, 8))
+    graph = graph_of(integer)
+    operator = graph.operators[0]
+    x, w, b = (graph.tensors[i] for i in operator.inputs)
+    assert (x.dtype, w.dtype, b.dtype) == ("int8", "int8", "int32")
+    np.testing.assert_allclose(w.scales, np.abs(weights).max(axis=1) / 127, rtol=1e-6)
+    assert set(w.zero_points) == {0}
+    np.testing.assert_allclose(b.scales, np.array(w.scales) * x.scales[0], rtol=1e-6)
+    interpreter = Interpreter(model_content=integer)
+    interpreter.allocate_tensors()
+    # half a step of each channel is all that rounding may cost
+    stored = interpreter.get_tensor(w.index) * np.array(w.scales)[:, None]
+    assert (np.abs(stored - weights) <= np.array(w.scales)[:, None] * 0.5 * (1 + 1e-5)).all()
+    stored = interpreter.get_tensor(b.index) * np.array(b.scales)
+    assert (np.abs(stored - bias) <= np.array(b.scales) * 0.5 * (1 + 1e-5)).all()
+
+
+def test_the_int8_layer_computes_what_integer_arithmetic_by_hand_gives():
+    content, _, _ = one_dense()
+    integer = quantized(content, noise(50, 8))
+    graph = graph_of(integer)
+    x, w, b = (graph.tensors[i] for i in graph.operators[0].inputs)
+    y = graph.tensors[graph.operators[0].outputs[0]]
+    interpreter = Interpreter(model_content=integer)
+    interpreter.allocate_tensors()
+    weights, bias = interpreter.get_tensor(w.index), interpreter.get_tensor(b.index)
+    for seed in range(20):
+        stored = np.random.default_rng(seed).integers(-128, 128, (1, 8)).astype(np.int8)
+        sums = (stored.astype(np.int64) - x.zero_points[0]) @ weights.T.astype(np.int64) + bias
+        factors = x.scales[0] * np.array(w.scales) / y.scales[0]
+        by_hand = np.clip(np.rint(sums * factors) + y.zero_points[0], -128, 127)
+        for reference_kernels in (False, True):
+            (got,) = run(integer, [stored], reference_kernels=reference_kernels)
+            # kernels round a fixed-point factor: one step at most
+            assert np.abs(got - by_hand).max() <= 1
+
+
+@given(
+    st.floats(-100, 100, width=32), st.floats(-100, 100, width=32),
+    st.lists(st.floats(0, 1), min_size=1, max_size=20),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_a_range_becomes_a_scale_that_covers_it_and_holds_zero_exactly(a, b, positions):
+    low, high = sorted((a, b))
+    if high - low < 1e-3:
+        high = low + 1
+    table = {"x": (low, high), "y": (2 * low + 1, 2 * high + 1)}
+    graph = graph_of(ops.quantize(tiny_tflite(), table))
+    x = graph.tensors[graph.inputs[0]]
+    scale, zero_point = x.scales[0], x.zero_points[0]
+    assert scale == pytest.approx((max(high, 0) - min(low, 0)) / 255, rel=1e-5)
+    assert -128 <= zero_point <= 127
+    values = low + np.array(positions) * (high - low)
+    stored = np.clip(np.rint(values / scale) + zero_point, -128, 127)
+    # rounding the zero point may shift the covered range by half a step, on top of half for values
+    assert np.abs((stored - zero_point) * scale - values).max() <= scale * (1 + 1e-4)
+
+
+@given(st.lists(st.floats(-4, 4, width=32), min_size=8, max_size=8))
+@settings(max_examples=25, deadline=None)
+def test_quantising_and_dequantising_a_value_costs_half_a_step_at_most(values):
+    from edgepipe.tflite_ops.run import dequantize, quantize
+
+    detail = {"dtype": np.int8, "quantization": (8 / 255, -1), "name": "x"}
+    array = np.array(values, np.float32)
+    inside = (array >= (-128 + 1) * 8 / 255) & (array <= (127 + 1) * 8 / 255)
+    error = np.abs(dequantize(quantize(array, detail), detail) - array)
+    assert (error[inside] <= 4 / 255 + 4 * 2**-23).all()  # and the result is rounded to float32
+
+
+def test_the_same_input_gives_the_same_file():
+    assert quantized(small_cnn(), noise(20, 6, 6, 3)) == quantized(small_cnn(), noise(20, 6, 6, 3))
+
+
+# --- doors
+
+
+@pytest.mark.parametrize("door", ["input", "output", "both"])
+def test_uint8_doors_are_the_int8_ones_shifted_by_128_exactly(door):
+    data = noise(30, 6, 6, 3)
+    base = quantized(small_cnn(), data)
+    options = {f"{d}_dtype": "uint8" for d in ("input", "output") if door in (d, "both")}
+    other = quantized(small_cnn(), data, **options)
+    ours, theirs = graph_of(base), graph_of(other)
+    assert describe_model(parse_model(other, where="m")).is_full_integer
+    for side, shifted in (("inputs", "input_dtype"), ("outputs", "output_dtype")):
+        a, b = (g.tensors[getattr(g, side)[0]] for g in (ours, theirs))
+        is_shifted = shifted in options
+        assert b.dtype == ("uint8" if is_shifted else "int8")
+        assert b.scales == a.scales
+        assert b.zero_points[0] == a.zero_points[0] + 128 * is_shifted
+    for x in np.random.default_rng(3).integers(-128, 128, (20, 1, 6, 6, 3)).astype(np.int8):
+        fed = (x.astype(np.int16) + 128).astype(np.uint8) if "input_dtype" in options else x
+        (a,), (b,) = run(base, [x]), run(other, [fed])
+        assert b.tolist() == (a.astype(np.int16) + 128 * ("output_dtype" in options)).tolist()
+
+
+def test_float_doors_quantise_and_dequantise_with_the_same_scales():
+    data = noise(30, 6, 6, 3)
+    base = quantized(small_cnn(), data)
+    other = quantized(small_cnn(), data, input_dtype="float32", output_dtype="float32")
+    description = describe_model(parse_model(other, where="m"))
+    assert [d.split()[0] for d in description.doors] == ["QUANTIZE", "DEQUANTIZE"]
+    assert description.is_full_integer
+    graph = graph_of(base)
+    x, y = graph.tensors[graph.inputs[0]], graph.tensors[graph.outputs[0]]
+    for sample in data[:10, None]:
+        stored = np.clip(np.rint(sample / np.float32(x.scales[0])) + x.zero_points[0], -128, 127)
+        (expected,) = run(base, [stored.astype(np.int8)])
+        (got,) = run(other, [sample])
+        assert got.dtype == np.float32
+        exact = (expected.astype(np.float32) - y.zero_points[0]) * y.scales[0]
+        np.testing.assert_allclose(got, exact, atol=y.scales[0] * 1e-3)
+
+
+# --- fusing
+
+
+@pytest.mark.parametrize("activation", ["RELU", "RELU6", "RELU_N1_TO_1"])
+def test_a_loose_activation_behind_a_transpose_moves_into_the_convolution_exactly(activation):
+    content = small_cnn(loose=activation)
+    fused, lines = ops.fuse_activations(content, where="m")
+    assert lines == (f"{activation} 'act' into CONV_2D",)
+    graph = graph_of(fused)
+    assert activation not in [o.name for o in graph.operators]
+    used = {i for o in graph.operators for i in o.inputs + o.outputs}
+    assert used == set(range(len(graph.tensors)))  # nothing is left over
+    for x in noise(10, 1, 6, 6, 3):
+        (before,), (after,) = run(content, [x]), run(fused, [x])
+        np.testing.assert_array_equal(before, after)
+
+
+def test_an_activation_is_left_alone_where_its_input_is_used_elsewhere():
+    g = Graph()
+    x = g.input("x", (1, 4, 4, 2))
+    c = g.conv(x, noise(2, 3, 3, 2), noise(2), "conv", (1, 4, 4, 2))
+    a = g.op("RELU6", [c], "act", (1, 4, 4, 2))
+    s = g.op("ADD", [a, c], "sum", (1, 4, 4, 2), "AddOptions")
+    content = g.bytes([s])
+    assert ops.fuse_activations(content, where="m") == (content, ())
+
+
+def test_an_activation_is_left_alone_where_its_input_leaves_the_model_or_is_clamped_already():
+    for fused, extra in ((schema.ActivationFunctionType.NONE, True), (schema.ActivationFunctionType.RELU, False)):  # fmt: skip
+        g = Graph()
+        x = g.input("x", (1, 4, 4, 2))
+        c = g.conv(x, noise(2, 3, 3, 2), noise(2), "conv", (1, 4, 4, 2), fusedActivationFunction=fused)  # fmt: skip
+        a = g.op("RELU6", [c], "act", (1, 4, 4, 2))
+        content = g.bytes([a, c] if extra else [a])
+        assert ops.fuse_activations(content, where="m") == (content, ())
+
+
+def test_the_name_of_an_output_survives_fusing():
+    g = Graph()
+    x = g.input("x", (1, 4, 4, 2))
+    c = g.conv(x, noise(2, 3, 3, 2), noise(2), "conv", (1, 4, 4, 2))
+    content = g.bytes([g.op("RELU6", [c], "act", (1, 4, 4, 2))])
+    fused, _ = ops.fuse_activations(content, where="m")
+    model = parse_model(fused, where="m")
+    assert model.subgraphs[0].tensors[model.subgraphs[0].outputs[0]].name == "act"
+    assert list(model.signatures[0].outputs) == ["act"]
+    np.testing.assert_array_equal(*(run(m, [noise(1, 4, 4, 2)])[0] for m in (content, fused)))
+
+
+# --- islands
+
+
+def test_an_operator_without_an_integer_form_is_refused_with_reason_and_advice():
+    integer = quantized(small_cnn(loose="LEAKY_RELU"), noise(20, 6, 6, 3))
+    with pytest.raises(StageError, match=r"DEQUANTIZE - LEAKY_RELU - QUANTIZE") as caught:
+        ops.check_full_integer(integer, where="net.tflite")
+    error = caught.value
+    assert "net.tflite is not full-integer" in error.message
+    assert "no int8 form of LEAKY_RELU" in error.message
+    assert 'allow_float = ["LEAKY_RELU"]' in error.hint
+    assert "nn.ReLU" in error.hint
+    assert error.exit_code == 2
+
+
+def test_an_island_may_stay_by_name_and_is_then_listed():
+    integer = quantized(small_cnn(loose="LEAKY_RELU"), noise(20, 6, 6, 3))
+    (island,) = ops.check_full_integer(integer, allow_float=("LEAKY_RELU",))
+    assert island["operators"] == ["DEQUANTIZE", "LEAKY_RELU", "QUANTIZE"]
+    assert "LEAKY_RELU" in island["reason"]
+    with pytest.raises(StageError):
+        ops.check_full_integer(integer, allow_float=("RELU6",))
+
+
+def test_a_float_model_is_no_full_integer_model():
+    with pytest.raises(StageError, match="CONV_2D"):
+        ops.check_full_integer(small_cnn())
+
+
+def test_a_loose_relu6_would_stay_in_float_were_it_not_fused():
+    """The reason `fuse_activations` exists: fails once the quantizer learns RELU6."""
+    content = small_cnn()
+    table = ops.collect_ranges(content, [[x[None]] for x in noise(9, 6, 6, 3)], where="m").table()
+    islands = describe_model(parse_model(ops.quantize(content, table), where="m")).float_islands
+    assert [i.computing for i in islands] == [("RELU6",)]
+
+
+@pytest.mark.parametrize("name", sorted(ops._ADVICE))
+def test_advice_is_given_only_for_operators_that_need_it(name):
+    assert name not in ops.integer_operators()
+
+
+def test_an_int8_model_is_not_quantised_again():
+    integer = quantized(small_cnn(), noise(20, 6, 6, 3))
+    with pytest.raises(StageError, match="quantized already"):
+        ops.check_quantizable(parse_model(integer, where="m"), where="m.tflite")
+
+
+def test_missing_ranges_are_an_error_of_the_stage():
+    with pytest.raises(StageError, match="litert-quantizer cannot quantise net"):
+        ops.quantize(small_cnn(loose="RELU"), {}, where="net")
+
+
+# --- departures
+
+
+def test_departures_finds_the_tensor_whose_range_was_wrong():
+    content, _ = ops.fuse_activations(small_cnn(), where="m")
+    data = noise(20, 6, 6, 3)
+    table = ops.collect_ranges(content, [[x[None]] for x in data], where="m").table()
+    table["mean"] = (0.0, 0.01)  # clips
+    rows = ops.departures(content, ops.quantize(content, table), [[x[None]] for x in data[:4]])
+    assert [name for name, _, _ in rows] == ["conv", "act", "mean", "y"]
+    below = [name for name, _, sqnr in rows if sqnr < 20]
+    assert below[0] == "mean"
