@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from edgepipe.array_ops.layout import to_layout
 from edgepipe.array_ops.load import Samples, check_shape
 from edgepipe.artifact import TensorSpec
 from edgepipe.data import DataSource
@@ -142,6 +143,23 @@ def add_settling(report: CalibrationReport, settling: Settling) -> CalibrationRe
             + (f" ({ENOUGH_SAMPLES} or more)" if report.samples < ENOUGH_SAMPLES else ""),
         )
     return dataclasses.replace(report, settling=settling, warnings=warnings)
+
+
+def file_batches(samples: Samples, specs: Sequence[TensorSpec]) -> Iterator[list[np.ndarray]]:
+    """Samples one batch of the file at a time: for each input, (batch, ...) in the file's layout.
+
+    The last batch is filled up with its own last sample, which adds nothing to a range.
+    """
+    size = max((spec.shape[spec.layout.find("N")] if "N" in spec.layout else 1) for spec in specs)
+    size = max(size, 1)
+    for start in range(0, len(samples), size):
+        rows = np.minimum(np.arange(start, start + size), len(samples) - 1)
+        yield [
+            np.ascontiguousarray(
+                to_layout(samples.inputs[spec.name][rows], spec.source_layout, spec.layout)
+            )
+            for spec in specs
+        ]
 
 
 def settle(

@@ -16,10 +16,6 @@ from edgepipe.schema import Unit, near_miss, record
 from edgepipe.stage import StageContext
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    import numpy as np
-
     from edgepipe.array_ops.calibration import CalibrationReport
     from edgepipe.array_ops.load import Samples
 
@@ -76,7 +72,12 @@ class QuantizeInt8:
     def run(self, artifact: Artifact, context: StageContext) -> Artifact:
         from importlib.metadata import version
 
-        from edgepipe.array_ops.calibration import add_settling, check_calibration, settle
+        from edgepipe.array_ops.calibration import (
+            add_settling,
+            check_calibration,
+            file_batches,
+            settle,
+        )
         from edgepipe.array_ops.load import load_samples
         from edgepipe.tflite_ops import quantize as ops
         from edgepipe.tflite_ops.flatbuffer import parse_model
@@ -103,7 +104,7 @@ class QuantizeInt8:
         for line in fused:
             log.info("fused %s", line)
         log.info("calibrating on %d samples", len(samples))
-        batches = _batches(samples, artifact.inputs)
+        batches = file_batches(samples, artifact.inputs)
         ranges = ops.collect_ranges(content, batches, where=where, total=len(samples))
         settling = settle(ranges.minima, ranges.maxima, ranges.names, seed=context.seed)
         report = add_settling(report, settling)
@@ -205,6 +206,7 @@ class QuantizeInt8:
         quantized: bytes,
     ) -> dict[str, Any]:
         """int8 against float on real samples; StageError with the first tensor that departs."""
+        from edgepipe.array_ops.calibration import file_batches
         from edgepipe.array_ops.compare import compare
         from edgepipe.tflite_ops.quantize import departures
 
@@ -214,7 +216,7 @@ class QuantizeInt8:
         worst = min(errors, key=lambda name: errors[name].sqnr_db)
         if errors[worst].sqnr_db < self.min_sqnr:
             few = dataclasses.replace(samples, inputs={n: a[:4] for n, a in chosen.items()})
-            rows = departures(float_content, quantized, _batches(few, before.inputs))
+            rows = departures(float_content, quantized, file_batches(few, before.inputs))
             first = next((r for r in rows if r[2] < self.min_sqnr), None)
             at = f"; the first tensor below it is {first[0]!r}, made by {first[1]} ({first[2]:.1f} dB)" if first else ""  # fmt: skip
             raise StageError(
@@ -250,23 +252,6 @@ def source_specs(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
         )
         for spec in specs
     )
-
-
-def _batches(samples: Samples, specs: tuple[TensorSpec, ...]) -> Iterator[list[np.ndarray]]:
-    """Samples one file-sized batch at a time, in the file's layout; the last is filled up with its
-    own last sample, which adds nothing to a range."""
-    import numpy as np
-
-    from edgepipe.array_ops.layout import to_layout
-
-    size = max((spec.shape[spec.layout.find("N")] if "N" in spec.layout else 1) for spec in specs)
-    size = max(size, 1)
-    for start in range(0, len(samples), size):
-        rows = np.minimum(np.arange(start, start + size), len(samples) - 1)
-        yield [
-            np.ascontiguousarray(to_layout(samples.inputs[s.name][rows], s.source_layout, s.layout))
-            for s in specs
-        ]
 
 
 def _ranges_text(table: dict[str, tuple[float, float]], report: CalibrationReport) -> str:

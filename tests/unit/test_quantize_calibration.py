@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from edgepipe.array_ops.calibration import add_settling, check_calibration, settle
+from edgepipe.array_ops.calibration import add_settling, check_calibration, file_batches, settle
 from edgepipe.array_ops.load import Samples
 from edgepipe.artifact import TensorSpec
 from edgepipe.data import DataSource, ImagePreprocess
@@ -171,3 +171,11 @@ def test_the_curve_never_falls_and_ends_at_one(maxima):
     assert all(a <= b + 1e-6 for a, b in itertools.pairwise(shares))
     assert shares[-1] == pytest.approx(1)
     assert 0 <= settling.growth <= 1
+
+
+def test_batches_have_the_files_size_and_layout_and_the_last_is_filled_up():
+    spec = TensorSpec("x", (4, 8, 8, 3), layout="NHWC", source_layout="NCHW")
+    array = pixels(6)
+    first, last = (batch[0] for batch in file_batches(samples(array), [spec]))
+    np.testing.assert_array_equal(first, array[:4].transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(last, array[[4, 5, 5, 5]].transpose(0, 2, 3, 1))
