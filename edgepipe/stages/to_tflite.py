@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -184,8 +185,10 @@ class ToTflite:
                 f"{name} says it made {made.name}, but it did not",
                 stage=NAME, code="no-output", log_path=str(context.log_path), hint="look at the log",
             )  # fmt: skip
-        if answer["reason"] == "unsupported-op":
-            raise _unsupported(artifact, answer["op"], answer["node"], answer["message"], name, context)  # fmt: skip
+        # onnx2tf 1.x says in its log at which node it stopped, 2.x in its error
+        node = answer.get("node") or _node_in_log(context.log_path)
+        if node or "op" in answer:
+            raise _unsupported(artifact, answer.get("op", ""), node, answer["message"], name, context)  # fmt: skip
         raise StageError(
             f"{name} cannot convert {artifact.path.name}: {answer['message']}",
             stage=NAME, code=answer["reason"], log_path=str(context.log_path),
@@ -224,15 +227,23 @@ class ToTflite:
         )  # fmt: skip
 
 
+def _node_in_log(path: Path) -> str:
+    """The node after which onnx2tf 1.x gave up, or ""."""
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - 4096))
+        found = re.findall(r"onnx_op_name: (\S+)", stream.read().decode(errors="replace"))
+    return found[-1] if found else ""
+
+
 def _unsupported(
     artifact: Artifact, operator: str, node: str, reason: str, name: str, context: StageContext
 ) -> StageError:
     from edgepipe.tflite_ops.bisect import find_node
 
-    found = find_node(artifact.path, node, operator)
-    line = f", from {found[1]}" if found and found[1] else ""
+    found_node, found_operator, line = find_node(artifact.path, node, operator) or (node, operator, "")  # fmt: skip
+    source = f", from {line}" if line else ""
     return StageError(
-        f"{name} cannot convert operator {operator} (node {found[0] if found else node!r}{line}): {reason}",
+        f"{name} cannot convert operator {found_operator} (node {found_node!r}{source}): {reason}",
         stage=NAME, code="unsupported-op", log_path=str(context.log_path),
         hint="write that line with other PyTorch operators, or do it outside the model",
     )  # fmt: skip

@@ -150,8 +150,9 @@ def source_line(node: onnx.NodeProto) -> str:
     return f"{Path(file).name}:{line} in {function}: {code.strip()}"
 
 
-def find_node(path: Path, name: str, operator: str) -> tuple[str, str] | None:
-    """(name, PyTorch line) of the node a converter complained about, by name, else by operator."""
+def find_node(path: Path, name: str, operator: str) -> tuple[str, str, str] | None:
+    """(name, operator, PyTorch line) of the node a converter named, else the first such operator."""
     nodes = read_onnx(path).graph.node
-    named = [node for node in nodes if node.name == name] or [node for node in nodes if node.op_type == operator]  # fmt: skip
-    return (named[0].name, source_line(named[0])) if named else None
+    named = [node for node in nodes if node.name == name]
+    found = named or [node for node in nodes if node.op_type == operator]
+    return (found[0].name, found[0].op_type, source_line(found[0])) if found else None

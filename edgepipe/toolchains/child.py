@@ -42,7 +42,8 @@ def _explain(error):
         if code.startswith("custom_op"):
             message = "no built-in TFLite operator computes it"
         return {"reason": "unsupported-op", "op": op, "node": node, "message": f"{message.strip()} ({code})"}  # fmt: skip
-    return {"reason": "converter-error", "message": f"{type(error).__name__}: {str(error)[:500]}"}
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return {"reason": "converter-error", "message": f"{type(error).__name__}: {first_line[:300]}"}
 
 
 def _limit(limits) -> None:
