@@ -83,12 +83,12 @@ def output_error(argv: Sequence[str], address: str) -> CommandFailed:
 
 
 def disk_full_error(
-    remote: str, address: str, *, needed_bytes: int, free_bytes: int | None = None
+    doing: str, *, needed_bytes: int, free_bytes: int | None = None
 ) -> TransferError:
     """The error of every transport where the file does not fit; ``free_bytes`` where it is known."""
     free = "" if free_bytes is None else f" and {max(free_bytes, 0) / 1e6:.1f} MB are free"
     return TransferError(
-        f"push to {remote} on {address}: no space left; the file needs {needed_bytes / 1e6:.1f} MB{free}",
+        f"{doing}: no space left; the file needs {needed_bytes / 1e6:.1f} MB{free}",
         hint="free some space there, or choose another work_dir",
         code="disk-full",
     )

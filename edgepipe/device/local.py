@@ -80,7 +80,7 @@ class LocalDevice:
             raise _transfer_error("push", local, target, exc) from exc
         if size_bytes + base.FREE_MARGIN_BYTES > free_bytes:
             raise disk_full_error(
-                str(target), "local", needed_bytes=size_bytes, free_bytes=free_bytes
+                f"push to {target} on local", needed_bytes=size_bytes, free_bytes=free_bytes
             )
         _copy_whole(local, target, "push")
         return True
@@ -156,7 +156,7 @@ def _copy_whole(source: Path, target: Path, verb: str) -> None:
 
 def _transfer_error(verb: str, source: Path, target: Path, exc: OSError) -> TransferError:
     if exc.errno == errno.ENOSPC:
-        return disk_full_error(str(target), "local", needed_bytes=source.stat().st_size)
+        return disk_full_error(f"{verb} to {target} on local", needed_bytes=source.stat().st_size)
     return TransferError(
         f"{verb} of {source} to {target} on local failed: {exc.strerror or exc}",
         hint="check both paths and their permissions",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import getpass
 import hashlib
 import logging
@@ -193,6 +194,7 @@ class SshDevice:
         """See `Device.pull`."""
         path = self._expand(remote)
         part = local.with_name(f"{local.name}.part.{secrets.token_hex(4)}")
+        size_bytes = 0
         try:
             size_bytes = self._sftp().stat(path).st_size or 0
             local.parent.mkdir(parents=True, exist_ok=True)
@@ -209,6 +211,10 @@ class SshDevice:
             part.replace(local)
         except BaseException as exc:
             self._drop_sftp()
+            if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:  # here: SFTP has no errno
+                raise disk_full_error(
+                    f"pull of {path} from {self.address} to {local}", needed_bytes=size_bytes
+                ) from exc
             if isinstance(exc, (OSError, EOFError, paramiko.SSHException)):
                 raise self._transfer_error("pull", path, local, exc) from exc
             raise
@@ -326,7 +332,9 @@ class SshDevice:
         free_bytes = self._free_bytes(os.path.dirname(path) or ".")  # noqa: PTH120 (a remote path)
         if size_bytes + base.FREE_MARGIN_BYTES > free_bytes:
             raise disk_full_error(
-                path, self.address, needed_bytes=size_bytes, free_bytes=free_bytes
+                f"push to {path} on {self.address}",
+                needed_bytes=size_bytes,
+                free_bytes=free_bytes,
             )
 
     def _upload(self, local: Path, part: str, mode: int) -> str:
@@ -363,7 +371,9 @@ class SshDevice:
             free_bytes = self._free_bytes(os.path.dirname(path) or ".")  # noqa: PTH120
             if free_bytes < size_bytes:
                 return disk_full_error(
-                    path, self.address, needed_bytes=size_bytes, free_bytes=free_bytes
+                    f"push to {path} on {self.address}",
+                    needed_bytes=size_bytes,
+                    free_bytes=free_bytes,
                 )
         return self._transfer_error("push", local, path, exc)
 
@@ -620,11 +630,15 @@ def _fast_transport(
 
 def _check_identity(path: Path) -> None:
     try:
-        path.read_bytes()
+        first_line = path.read_bytes().partition(b"\n")[0]
     except OSError as exc:
         raise AuthError(
             f"cannot read the key {path}: {exc.strerror}", hint="check the path of the key"
         ) from exc
+    if b"PRIVATE KEY-----" not in first_line:  # PEM (RFC 7468) and OpenSSH's own format
+        raise AuthError(
+            f"{path} is not a private key", hint="name the key itself, not its .pub or .ppk"
+        )
 
 
 def _open_socket(

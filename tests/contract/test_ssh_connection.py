@@ -1,0 +1,377 @@
+"""Connecting over SSH: who is let in, whose key is believed, and what a broken server looks like."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from edgepipe.cli import main
+from edgepipe.device import open_device
+from edgepipe.device.ssh import ENV_IDENTITY, ENV_KNOWN_HOSTS, ENV_PASSWORD, SshDevice
+from edgepipe.errors import AuthError, ConnectError, EdgepipeError, HostKeyError, RequestError
+from edgepipe.testing import LoopbackSshd
+
+from .test_devices import is_gone, wait_until
+
+
+@pytest.fixture(autouse=True)
+def no_settings_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No ~/.ssh, no agent, no variables: only what a test sets."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("SSH_AUTH_SOCK", ENV_IDENTITY, ENV_KNOWN_HOSTS, ENV_PASSWORD):
+        monkeypatch.delenv(name, raising=False)
+
+
+def host_name(server: LoopbackSshd) -> str:
+    return f"[127.0.0.1]:{server.port}"
+
+
+def fingerprint(public_key: Path) -> str:
+    """As OpenSSH itself prints it."""
+    done = subprocess.run(
+        ["ssh-keygen", "-lf", str(public_key)], check=True, capture_output=True, text=True
+    )
+    return done.stdout.split()[1]
+
+
+def says_hello(device: object) -> bool:
+    assert isinstance(device, SshDevice)
+    with device:
+        return device.run(["echo", "hello"], timeout_s=10).stdout == b"hello\n"
+
+
+# ------------------------------------------------------------------------------------- host keys
+
+
+def test_unknown_host_key_is_refused_with_its_fingerprint_and_the_way_to_accept_it(
+    sshd: LoopbackSshd, tmp_path: Path
+) -> None:
+    empty = tmp_path / "none"
+    with pytest.raises(HostKeyError) as caught:
+        open_device(sshd.address, identity_file=sshd.identity_file, known_hosts=empty)
+    assert caught.value.code == "host-key-unknown"
+    assert fingerprint(sshd.identity_file.with_name("host_key.pub")) in caught.value.message
+    assert f"edgepipe devices trust {sshd.address} --known-hosts {empty}" in caught.value.hint
+
+
+def test_changed_host_key_is_refused_with_both_fingerprints(
+    sshd: LoopbackSshd, tmp_path: Path, new_key: Callable[[str], Path]
+) -> None:
+    other = new_key("other").with_suffix(".pub")
+    known = tmp_path / "known"
+    known.write_text(f"{host_name(sshd)} {other.read_text()}")
+    with pytest.raises(HostKeyError) as caught:
+        open_device(sshd.address, identity_file=sshd.identity_file, known_hosts=known)
+    assert caught.value.code == "host-key-changed"
+    assert fingerprint(other) in caught.value.message
+    assert fingerprint(sshd.identity_file.with_name("host_key.pub")) in caught.value.message
+    assert f"edgepipe devices trust --replace {sshd.address}" in caught.value.hint
+
+
+def test_revoked_host_key_is_refused(sshd: LoopbackSshd, tmp_path: Path) -> None:
+    known = tmp_path / "known"
+    line = sshd.known_hosts.read_text()
+    known.write_text(f"{line}@revoked * {line.partition(' ')[2]}")
+    with pytest.raises(HostKeyError):
+        open_device(sshd.address, identity_file=sshd.identity_file, known_hosts=known)
+
+
+def test_host_key_in_a_hashed_known_hosts_file_is_found(sshd: LoopbackSshd, tmp_path: Path) -> None:
+    known = tmp_path / "known"
+    shutil.copyfile(sshd.known_hosts, known)
+    subprocess.run(["ssh-keygen", "-H", "-f", str(known)], check=True, capture_output=True)
+    assert "127.0.0.1" not in known.read_text()
+    device = open_device(sshd.address, identity_file=sshd.identity_file, known_hosts=known)
+    assert says_hello(device)
+
+
+def test_lines_of_known_hosts_that_mean_nothing_are_passed_over(
+    sshd: LoopbackSshd, tmp_path: Path
+) -> None:
+    known = tmp_path / "known"
+    junk = (
+        "# a comment\n\nnonsense\nhost ssh-ed25519 !!!\nhost ssh-dss AAAA\n@cert-authority * x y\n"
+    )
+    known.write_text(junk + sshd.known_hosts.read_text())
+    device = open_device(sshd.address, identity_file=sshd.identity_file, known_hosts=known)
+    assert says_hello(device)
+
+
+def test_trust_writes_a_key_with_which_connecting_works(
+    sshd: LoopbackSshd, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = tmp_path / "new" / "known"
+    command = ["devices", "trust", sshd.address, "--known-hosts", str(known)]
+    assert main([*command, "--yes"]) == 0
+    assert fingerprint(sshd.identity_file.with_name("host_key.pub")) in capsys.readouterr().out
+    assert known.stat().st_mode & 0o777 == 0o600
+    device = open_device(sshd.address, identity_file=sshd.identity_file, known_hosts=known)
+    assert says_hello(device)
+    before = known.read_text()
+    assert main(command) == 0  # known already: nothing to ask, nothing to add
+    assert known.read_text() == before
+
+
+def test_trust_does_not_accept_what_nobody_confirms(
+    sshd: LoopbackSshd, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = tmp_path / "known"
+    assert main(["devices", "trust", sshd.address, "--known-hosts", str(known)]) == 2
+    assert "--yes" in capsys.readouterr().err
+    assert not known.exists()
+
+
+def test_trust_takes_a_changed_key_only_with_replace_and_keeps_other_hosts(
+    sshd: LoopbackSshd,
+    tmp_path: Path,
+    new_key: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    known, old = tmp_path / "known", new_key("old").with_suffix(".pub").read_text().split()
+    kept = f"# mine\nelsewhere {old[0]} {old[1]}\n"
+    known.write_text(f"{kept}{host_name(sshd)},alias {old[0]} {old[1]}\n")
+    command = ["devices", "trust", sshd.address, "--yes", "--known-hosts", str(known)]
+    before = known.read_text()
+    assert main(command) == 3
+    assert "has changed" in capsys.readouterr().err
+    assert known.read_text() == before
+    assert main([*command, "--replace"]) == 0
+    assert known.read_text().startswith(f"{kept}alias {old[0]} {old[1]}\n{host_name(sshd)} ")
+    device = open_device(sshd.address, identity_file=sshd.identity_file, known_hosts=known)
+    assert says_hello(device)
+
+
+# ------------------------------------------------------------------------------------ who are you
+
+
+def test_a_key_the_board_does_not_know_is_an_auth_error(
+    sshd: LoopbackSshd, new_key: Callable[[str], Path]
+) -> None:
+    with pytest.raises(AuthError, match="refuses to let") as caught:
+        open_device(sshd.address, identity_file=new_key("stranger"), known_hosts=sshd.known_hosts)
+    assert "ssh-copy-id" in caught.value.hint
+
+
+def test_a_refused_password_is_in_no_message(
+    sshd: LoopbackSshd, new_key: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENV_PASSWORD, "sesame-4711")
+    with pytest.raises(AuthError) as caught:
+        open_device(sshd.address, identity_file=new_key("stranger"), known_hosts=sshd.known_hosts)
+    error: BaseException | None = caught.value
+    while error is not None:
+        assert "sesame" not in repr(error)
+        error = error.__cause__
+    assert "sesame" not in caught.value.hint
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no key at all\n", b"\xff\x00\n"])
+def test_a_file_that_holds_no_key_is_an_auth_error_that_names_it(
+    sshd: LoopbackSshd, tmp_path: Path, content: bytes | None
+) -> None:
+    path = tmp_path / "not_a_key"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(AuthError, match="not_a_key"):
+        open_device(sshd.address, identity_file=path, known_hosts=sshd.known_hosts)
+
+
+def test_a_locked_key_is_an_auth_error(sshd: LoopbackSshd, new_key: Callable[[str], Path]) -> None:
+    key = new_key("locked")
+    subprocess.run(["ssh-keygen", "-q", "-p", "-N", "secret", "-f", str(key)], check=True)
+    with pytest.raises(AuthError, match="locked"):
+        open_device(sshd.address, identity_file=key, known_hosts=sshd.known_hosts)
+
+
+def test_no_key_at_all_is_an_auth_error(sshd: LoopbackSshd) -> None:
+    with pytest.raises(AuthError):
+        open_device(sshd.address, known_hosts=sshd.known_hosts)
+
+
+# ---------------------------------------------------------------------------- where, and how there
+
+
+def test_key_and_known_hosts_come_from_the_environment(
+    sshd: LoopbackSshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in sshd.environment().items():
+        monkeypatch.setenv(name, value)
+    assert says_hello(open_device(sshd.address))
+
+
+def write_ssh_config(home: Path, text: str) -> None:
+    (home / ".ssh").mkdir()
+    (home / ".ssh" / "config").write_text(text)
+
+
+def alias_of(server: LoopbackSshd) -> str:
+    return f"""
+Host Board
+  HostName 127.0.0.1
+  Port {server.port}
+  User {server.address.partition("://")[2].partition("@")[0]}
+  IdentityFile {server.identity_file}
+  IdentitiesOnly yes
+  UserKnownHostsFile {server.known_hosts}
+"""
+
+
+def test_a_name_in_the_ssh_configuration_is_enough(sshd: LoopbackSshd, tmp_path: Path) -> None:
+    write_ssh_config(tmp_path, alias_of(sshd))
+    assert says_hello(open_device("ssh://Board"))
+
+
+def test_proxy_jump_goes_through_another_host(sshd: LoopbackSshd, tmp_path: Path) -> None:
+    write_ssh_config(tmp_path, alias_of(sshd) + alias_of(sshd).replace("Board", "Behind") + "  ProxyJump Board\n")  # fmt: skip
+    assert says_hello(open_device("ssh://Behind"))
+
+
+def test_proxy_jump_in_a_circle_is_an_error(sshd: LoopbackSshd, tmp_path: Path) -> None:
+    write_ssh_config(tmp_path, alias_of(sshd) + "  ProxyJump Board\n")
+    with pytest.raises(ConnectError, match="more than 5 jumps"):
+        open_device("ssh://Board")
+
+
+def test_proxy_command_carries_the_connection(sshd: LoopbackSshd, tmp_path: Path) -> None:
+    program = tmp_path / "carry.py"
+    program.write_text(
+        "import os, socket, sys, threading\n"
+        "link = socket.create_connection((sys.argv[1], int(sys.argv[2])))\n"
+        "def out():\n"
+        "    while data := link.recv(65536):\n"
+        "        os.write(1, data)\n"
+        "threading.Thread(target=out, daemon=True).start()\n"
+        "while data := os.read(0, 65536):\n"
+        "    link.sendall(data)\n"
+    )
+    write_ssh_config(tmp_path, alias_of(sshd) + f"  ProxyCommand {sys.executable} {program} %h %p\n")  # fmt: skip
+    assert says_hello(open_device("ssh://Board"))
+
+
+def test_an_unreadable_ssh_configuration_is_named(tmp_path: Path) -> None:
+    write_ssh_config(tmp_path, "Host\n")
+    with pytest.raises(RequestError, match="config"):
+        open_device("ssh://Board")
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["ssh://", "ssh://h:0", "ssh://h:99999", "ssh://h:x", "ssh://h/folder", "ssh://-oProxyCommand=x", "ssh://u@", "ssh://[::1", "local://", "ssh:h", "shh://h", "", "http://h"],
+)  # fmt: skip
+def test_what_is_no_address_is_refused_with_an_example(address: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        open_device(address)
+    assert "ssh://[user@]host[:port]" in caught.value.hint
+
+
+def test_near_misses_of_a_scheme_are_suggested() -> None:
+    with pytest.raises(RequestError, match="did you mean 'ssh'"):
+        open_device("shh://board")
+    with pytest.raises(RequestError, match="did you mean 'local'"):
+        open_device("locl")
+
+
+def test_a_password_in_an_address_is_refused_and_not_repeated() -> None:
+    with pytest.raises(RequestError) as caught:
+        open_device("ssh://pi:sesame@board")
+    assert "sesame" not in caught.value.message + caught.value.hint
+    assert ENV_PASSWORD in caught.value.hint
+
+
+# --------------------------------------------------------------------------------- broken servers
+
+
+@contextlib.contextmanager
+def server_that(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+    """A TCP server which treats each connection with ``answer``; gives its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        kept = []
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    kept.append(connection)
+                    answer(connection)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"ssh://127.0.0.1:{listener.getsockname()[1]}"
+        for connection in kept:
+            connection.close()
+
+
+def test_a_port_where_nobody_listens_is_a_connect_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(ConnectError, match="refuses connections"):
+        open_device(f"ssh://127.0.0.1:{port}")
+
+
+def test_a_host_that_does_not_answer_is_a_connect_error() -> None:
+    # 192.0.2.0/24 belongs to nobody (RFC 5737): no route, or packets that vanish
+    with pytest.raises(ConnectError):
+        open_device("ssh://192.0.2.1", connect_timeout_s=0.3)
+
+
+def test_a_name_that_does_not_exist_is_a_connect_error() -> None:
+    # .invalid never exists (RFC 2606)
+    with pytest.raises(ConnectError, match="no host of this name") as caught:
+        open_device("ssh://board.invalid")
+    assert caught.value.code == "unknown-host"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(lambda connection: None, id="says-nothing"),
+        pytest.param(lambda connection: connection.close(), id="hangs-up"),
+        pytest.param(lambda connection: connection.sendall(b"HTTP/1.1 400 Bad\r\n\r\n" * 200), id="speaks-http"),
+        pytest.param(lambda connection: connection.sendall(b"SSH-2.0-mute\r\n"), id="greets-only"),
+        pytest.param(lambda connection: connection.sendall(b"SSH-2.0-x\r\n" + b"\xff" * 999), id="garbage"),
+    ],
+)  # fmt: skip
+def test_a_server_that_does_not_speak_ssh_is_a_connect_error(
+    answer: Callable[[socket.socket], None],
+) -> None:
+    with server_that(answer) as address, pytest.raises(ConnectError):
+        open_device(address, connect_timeout_s=0.5)
+
+
+def test_a_link_that_breaks_under_a_command_is_a_connect_error_and_the_command_ends(
+    sshd: LoopbackSshd, tmp_path: Path
+) -> None:
+    device = open_device(sshd.address, **sshd.options())
+    assert isinstance(device, SshDevice)
+    pid_file = tmp_path / "pid"
+
+    def cut() -> None:
+        wait_until(lambda: pid_file.exists() and pid_file.read_text(), "the command runs")
+        transport = device._client.get_transport()
+        assert transport is not None
+        transport.sock.shutdown(socket.SHUT_RDWR)
+
+    thread = threading.Thread(target=cut)
+    thread.start()
+    with pytest.raises(ConnectError, match="lost the connection") as caught:
+        device.run(["sh", "-c", 'echo $$ >"$0"; exec sleep 600', str(pid_file)], timeout_s=60)
+    thread.join()
+    assert caught.value.code == "connection-lost"
+    pid = int(pid_file.read_text())
+    wait_until(lambda: is_gone(pid), "the command is gone")
+    with pytest.raises(ConnectError, match="is closed"):
+        device.run(["true"], timeout_s=10)
+
+
+def test_every_error_here_may_be_tried_again() -> None:
+    """CI retries exit code 3: all of these are the world's fault, not the request's."""
+    for error in (ConnectError, HostKeyError, AuthError):
+        assert issubclass(error, EdgepipeError)
+        assert error("x").exit_code == 3
