@@ -540,9 +540,12 @@ def _session_problem(session: object) -> str:
     """What is wrong with one session of a reply, or an empty string."""
     if not isinstance(session, dict):
         return "is no object"
-    if not all(isinstance(session.get(key), dict) for key in ("before", "after")):
-        return "has no health"
-    if not isinstance(session.get("flags"), list):
+    for key in ("before", "after"):
+        if not isinstance(session.get(key), dict):
+            return "has no health"
+        if not isinstance(session[key].get("temperature_c"), int | float | None):
+            return "has a temperature that is no number"
+    if not _is_list_of(session.get("flags"), str):
         return "has no flags"
     data, kind = session.get("data"), session.get("kind")
     if data is None:
@@ -570,12 +573,15 @@ def _session_problem(session: object) -> str:
         and _is_count(data.get("first_inference_ns"))
         and isinstance(cold, dict)
         and _is_count(cold.get("load_ns"))
+        and isinstance(cold.get("resident_share"), int | float | None)
     )
     return "" if fine else "has no latency samples"
 
 
 def _is_count(value: object, *, or_none: bool = False) -> bool:
-    return (or_none and value is None) or (isinstance(value, int) and not isinstance(value, bool))
+    if isinstance(value, bool) or not isinstance(value, int):
+        return or_none and value is None
+    return abs(value) < 2**63  # memory can shrink: negative growth is a fact
 
 
 def _is_counts(values: object) -> bool:

@@ -1,0 +1,517 @@
+"""Measuring through real devices: this machine, and a real OpenSSH server on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgepipe import bench, runtime
+from edgepipe.artifact import Artifact, make_artifact
+from edgepipe.bench import MeasureOptions, measure
+from edgepipe.device import open_device
+from edgepipe.device.base import Completed, Device
+from edgepipe.device.local import LocalDevice
+from edgepipe.errors import (
+    ArtifactError,
+    Busy,
+    CommandFailed,
+    CommandTimeout,
+    NotReadyError,
+    NotStable,
+    ProfileError,
+    RequestError,
+    TransferError,
+)
+from edgepipe.gate import REQUIRED_CONTEXT
+from edgepipe.metrics import METRICS
+from edgepipe.profile import DeviceProfile, ThermalLimits
+from edgepipe.testing import LoopbackSshd, find_sshd
+from edgepipe.tflite_ops.tiny import crashing_tflite, stateful_tflite, tiny_tflite
+
+QUICK = MeasureOptions(sessions=2, memory_sessions=1, warmup=0.02, session=0.05)
+
+
+def profile(work_dir: Path, **changes: Any) -> DeviceProfile:
+    facts: dict[str, Any] = {
+        "schema": 1, "name": "test", "model": "any", "soc": "any", "clusters": (), "ram_bytes": 0.0,
+        "target": "linux", "machine": "any", "bits": 64, "os": "any", "libc": "any",
+        "page_size_bytes": 0, "runtime": "litert", "runtime_version": runtime.DEFAULT_VERSION,
+        "work_dir": str(work_dir),
+    } | changes  # fmt: skip
+    return DeviceProfile(**facts)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Artifact:
+    return artifact(tmp_path, tiny_tflite())
+
+
+def artifact(folder: Path, data: bytes) -> Artifact:
+    path = folder / "model.tflite"
+    path.write_bytes(data)
+    return make_artifact("tflite", path, inputs=(), outputs=())
+
+
+class Wrapped:
+    """A device with one thing changed; every other word goes to the real one."""
+
+    def __init__(self, inner: Device, prefix: Sequence[str] = ()) -> None:
+        self.inner, self.address, self.prefix = inner, inner.address, tuple(prefix)
+        self.pushed: list[str] = []
+
+    def run(self, argv: Sequence[str], *, timeout_s: float) -> Completed:
+        return self.inner.run([*self.prefix, *argv], timeout_s=timeout_s)
+
+    def push(self, local: Path, remote: str) -> bool:
+        moved = self.inner.push(local, remote)
+        if moved:
+            self.pushed.append(remote)
+        return moved
+
+    def pull(self, remote: str, local: Path) -> None:
+        self.inner.pull(remote, local)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+@pytest.fixture(params=["local", "ssh"])
+def device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    if request.param == "local":
+        yield LocalDevice()
+        return
+    if find_sshd() is None:
+        pytest.skip("no sshd on this machine")
+    with LoopbackSshd() as server:
+        opened = open_device(server.address, **server.options())
+        try:
+            yield opened
+        finally:
+            opened.close()
+
+
+def by_metric(result: bench.BenchResult) -> dict[str, Any]:
+    return {m.metric: m for m in result.measurements}
+
+
+def test_a_model_is_measured_with_its_context(
+    device: Device, model: Artifact, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    samples = {"x": np.arange(12, dtype=np.float32).reshape(3, 4)}
+    result = measure(model, device, profile(work), QUICK, samples=samples)
+    found = by_metric(result)
+    assert set(found) == {
+        "runs_on_device", "latency_wall", "latency_cpu", "load", "load_cold", "first_inference",
+        "memory_anon", "memory_file", "memory_peak", "device_mismatch",
+    }  # fmt: skip
+    assert all(m.unit == METRICS[m.metric].unit for m in result.measurements)
+    assert [len(s) >= bench.MIN_INFERENCES for s in found["latency_wall"].samples] == [True] * 2
+    assert all(0 < s < 1 for session in found["latency_wall"].samples for s in session)
+    assert found["device_mismatch"].samples == ((0.0,),)
+    assert found["device_mismatch"].context["values"] == 12
+    for measurement in result.measurements:
+        assert [k for k in REQUIRED_CONTEXT if k not in measurement.context] == []
+        assert measurement.context["model_sha256"] == model.sha256
+        assert measurement.context["device"] == device.address
+        assert measurement.context["boot_id"]
+        json.dumps(measurement.context)
+    wall = found["latency_wall"].context
+    pin = runtime.PINS[runtime.DEFAULT_VERSION, platform.machine()]
+    assert (wall["backend"], wall["runtime_sha256"]) == ("litert-c", pin.sha256)
+    assert [s["inner_loops"] > 1 for s in wall["sessions"]] == [True, True]
+
+
+def test_only_the_content_addressed_files_stay(
+    device: Device, model: Artifact, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    measure(model, device, profile(work), QUICK)
+    kept = {path.relative_to(work).parts[0] for path in work.rglob("*") if path.is_file()}
+    assert kept == {"agents", "models", "rt", "lock"}
+    assert (work / "models" / f"{model.sha256}.tflite").is_file()
+    assert (work / "lock").read_text() == ""
+
+
+def test_a_second_measurement_pushes_no_model_bytes(model: Artifact, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    measure(model, LocalDevice(), profile(work), QUICK)
+    watched = Wrapped(LocalDevice())
+    measure(model, watched, profile(work), QUICK)
+    assert {Path(p).relative_to(work).parts[0] for p in watched.pushed} == {"jobs"}
+
+
+def test_keep_leaves_the_jobs_files(model: Artifact, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    measure(model, LocalDevice(), profile(work), QUICK, keep=True)
+    assert list((work / "jobs").rglob("job-*.json"))
+
+
+def test_two_threads_have_no_cpu_latency(model: Artifact, tmp_path: Path) -> None:
+    options = MeasureOptions(threads=2, sessions=1, memory_sessions=0, warmup=0.01, session=0.02)
+    found = by_metric(measure(model, LocalDevice(), profile(tmp_path / "w"), options))
+    assert "latency_cpu" not in found
+    assert found["latency_wall"].context["threads"] == 2
+
+
+def test_the_profile_chooses_threads_unless_told(model: Artifact, tmp_path: Path) -> None:
+    options = MeasureOptions(sessions=1, memory_sessions=0, warmup=0.01, session=0.02)
+    found = by_metric(measure(model, LocalDevice(), profile(tmp_path / "w", threads=2), options))
+    assert found["latency_wall"].context["threads"] == 2
+
+
+def test_progress_is_logged_for_every_session(
+    model: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="edgepipe"):
+        measure(model, LocalDevice(), profile(tmp_path / "w"), QUICK)
+    lines = [r.getMessage() for r in caplog.records]
+    assert any(line.startswith("memory 1/1: anon ") for line in lines)
+    assert any(line.startswith("session 2/2: p50 ") and "cpu " in line for line in lines)
+
+
+@pytest.mark.data
+def test_an_int8_model_computes_the_same_bits_there(data_dir: Path, tmp_path: Path) -> None:
+    path = data_dir / "mlperf-tiny" / "kws_ref_model.tflite"
+    kws = make_artifact("tflite", path, inputs=(), outputs=())
+    values = np.random.default_rng(0).normal(0, 30, (4, 49, 10, 1))
+    found = by_metric(
+        measure(kws, LocalDevice(), profile(tmp_path / "w"), QUICK, samples={"x": values})
+    )
+    assert found["device_mismatch"].samples == ((0.0,),)
+    assert found["device_mismatch"].context["values"] == 4 * 12
+
+
+def test_outputs_that_differ_are_counted(
+    model: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgepipe.tflite_ops import raw
+
+    honest = raw.host_outputs
+
+    def off_by_one(path: Path, samples: raw.RawSamples) -> Any:
+        dtypes, outputs = honest(path, samples)
+        first = np.frombuffer(outputs[0]["y"], np.float32) + np.float32([1, 0, 0, 0])
+        return dtypes, [{"y": first.astype(np.float32).tobytes()}, *outputs[1:]]
+
+    monkeypatch.setattr(raw, "host_outputs", off_by_one)
+    samples = {"x": np.ones((2, 4), np.float32)}
+    found = by_metric(
+        measure(model, LocalDevice(), profile(tmp_path / "w"), QUICK, samples=samples)
+    )
+    assert found["device_mismatch"].samples == ((1 / 8,),)
+    assert found["device_mismatch"].context["max_abs"] == 1.0
+
+
+# ------------------------------------------------------------------------------ faults
+
+
+def test_a_model_that_crashes_is_a_result(device: Device, tmp_path: Path) -> None:
+    model = artifact(tmp_path, crashing_tflite())
+    options = MeasureOptions(backend="litert-c", sessions=1, memory_sessions=0)
+    result = measure(model, device, profile(tmp_path / "w"), options)
+    (only,) = result.measurements
+    assert (only.metric, only.samples) == ("runs_on_device", ((0.0,),))
+    assert "SIGSEGV" in only.context["reason"]
+    assert only.context["runtime"] == "litert"
+    assert list((tmp_path / "w" / "jobs").iterdir()) == []
+
+
+class Truncating(Wrapped):
+    """A board whose storage loses the end of every model after it was written."""
+
+    def push(self, local: Path, remote: str) -> bool:
+        moved = super().push(local, remote)
+        if remote.endswith(".tflite"):
+            os.truncate(remote, 100)
+        return moved
+
+
+def test_a_model_truncated_on_the_board_is_never_measured(model: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(TransferError, match="has 100 bytes, the job says"):
+        measure(model, Truncating(LocalDevice()), profile(tmp_path / "w"), QUICK)
+
+
+def find_worker(work: Path) -> int | None:
+    """The pid of a worker whose supervisor runs from this work folder."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = entry.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"--worker" in words and any(str(work).encode() in word for word in words):
+            return int(entry.parent.name)
+    return None
+
+
+def kill_workers(work: Path, times: int, stop: threading.Event) -> None:
+    """SIGKILL the worker of each of the first sessions, once it has the model in memory."""
+    killed: set[int] = set()
+    while len(killed) < times and not stop.is_set():
+        worker = find_worker(work)
+        try:
+            # latency sessions of these tests last minutes: only they are caught here
+            if worker and worker not in killed and b"/models/" in Path(f"/proc/{worker}/maps").read_bytes():  # fmt: skip
+                os.kill(worker, signal.SIGKILL)
+                killed.add(worker)
+        except OSError:
+            pass
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_a_worker_killed_again_and_again_says_nothing_of_the_model(
+    model: Artifact, tmp_path: Path
+) -> None:
+    options = MeasureOptions(sessions=1, memory_sessions=0, session=120)
+    stop = threading.Event()
+    killer = threading.Thread(target=kill_workers, args=(tmp_path / "w", 3, stop))
+    killer.start()
+    try:
+        with pytest.raises(NotStable, match="SIGKILL, 3 times"):
+            measure(model, LocalDevice(), profile(tmp_path / "w"), options)
+    finally:
+        stop.set()
+        killer.join()
+
+
+@pytest.mark.slow
+def test_a_session_whose_worker_was_killed_is_taken_again(model: Artifact, tmp_path: Path) -> None:
+    options = MeasureOptions(sessions=1, memory_sessions=0, warmup=0.5, session=0.5)
+    stop = threading.Event()
+    killer = threading.Thread(target=kill_workers, args=(tmp_path / "w", 1, stop))
+    killer.start()
+    try:
+        found = by_metric(measure(model, LocalDevice(), profile(tmp_path / "w"), options))
+    finally:
+        stop.set()
+        killer.join()
+    assert found["runs_on_device"].samples == ((1.0,),)
+    assert found["latency_wall"].context["killed_and_repeated"] == 1
+
+
+@pytest.fixture
+def bare_path(tmp_path: Path) -> Path:
+    """A folder for PATH with a python3 that has no packages."""
+    import venv
+
+    venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
+    return tmp_path / "bare" / "bin"
+
+
+def test_a_board_without_a_runtime_gets_the_command_that_mends_it(
+    tmp_path: Path, bare_path: Path
+) -> None:
+    # the C API of the pushed library does not know variable tensors, and nothing else is there
+    model = artifact(tmp_path, stateful_tflite())
+    board = Wrapped(LocalDevice(), ["env", f"PATH={bare_path}:/usr/bin:/bin"])
+    with pytest.raises(NotReadyError, match="no usable runtime") as caught:
+        measure(model, board, profile(tmp_path / "w"), QUICK)
+    assert caught.value.code == "no-runtime"
+    assert "pip install ai-edge-litert==" in caught.value.hint
+
+
+def test_a_bare_board_needs_no_packages(model: Artifact, tmp_path: Path, bare_path: Path) -> None:
+    board = Wrapped(LocalDevice(), ["env", f"PATH={bare_path}:/usr/bin:/bin"])
+    found = by_metric(measure(model, board, profile(tmp_path / "w"), QUICK))
+    assert found["latency_wall"].context["backend"] == "litert-c"
+
+
+def test_a_board_without_python_is_not_ready(model: Artifact, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    board = Wrapped(LocalDevice(), ["/usr/bin/env", f"PATH={empty}"])
+    with pytest.raises(NotReadyError, match="has no python3") as caught:
+        measure(model, board, profile(tmp_path / "w"), QUICK)
+    assert "apt-get install python3" in caught.value.hint
+
+
+def test_a_board_with_an_old_python_is_not_ready(model: Artifact, tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    folder.mkdir()
+    (folder / "python3").write_text("#!/bin/sh\necho '[\"/home/pi\", [3, 5, 3]]'\n")
+    (folder / "python3").chmod(0o755)
+    board = Wrapped(LocalDevice(), ["env", f"PATH={folder}:/usr/bin:/bin"])
+    with pytest.raises(NotReadyError, match=r"is 3\.5\.3; the runner needs 3\.7"):
+        measure(model, board, profile(tmp_path / "w"), QUICK)
+
+
+def test_a_board_that_prints_a_banner_is_told_apart(model: Artifact, tmp_path: Path) -> None:
+    board = Wrapped(LocalDevice(), ["sh", "-c", 'echo "Welcome"; exec "$@"', "sh"])
+    with pytest.raises(CommandFailed, match="Welcome") as caught:
+        measure(model, board, profile(tmp_path / "w"), QUICK)
+    assert "bashrc" in caught.value.hint
+
+
+def test_a_busy_board_says_who_holds_it(model: Artifact, tmp_path: Path) -> None:
+    import fcntl
+
+    work = tmp_path / "w"
+    work.mkdir()
+    with (work / "lock").open("w") as stream:
+        stream.write(json.dumps({"job": "nightly", "owner": "ci@host"}))
+        stream.flush()
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        with pytest.raises(Busy, match="nightly of ci@host"):
+            measure(model, LocalDevice(), profile(work), QUICK)
+    assert by_metric(measure(model, LocalDevice(), profile(work), QUICK))
+
+
+def test_the_lease_of_another_job_is_not_taken_away(model: Artifact, tmp_path: Path) -> None:
+    work = tmp_path / "w"
+    work.mkdir()
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    until = time.clock_gettime(time.CLOCK_BOOTTIME) + 1000
+    owner = {"job": "nightly", "owner": "ci", "boot_id": boot_id, "until_boottime_s": until}
+    (work / "lock").write_text(json.dumps(owner))
+    with pytest.raises(Busy):
+        measure(model, LocalDevice(), profile(work), QUICK)
+    assert json.loads((work / "lock").read_text()) == owner
+
+
+def test_a_profile_of_another_machine_is_refused(model: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match="describes a armv7l board"):
+        measure(model, LocalDevice(), profile(tmp_path / "w", machine="armv7l"), QUICK)
+
+
+def test_a_budget_that_is_too_short_is_an_error(model: Artifact, tmp_path: Path) -> None:
+    options = MeasureOptions(sessions=1, memory_sessions=0, session=60, budget=2)
+    with pytest.raises(CommandTimeout, match="longer than 2 s") as caught:
+        measure(model, LocalDevice(), profile(tmp_path / "w"), options)
+    assert "budget" in caught.value.hint
+
+
+def fake_board(folder: Path, temperature_mc: str) -> Wrapped:
+    """This machine, but with one thermal zone of a made-up /sys."""
+    zone = folder / "sys/class/thermal/thermal_zone0"
+    zone.mkdir(parents=True)
+    (zone / "type").write_text("cpu-thermal")
+    (zone / "temp").write_text(temperature_mc)
+    return Wrapped(LocalDevice(), ["env", f"EDGEPIPE_SYSROOT={folder}"])
+
+
+def test_a_hot_board_is_waited_for_and_then_refused(
+    model: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:  # fmt: skip
+    monkeypatch.setattr(bench, "COOL_DOWN_S", 1.0)
+    monkeypatch.setattr(bench, "COOL_DOWN_POLL_S", 0.01)
+    board = fake_board(tmp_path / "root", "71200")
+    with caplog.at_level("INFO", logger="edgepipe"), pytest.raises(NotStable, match=r"71\.2 C"):
+        measure(model, board, profile(tmp_path / "w"), QUICK)
+    assert any("waiting for the device to cool down" in r.getMessage() for r in caplog.records)
+
+
+def test_a_board_that_gets_too_hot_stops_the_measurement(model: Artifact, tmp_path: Path) -> None:
+    board = fake_board(tmp_path / "root", "71200")
+    limits = ThermalLimits(start_below=75.0, abort_above=70.0)
+    with pytest.raises(NotStable, match="stops measuring above 70 C"):
+        measure(model, board, profile(tmp_path / "w", thermal=limits), QUICK)
+
+
+def test_a_runtime_for_an_unknown_version_is_not_guessed(model: Artifact, tmp_path: Path) -> None:
+    options = MeasureOptions(backend="litert-c")
+    with pytest.raises(RequestError, match=r"no LiteRT 9\.9\.9 library"):
+        measure(model, LocalDevice(), profile(tmp_path / "w", runtime_version="9.9.9"), options)
+
+
+def test_a_model_changed_since_its_record_is_refused(model: Artifact, tmp_path: Path) -> None:
+    model.path.write_bytes(tiny_tflite(size=8))
+    with pytest.raises(ArtifactError, match="has changed"):
+        measure(model, LocalDevice(), profile(tmp_path / "w"), QUICK)
+
+
+def test_samples_of_the_wrong_shape_are_found_before_the_board_is_asked(
+    model: Artifact, tmp_path: Path
+) -> None:
+    from edgepipe.errors import DataError
+
+    samples = {"x": np.zeros((2, 5), np.float32)}
+    with pytest.raises(DataError, match=r"has shape \[1, 4\]"):
+        measure(model, LocalDevice(), profile(tmp_path / "w"), QUICK, samples=samples)
+    assert not (tmp_path / "w").exists()
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+def edgepipe(*arguments: str | Path, home: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "edgepipe", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=home,
+        env={**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")},
+    )
+
+
+SHORT = ("--sessions", "1", "--session", "50 ms", "--warmup", "20 ms", "--memory-sessions", "1")
+
+
+def test_bench_prints_a_table(model: Artifact, tmp_path: Path) -> None:
+    done = edgepipe("bench", model.path, *SHORT, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for text in ("latency_wall", "p90, 99% bounds", "memory_anon", "litert-c", "1 x "):
+        assert text in done.stdout
+    assert "session 1/1: p50 " in done.stderr
+
+
+def test_bench_gives_raw_samples_as_json(model: Artifact, tmp_path: Path) -> None:
+    done = edgepipe("bench", model.path, *SHORT, "--json", "--quiet", home=tmp_path)
+    data = json.loads(done.stdout)
+    wall = next(m for m in data["measurements"] if m["metric"] == "latency_wall")
+    assert len(wall["samples"][0]) >= bench.MIN_INFERENCES
+    assert data["model_sha256"] == model.sha256
+
+
+def test_bench_compares_outputs_for_samples(model: Artifact, tmp_path: Path) -> None:
+    np.savez(tmp_path / "samples.npz", x=np.ones((2, 4), np.float32))
+    done = edgepipe("bench", model.path, *SHORT, "--samples", "samples.npz", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "device_mismatch" in done.stdout
+
+
+def test_bench_of_a_model_that_crashes_is_exit_1(tmp_path: Path) -> None:
+    model = artifact(tmp_path, crashing_tflite())
+    done = edgepipe("bench", model.path, *SHORT, "--backend", "litert-c", home=tmp_path)
+    assert done.returncode == 1
+    assert "runs on the device  NO" in done.stdout
+    assert "SIGSEGV" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "named"),
+    [
+        (("absent.tflite",), 2, "absent.tflite"),
+        (("text.tflite",), 2, "is not a TFLite file"),
+        (("model.tflite", "--session", "2"), 2, "session: '2' is not a time"),
+        (("model.tflite", "--session", "2 MB"), 2, "is not a time"),
+        (("model.tflite", "--affinity", "a"), 2, "--affinity"),
+        (("model.tflite", "--sessions", "0"), 2, "sessions = 0"),
+        (("model.tflite", "--device", "carrier-pigeon://x", "--profile", "localhost"), 2, "carrier-pigeon"),
+        (("model.tflite", "--samples", "text.tflite"), 2, "holds no arrays"),
+        (("model.tflite", "--device", "local", "--profile", "localhos"), 2, "did you mean 'localhost'"),
+    ],
+)  # fmt: skip
+def test_bench_names_what_is_wrong(
+    model: Artifact, tmp_path: Path, arguments: tuple[str, ...], code: int, named: str
+) -> None:
+    (tmp_path / "text.tflite").write_text(textwrap.dedent("this is no model\n"))
+    done = edgepipe("bench", *arguments, home=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / ".edgepipe").exists()
