@@ -33,9 +33,10 @@ def evaluate(
     started = time.monotonic()
     samples = load_samples(source, reference.inputs)
     outputs: dict[str, dict[str, Any]] = {}
-    for model in (shipped, float_model, reference):
+    named = (("shipped", shipped), ("float", float_model), ("reference", reference))
+    for role, model in named:
         if model.sha256 not in outputs:
-            log.info("evaluating %s on %d samples", model.path.name, len(samples))
+            log.info("running the %s model on %d samples", role, len(samples))
             outputs[model.sha256] = predict(model, samples.inputs)
     context: dict[str, Any] = {
         "model_sha256": shipped.sha256,

@@ -323,8 +323,9 @@ def float_model_of(recipe: Recipe, models: Sequence[Artifact]) -> Artifact:
 def _float_islands(shipped: Artifact, context: Mapping[str, Any]) -> Measurement:
     from edgepipe.tflite_ops.inspect import describe
 
-    islands = describe(shipped.path).float_islands
-    return single("float_islands", "", len(islands), {**context, "operators": list(map(str, islands))})  # fmt: skip
+    found = describe(shipped.path)
+    listed = [dataclasses.asdict(island) for island in found.float_islands]
+    return single("float_islands", "", found.float_operators, {**context, "islands": listed})
 
 
 def _save_results(folder: Path, measured: Sequence[Measurement]) -> None:

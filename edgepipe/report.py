@@ -124,11 +124,15 @@ def context_table(measured: dict[str, Measurement]) -> Table:
     if found is None:
         return Table("", (), ())
     rows = tuple(
-        (key, "not available" if found.context[key] is None else str(found.context[key]))
-        for key in CONTEXT_SHOWN
-        if key in found.context
+        (key, _context_text(found.context[key])) for key in CONTEXT_SHOWN if key in found.context
     )
     return Table("Measured with", ("what", "value"), rows)
+
+
+def _context_text(value: Any) -> str:
+    if value is None:
+        return "not available"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def text_table(table: Table) -> str:

@@ -11,7 +11,7 @@ import functools
 import inspect
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -386,11 +386,3 @@ def _check(model: Model) -> None:
         named = [*signature.inputs.values(), *signature.outputs.values()]
         if any(not 0 <= n < count for n in named):
             raise _Damaged(f"signature {signature.key!r} names a tensor that is not there")
-
-
-def guarded(where: str, function: Callable[[], Any]) -> Any:
-    """Run code that walks a file with flatbuffers' own classes; its errors become ours."""
-    try:
-        return function()
-    except _DAMAGE as exc:
-        raise _damaged(where, "its offsets lead out of the file") from exc

@@ -80,7 +80,7 @@ def test_a_good_recipe_is_read(folder: Path) -> None:
         ('builder = "net.py:build"', 'builder = "nett.py:build"', "nett.py does not exist"),
         ('builder = "net.py:build"', 'builder = "net.py"', "names no Python function"),
         ('builder = "net.py:build"', 'file = "net.pth"', "weights of a PyTorch model"),
-        ('metric = "top1"', 'metric = "top2"', "unknown metric 'top2'; did you mean 'top1'?"),
+        ('metric = "top1"', 'metric = "topp1"', "unknown metric 'topp1'; did you mean 'top1'?"),
         ('data = "test"', 'data = "tset"', "no [data.tset]; did you mean 'test'?"),
         ("[data.calibration]", "[data.calibrate]", "reads [data.calibration], which is not there; did you mean 'calibrate'?"),
         ('kind = "npz"', 'kind = "npz"\nfold = [5, 5]', "fold [k, n] needs 0 <= k < n"),
@@ -101,10 +101,10 @@ def test_a_mistake_is_named_with_file_and_key(folder: Path, old: str, new: str, 
 
 
 def test_all_mistakes_are_reported_at_once(folder: Path) -> None:
-    text = GOOD.replace("20 ms", "20 MB").replace("to_tflite", "to_tflit").replace("top1", "top2")
+    text = GOOD.replace("20 ms", "20 MB").replace("to_tflite", "to_tflit").replace("top1", "topp1")
     with pytest.raises(RecipeError) as caught:
         load_recipe(write(folder, text))
-    for named in ("'MB' is a unit", "to_tflit", "top2"):
+    for named in ("'MB' is a unit", "to_tflit", "topp1"):
         assert named in caught.value.message
 
 
