@@ -23,6 +23,7 @@ import pickle
 import shutil
 import sys
 import types
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,11 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             hint="torch.save(model.state_dict(), 'weights.pth')",
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # it warns of pickle protocols just before it refuses them
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as exc:
         raise ArtifactError(_why_refused(path, exc), hint=_SAVE_STATE, code="not-weights") from exc
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):

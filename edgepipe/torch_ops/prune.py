@@ -145,12 +145,13 @@ def _find_groups(
     scorer = torch_pruning.importance.GroupMagnitudeImportance(p=2)
     groups, left_whole = [], {}
     for group in graph.get_all_groups(root_module_types=(_ConvNd, nn.Linear)):
-        root = group[0].dep.target.module
         reason = _why_whole(graph, group, names, ignore)
+        cut = {dep.target.module for dep, _ in group if graph.is_out_channel_pruning_fn(dep.handler)}  # fmt: skip
+        first = next(name for module, name in names.items() if module in cut)
         if reason:
-            left_whole[names[root]] = reason
+            left_whole[first] = reason
         else:
-            groups.append(_Group(names[root], root, scorer(group)))
+            groups.append(_Group(first, group[0].dep.target.module, scorer(group)))
     return groups, left_whole
 
 
