@@ -1,0 +1,101 @@
+"""Running .onnx and .tflite files on this host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from edgepipe.artifact import TensorSpec
+from edgepipe.errors import ArtifactError, DataError
+from edgepipe.tflite_ops.run import dequantize, exact_cast, quantize, run_onnx, run_tflite
+from edgepipe.tflite_ops.tiny import stateful_tflite, tiny_tflite
+
+X, Y = TensorSpec("x", (1, 4)), TensorSpec("y", (1, 4))
+
+
+def dense_onnx(path: Path, batch: int | str) -> Path:
+    """y = 2 x, for 4 numbers."""
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [4, 4], (2 * np.eye(4)).ravel().tolist())
+    shape = [batch, 4]
+    graph = helper.make_graph(
+        [node], "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)], [weight],
+    )  # fmt: skip
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize("count", [1, 3, 40])
+@pytest.mark.parametrize("batch", [1, 4, "n"])
+def test_any_number_of_samples_runs_through_any_batch(tmp_path: Path, batch: int | str, count: int) -> None:  # fmt: skip
+    path = dense_onnx(tmp_path / "m.onnx", batch)
+    x = np.random.default_rng(0).normal(size=(count, 4)).astype(np.float32)
+    np.testing.assert_array_equal(run_onnx(path, [x], [X], [Y])[0], 2 * x)
+
+
+def test_a_tflite_of_batch_one_is_looped_over(tmp_path: Path) -> None:
+    path = tmp_path / "m.tflite"
+    path.write_bytes(tiny_tflite())
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    np.testing.assert_array_equal(run_tflite(path, [x], [X], [Y])[0], 2 * x + 1)
+
+
+def test_state_does_not_leak_from_one_sample_to_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "m.tflite"
+    path.write_bytes(stateful_tflite())
+    x = np.ones((3, 4), np.float32)
+    y = run_tflite(path, [x], [X], [Y])[0]
+    np.testing.assert_array_equal(y[0], y[1])
+    np.testing.assert_array_equal(y[0], y[2])
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 4, 1), (4,)])
+def test_samples_of_another_shape_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    path = dense_onnx(tmp_path / "m.onnx", 1)
+    with pytest.raises(DataError, match=r"input 'x' of m.onnx takes"):
+        run_onnx(path, [np.zeros(shape, np.float32)], [X], [Y])
+
+
+@pytest.mark.parametrize(("name", "run"), [("m.onnx", run_onnx), ("m.tflite", run_tflite)])
+@pytest.mark.parametrize("content", [b"", b"\0" * 200, b"not a model at all"])
+def test_a_file_that_is_no_model_is_refused_by_name(tmp_path: Path, name: str, run: object, content: bytes) -> None:  # fmt: skip
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match=name):
+        run(path, [np.zeros((1, 4), np.float32)], [X], [Y])  # type: ignore[operator]
+
+
+def test_a_spec_of_another_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.tflite"
+    path.write_bytes(tiny_tflite())
+    stale = TensorSpec("x", (1, 4), "int8", scale=0.5)
+    with pytest.raises(ArtifactError, match=r"has scale 0.0 .* its spec says 0.5"):
+        run_tflite(path, [np.zeros((1, 4), np.float32)], [stale], [Y])
+
+
+@given(
+    value=st.floats(-1, 1, width=32),
+    scale=st.floats(0.0078125, 0.5, width=32),
+    zero_point=st.integers(-128, 127),
+)
+def test_quantising_is_off_by_half_a_step_inside_the_range(value: float, scale: float, zero_point: int) -> None:  # fmt: skip
+    detail = {"name": "x", "dtype": np.int8, "quantization": (scale, zero_point)}
+    low, high = scale * (-128 - zero_point), scale * (127 - zero_point)
+    clipped = min(max(value, low), high)
+    back = dequantize(quantize(np.array([value], np.float32), detail), detail)
+    # half a step, and float32's resolution of the result
+    assert abs(float(back[0]) - clipped) <= scale / 2 + 1e-6 * max(1, abs(low), abs(high))
+
+
+def test_fractions_are_not_cut_off_for_an_integer_input() -> None:
+    np.testing.assert_array_equal(exact_cast(np.array([1.0, 2.0]), np.int64, what="ids"), [1, 2])
+    with pytest.raises(DataError, match="with fractions"):
+        exact_cast(np.array([1.5]), np.int64, what="ids")
