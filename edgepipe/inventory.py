@@ -53,6 +53,7 @@ def resolve_targets(
     known = _local_addresses()
     targets = []
     for name in names:
+        facts = find_profile(name, paths)
         found = known.get(name, "local" if name == "localhost" else "")
         if not found:
             raise RequestError(
@@ -60,7 +61,7 @@ def resolve_targets(
                 hint=f"add --device ssh://user@host, or write it into {LOCAL_FILE}:\n"
                 f'  [devices]\n  {name} = "ssh://user@host"',
             )
-        targets.append(Target(found, find_profile(name, paths)))
+        targets.append(Target(found, facts))
     return targets
 
 

@@ -447,14 +447,18 @@ def test_samples_of_the_wrong_shape_are_found_before_the_board_is_asked(
 # ------------------------------------------------------------------------------ command line
 
 
-def edgepipe(*arguments: str | Path, home: Path) -> subprocess.CompletedProcess[str]:
+def environment(home: Path, **more: str) -> dict[str, str]:
+    return {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), **more}
+
+
+def edgepipe(*arguments: str | Path, home: Path, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "edgepipe", *arguments],
         capture_output=True,
         text=True,
         timeout=120,
         cwd=home,
-        env={**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")},
+        env=environment(home, **more),
     )
 
 
@@ -492,6 +496,64 @@ def test_bench_of_a_model_that_crashes_is_exit_1(tmp_path: Path) -> None:
     assert "SIGSEGV" in done.stdout
 
 
+def test_bench_without_a_runtime_is_exit_3_with_the_command_that_mends_it(
+    tmp_path: Path, bare_path: Path
+) -> None:
+    model = artifact(tmp_path, stateful_tflite())
+    path = f"{bare_path}:/usr/bin:/bin"
+    done = edgepipe("bench", model.path, *SHORT, home=tmp_path, PATH=path)
+    assert done.returncode == 3
+    assert "error: no usable runtime on local" in done.stderr
+    assert "hint: on the device: python3 -m pip install ai-edge-litert==" in done.stderr
+
+
+def test_bench_on_a_full_disk_is_exit_3_and_leaves_no_half_file(
+    model: Artifact, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", home]  # the runtime is larger
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        done = edgepipe("bench", model.path, *SHORT, home=home)
+        assert done.returncode == 3
+        assert "no space left" in done.stderr
+        assert "hint: free some space" in done.stderr
+        names = [path.name for path in (home / ".edgepipe").rglob("*") if path.is_file()]
+        assert [name for name in names if ".part" in name or name.startswith("job-")] == []
+    finally:
+        subprocess.run(["umount", home], check=True)
+
+
+def test_an_interrupted_bench_leaves_the_board_free(model: Artifact, tmp_path: Path) -> None:
+    work = tmp_path / ".edgepipe"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgepipe", "bench", model.path, "--session", "100 s"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=tmp_path,
+        env=environment(tmp_path),
+    )
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith(b"memory 2/2"):
+                break
+        deadline = time.monotonic() + 30
+        while find_worker(work) is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
+        process.communicate()
+    assert find_worker(work) is None
+    assert list((work / "jobs").iterdir()) == []
+    done = edgepipe("bench", model.path, *SHORT, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "named"),
     [
@@ -503,7 +565,7 @@ def test_bench_of_a_model_that_crashes_is_exit_1(tmp_path: Path) -> None:
         (("model.tflite", "--sessions", "0"), 2, "sessions = 0"),
         (("model.tflite", "--device", "carrier-pigeon://x", "--profile", "localhost"), 2, "carrier-pigeon"),
         (("model.tflite", "--samples", "text.tflite"), 2, "holds no arrays"),
-        (("model.tflite", "--device", "local", "--profile", "localhos"), 2, "did you mean 'localhost'"),
+        (("model.tflite", "--profile", "localhos"), 2, "did you mean 'localhost'"),
     ],
 )  # fmt: skip
 def test_bench_names_what_is_wrong(
