@@ -1,0 +1,259 @@
+"""Facts of a board: read below a made-up /proc and /sys, compared with profiles, written as one."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgepipe.cli import main
+from edgepipe.device import open_device
+from edgepipe.device.parse import Facts, parse_facts
+from edgepipe.errors import CommandFailed, NotReadyError
+from edgepipe.probe import Difference, differences, probe, profile_toml
+from edgepipe.profile import Cluster, find_profile, load_profile
+from edgepipe.resources import profile_paths, target_dir
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """What the kernel of a board says. From public reports of these boards, not from ours."""
+
+    model: str
+    compatible: str
+    part: str
+    features: str
+    max_khz: int
+    ram_kib: int
+
+
+V8 = "fp asimd evtstrm crc32 cpuid"
+V82 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"  # fmt: skip
+BOARDS = {
+    "rpi3b_plus": Tree("Raspberry Pi 3 Model B Plus Rev 1.3", "raspberrypi,3-model-b-plus\0brcm,bcm2837\0", "0xd03", V8, 1400000, 930220),
+    "rpi4b_4gb": Tree("Raspberry Pi 4 Model B Rev 1.5", "raspberrypi,4-model-b\0brcm,bcm2711\0", "0xd08", V8, 1800000, 3884300),
+    "rpi5_8gb": Tree("Raspberry Pi 5 Model B Rev 1.0", "raspberrypi,5-model-b\0brcm,bcm2712\0", "0xd0b", V82, 2400000, 8245632),
+    "rpi_zero2w": Tree("Raspberry Pi Zero 2 W Rev 1.0", "raspberrypi,model-zero-2-w\0brcm,bcm2837\0", "0xd03", V8, 1000000, 426604),
+}  # fmt: skip
+
+
+def write_tree(root: Path, tree: Tree) -> None:
+    cores = "".join(
+        f"processor\t: {i}\nBogoMIPS\t: 108.00\nFeatures\t: {tree.features}\nCPU implementer\t: 0x41\n"
+        f"CPU architecture: 8\nCPU variant\t: 0x0\nCPU part\t: {tree.part}\nCPU revision\t: 3\n\n"
+        for i in range(4)
+    )
+    files = {
+        "proc/cpuinfo": f"{cores}Revision\t: c03114\nSerial\t\t: 10000000deadbeef\nModel\t\t: {tree.model}\n",
+        "proc/meminfo": f"MemTotal:      {tree.ram_kib} kB\nMemFree:   1 kB\nSwapTotal:     102396 kB\nSwapFree: 102396 kB\n",
+        "proc/device-tree/model": f"{tree.model}\0",
+        "proc/device-tree/compatible": tree.compatible,
+        "etc/os-release": 'PRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\nID=debian\n',
+        "sys/class/thermal/thermal_zone0/temp": "47231\n",
+        "sys/class/thermal/thermal_zone0/type": "cpu-thermal\n",
+        "sys/devices/system/cpu/cpufreq/policy0/scaling_governor": "ondemand\n",
+        "sys/devices/platform/soc/soc:firmware/get_throttled": "50000\n",
+    }
+    for i in range(4):
+        files[f"sys/devices/system/cpu/cpu{i}/cpufreq/cpuinfo_max_freq"] = f"{tree.max_khz}\n"
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+
+
+def run_probe(root: Path) -> Facts:
+    done = subprocess.run(
+        [sys.executable, "-B", target_dir("linux") / "probe.py", root],
+        env={**os.environ, "EDGEPIPE_SYSROOT": str(root)}, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.count("\n") == 1  # one JSON object, one line, nothing else
+    return parse_facts(done.stdout)
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_a_raspberry_pi_is_what_its_profile_says(name: str, tmp_path: Path) -> None:
+    write_tree(tmp_path, BOARDS[name])
+    facts = run_probe(tmp_path)
+    profile = find_profile(name, profile_paths())
+    # these four are read from the running Python, which is this machine's
+    facts = dataclasses.replace(
+        facts, machine="aarch64", bits=64, libc="glibc 2.36",
+        page_size_bytes=profile.page_size_bytes, runtimes={},
+    )  # fmt: skip
+    assert differences(facts, profile) == []
+    assert facts.temperature_c == 47.231
+    assert facts.governor == "ondemand"
+    assert facts.throttling == ("under_voltage_occurred", "throttled_occurred")
+    assert facts.swap_bytes == 102396 * 1024
+    for other in BOARDS.keys() - {name}:
+        assert differences(facts, find_profile(other, profile_paths())) != []
+
+
+def test_a_machine_without_a_device_tree_says_null_not_nonsense(tmp_path: Path) -> None:
+    facts = run_probe(tmp_path)  # an empty root: nothing can be read
+    assert (facts.model, facts.socs, facts.clusters, facts.ram_bytes) == (None, (), (), None)
+    assert (facts.os, facts.governor, facts.temperature_c, facts.throttling) == (None,) * 4
+
+
+def test_the_probe_has_the_syntax_of_python_3_7_and_imports_only_its_neighbour() -> None:
+    source = (target_dir("linux") / "probe.py").read_text()
+    module = ast.parse(source, feature_version=(3, 7))
+    imported = {a.name for n in ast.walk(module) if isinstance(n, ast.Import) for a in n.names}
+    assert imported - set(sys.stdlib_module_names) == {"runner"}
+    assert not [n for n in ast.walk(module) if isinstance(n, ast.ImportFrom)]
+
+
+PI = Facts(
+    model="Raspberry Pi 5 Model B Rev 1.0", socs=("BCM2712",),
+    clusters=(Cluster(core="Cortex-A76", count=4, max_frequency_mhz=2400, isa=("dotprod", "fp16")),),
+    ram_bytes=8245632 * 1024, swap_bytes=0, machine="aarch64", bits=64,
+    os="Debian GNU/Linux 12 (bookworm)", kernel="6.6", libc="glibc 2.36", page_size_bytes=16384,
+    python="3.11.2", governor="ondemand", temperature_c=50.0, throttling=(), free_bytes=10**9,
+    runtimes={},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"model": None}, Difference("model", "Raspberry Pi 5 Model B", "?")),
+        ({"model": "Raspberry Pi 500 Rev 1.0"}, Difference("model", "Raspberry Pi 5 Model B", "Raspberry Pi 500 Rev 1.0")),
+        ({"socs": ()}, Difference("soc", "BCM2712", "?")),
+        ({"ram_bytes": 4 << 30}, Difference("ram_bytes", "8 GiB", "4 GiB")),
+        ({"ram_bytes": 16 << 30}, Difference("ram_bytes", "8 GiB", "16 GiB")),
+        ({"machine": "armv7l"}, Difference("machine", "aarch64", "armv7l")),
+        ({"bits": 32}, Difference("bits", "64", "32")),
+        ({"os": "Debian GNU/Linux 13 (trixie)"}, Difference("os", "Debian GNU/Linux 12 (bookworm)", "Debian GNU/Linux 13 (trixie)")),
+        ({"libc": None}, Difference("libc", "glibc 2.36", "?")),
+        ({"page_size_bytes": 4096}, Difference("page_size_bytes", "16384", "4096")),
+        ({"runtimes": {"ai_edge_litert": "2.1.0"}}, Difference("runtime_version", "2.3.0", "2.1.0")),
+        ({"clusters": (Cluster(core="Cortex-A76", count=4, max_frequency_mhz=1500),)},
+         Difference("clusters", "4 x Cortex-A76 at 2400 MHz (dotprod fp16)", "4 x Cortex-A76 at 1500 MHz")),
+    ],
+)  # fmt: skip
+def test_each_fact_that_departs_from_the_profile_is_named(
+    change: dict[str, object], difference: Difference
+) -> None:
+    profile = find_profile("rpi5_8gb", profile_paths())
+    assert differences(PI, profile) == []
+    assert differences(dataclasses.replace(PI, **change), profile) == [difference]  # type: ignore[arg-type]
+
+
+def test_the_localhost_profile_fits_every_machine() -> None:
+    assert differences(PI, find_profile("localhost", profile_paths())) == []
+    assert differences(probe(open_device("local")), find_profile("localhost", profile_paths())) == []  # fmt: skip
+
+
+NAMES = st.text(max_size=12).filter(lambda text: " Rev " not in text)
+
+
+@given(
+    model=NAMES, os_name=NAMES, core=NAMES, count=st.integers(1, 64), mhz=st.integers(0, 6000),
+    ram_bytes=st.integers(1, 1 << 40), machine=st.sampled_from(["aarch64", "x86_64", "riscv64"]),
+)  # fmt: skip
+def test_a_written_profile_reads_back_as_what_was_probed(
+    tmp_path_factory: pytest.TempPathFactory,
+    model: str, os_name: str, core: str, count: int, mhz: int, ram_bytes: int, machine: str,
+) -> None:  # fmt: skip
+    cluster = Cluster(core=core, count=count, max_frequency_mhz=mhz, isa=("dotprod",))
+    facts = dataclasses.replace(
+        PI, model=model, os=os_name, clusters=(cluster,), ram_bytes=ram_bytes, machine=machine
+    )
+    path = tmp_path_factory.mktemp("profiles") / "mine.toml"
+    path.write_text(profile_toml(facts, date="2026-11-23"), encoding="utf-8")
+    profile = load_profile(path)
+    assert profile.clusters == (cluster,)
+    assert (profile.model, profile.os) == (model or "any", os_name or "any")
+    assert 0 <= profile.ram_bytes - ram_bytes < 2**20
+    assert profile.machine == (machine if machine != "riscv64" else "any")
+    assert set(profile.sources.values()) == {"probed on 2026-11-23"}
+    assert differences(facts, profile) == []
+
+
+# ---------------------------------------------------------------------------- through the command
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder and an empty home."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+def test_probe_writes_a_profile_that_fits_the_machine(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["probe", "local", "--write", "mine"]) == 0
+    assert main(["probe", "local", "--profile", "mine", "--json"]) == 0
+    text = capsys.readouterr().out
+    assert json.loads(text[text.index("{") :])["differences"] == []
+    assert [path.name for path in (here / "device_profiles").iterdir()] == ["mine.toml"]
+
+
+def test_probe_never_overwrites_a_profile(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "device_profiles").mkdir()
+    (here / "device_profiles" / "mine.toml").write_text("kept")
+    assert main(["probe", "local", "--write", "mine"]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert (here / "device_profiles" / "mine.toml").read_text() == "kept"
+
+
+def test_probe_says_what_differs_and_exits_1(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["probe", "local", "--profile", "rpi_zero2w"]) == 1
+    assert "differs from profile rpi_zero2w:\n  model: profile Raspberry Pi Zero 2 W" in capsys.readouterr().out  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["../x", "a b", "", "a.b"])
+def test_a_name_that_is_no_file_name_is_refused(
+    here: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["probe", "local", f"--write={name}"]) == (2 if name else 0)
+    assert not (here / "device_profiles").exists()
+
+
+class Broken:
+    """A board whose python3 does not do what it should."""
+
+    address = "broken"
+
+    def __init__(self, returncode: int, stdout: bytes) -> None:
+        from edgepipe.device import Completed
+
+        self.done = Completed(returncode, stdout, b"it hurts")
+
+    def run(self, argv: list[str], *, timeout_s: float) -> object:
+        return self.done
+
+    def push(self, local: Path, remote: str) -> bool:
+        return True
+
+    def pull(self, remote: str, local: Path) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None: ...
+
+
+def test_a_board_without_python_is_not_ready() -> None:
+    with pytest.raises(NotReadyError, match="has no python3"):
+        probe(Broken(127, b""))  # type: ignore[arg-type]
+
+
+def test_a_probe_that_fails_shows_what_it_said() -> None:
+    with pytest.raises(CommandFailed, match="it hurts"):
+        probe(Broken(1, b""))  # type: ignore[arg-type]
+    with pytest.raises(CommandFailed, match="something else"):
+        probe(Broken(0, b"hello"))  # type: ignore[arg-type]
