@@ -14,6 +14,9 @@ from onnx import TensorProto, numpy_helper
 from edgepipe.artifact import TensorSpec
 from edgepipe.errors import ArtifactError
 
+# onnxruntime's wheels send usage events to its maker unless told not to; a user's models are theirs.
+onnxruntime.disable_telemetry_events()
+
 # A TFLite flatbuffer, and a protobuf message, cannot be larger: 32-bit signed offsets.
 MAX_BYTES = 2**31 - 1
 

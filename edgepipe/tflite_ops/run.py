@@ -13,6 +13,9 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from edgepipe.artifact import TensorSpec
 from edgepipe.errors import ArtifactError, DataError
 
+# onnxruntime's wheels send usage events to its maker unless told not to; a user's models are theirs.
+onnxruntime.disable_telemetry_events()
+
 # Samples run at once through a model whose batch is not fixed: bounds memory, nothing else.
 DYNAMIC_BATCH = 32
 
