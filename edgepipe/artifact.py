@@ -85,10 +85,11 @@ def make_artifact(
 
 
 def hash_path(path: Path) -> str:
-    """sha256 of a file; of a folder, over the names and hashes of all files in it, sorted."""
+    """sha256 of a file; of a folder, over the names and hashes of its files, without bytecode."""
     digest = hashlib.sha256()
     if path.is_dir():
-        for item in sorted(p for p in path.rglob("*") if p.is_file()):
+        files = (p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+        for item in sorted(files):
             digest.update(f"{item.relative_to(path).as_posix()}\0{hash_path(item)}\n".encode())
         return digest.hexdigest()
     with path.open("rb") as stream:

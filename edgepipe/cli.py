@@ -10,6 +10,7 @@ from edgepipe.errors import (
     EXIT_NOT_READY,
     EXIT_REQUEST,
     EdgepipeError,
+    MissingExtra,
     StageError,
 )
 
@@ -34,6 +35,13 @@ COMMANDS: dict[str, str] = {
     "runs": "list stored runs",
     "toolchains": "list, install and remove converter environments",
 }
+
+# Which extra of pyproject.toml brings a package that only some commands need.
+EXTRAS = {
+    "torch": "torch", "torch_pruning": "torch", "safetensors": "torch", "onnxscript": "torch",
+    "numpy": "convert", "onnx": "convert", "onnxruntime": "convert", "ai_edge_litert": "convert",
+    "litert_quantizer": "convert", "PIL": "convert", "paramiko": "ssh", "sklearn": "demo",
+}  # fmt: skip
 
 USAGE = """\
 usage: edgepipe COMMAND [options]      (edgepipe COMMAND --help for each)
@@ -132,10 +140,7 @@ def _run_command(name: str, arguments: list[str]) -> int:
     except EdgepipeError as exc:
         if args.debug:
             raise
-        progress.clear()
-        out.json(exc.as_dict())
-        print(error_text(exc), file=sys.stderr)
-        return exc.exit_code
+        return _fail(exc, out, progress)
     except KeyboardInterrupt:
         progress.clear()
         print("interrupted; finished steps are kept, run the same command to go on", file=sys.stderr)  # fmt: skip
@@ -153,10 +158,26 @@ def _run_command(name: str, arguments: list[str]) -> int:
         print("hint: free some space or choose another folder with --store", file=sys.stderr)
         out.json({"error": "cannot-write", "message": str(exc), "hint": ""})
         return EXIT_NOT_READY
+    except ModuleNotFoundError as exc:
+        extra = EXTRAS.get((exc.name or "").partition(".")[0])
+        if extra is None or args.debug:
+            return _bug(exc, args)
+        missing = MissingExtra(
+            f"edgepipe {name} needs the Python package {exc.name}, which is not installed",
+            hint=f"pip install 'edgepipe[{extra}]'   (or edgepipe[all] for everything)",
+        )
+        return _fail(missing, out, progress)
     except Exception as exc:
         return _bug(exc, args)
     finally:
         progress.close()
+
+
+def _fail(exc: EdgepipeError, out: Output, progress: Any) -> int:
+    progress.clear()
+    out.json(exc.as_dict())
+    print(error_text(exc), file=sys.stderr)
+    return exc.exit_code
 
 
 def error_text(exc: EdgepipeError) -> str:

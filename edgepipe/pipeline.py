@@ -267,10 +267,7 @@ def _module_hash(module: str) -> str:
     else:
         spec = importlib.util.find_spec(module)
         path = Path(spec.origin) if spec and spec.origin else Path()
-    if path.is_dir():
-        sources = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix != ".pyc")
-        return hashlib.sha256("".join(hash_path(p) for p in sources).encode()).hexdigest()
-    return hash_path(path) if path.is_file() else ""
+    return hash_path(path) if path.exists() else ""
 
 
 EVALUATION_MODULES = (
