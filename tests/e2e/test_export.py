@@ -49,8 +49,6 @@ class Net(nn.Module):
             return self.lstm(x[:, 0])[0]
         if self.kind == "attention":
             return self.attention(x[:, 0], x[:, 1], x[:, 0])[0]
-        if self.kind == "unused":
-            return self.head(x.mean([2, 3]).repeat(1, 2)) if y is not None else None
         if self.kind == "no_onnx":
             return torch.linalg.qr(z)[0]  # not in ONNX
         if self.kind == "branch":
