@@ -158,7 +158,7 @@ NAMES = st.text(max_size=12).filter(lambda text: " Rev " not in text)
 
 @given(
     model=NAMES, os_name=NAMES, core=NAMES, count=st.integers(1, 64), mhz=st.integers(0, 6000),
-    ram_bytes=st.integers(1, 1 << 40), machine=st.sampled_from(["aarch64", "x86_64", "riscv64"]),
+    ram_bytes=st.integers(4 << 20, 1 << 40), machine=st.sampled_from(["aarch64", "x86_64", "riscv64"]),
 )  # fmt: skip
 def test_a_written_profile_reads_back_as_what_was_probed(
     tmp_path_factory: pytest.TempPathFactory,
