@@ -94,9 +94,10 @@ def _refuse_code(path: Path) -> None:
 
 
 _OPERATOR = re.compile(r"torch\.ops(\.[A-Za-z0-9_]+){2,3}|torch\.sym_\w+|_operator\.\w+|math\.\w+")
-# names of symbols and of sympy's classes, numbers, operators: no builtin function, no attribute
+# numbers, operators, symbols, sympy's classes: no builtin function, no attribute. Possessive (++), so
+# that a long hostile expression costs linear time.
 _ARITHMETIC = re.compile(
-    r"([A-Z]\w*\(|\(|[A-Za-z]\w*(?!\w*\s*\()|\d+(\.\d+)?|Symbol\('\w+'|[\s,)+*/%<>=&|~-])*"
+    r"(Symbol\('\w++'|(?:[A-Z]\w*+|floor|ceiling|sqrt)\(|\(|[A-Za-z]\w*+(?!\s*\()|\d++(\.\d++)?|[\s,)+*/%<>=&|~-])*+"
 )
 
 
