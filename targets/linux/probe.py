@@ -12,7 +12,9 @@ import os
 import re
 import sys
 
-import runner
+sys.dont_write_bytecode = True  # leaves nothing beside the files that were pushed
+
+import runner  # noqa: E402
 
 SCHEMA = 1
 

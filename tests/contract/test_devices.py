@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from edgepipe.device import Device, base
 from edgepipe.device.ssh import SshDevice
 from edgepipe.errors import CommandFailed, CommandTimeout, RequestError, TransferError
+from edgepipe.probe import probe
 
 from .conftest import Board
 
@@ -379,6 +380,14 @@ def test_pulling_to_a_full_disk_leaves_nothing(
     with pytest.raises(TransferError, match=r"no space left; the file needs 4\.0 MB"):
         device.pull(str(source), tiny_disk / "result")
     assert list(tiny_disk.iterdir()) == []
+
+
+def test_the_probe_reads_the_facts_of_the_device(board: Board) -> None:
+    facts = probe(board.device)
+    assert facts.page_size_bytes == os.sysconf("SC_PAGE_SIZE")
+    assert facts.kernel == os.uname().release
+    assert leftovers(board.home) == []
+    assert [path.name for path in board.home.rglob("__pycache__")] == []
 
 
 def test_closing_twice_is_allowed(device: Device) -> None:

@@ -72,7 +72,7 @@ def write_tree(root: Path, tree: Tree) -> None:
 
 def run_probe(root: Path) -> Facts:
     done = subprocess.run(
-        [sys.executable, "-B", target_dir("linux") / "probe.py", root],
+        [sys.executable, target_dir("linux") / "probe.py", root],
         env={**os.environ, "EDGEPIPE_SYSROOT": str(root)}, check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout.count("\n") == 1  # one JSON object, one line, nothing else
