@@ -266,7 +266,9 @@ def _module_hash(module: str) -> str:
         path = path if path.is_dir() else path.with_suffix(".py")
     else:
         spec = importlib.util.find_spec(module)
-        path = Path(spec.origin) if spec and spec.origin else Path()
+        if spec is None or spec.origin is None:
+            return ""
+        path = Path(spec.origin)
     return hash_path(path) if path.exists() else ""
 
 
