@@ -53,7 +53,9 @@ class DataSource:
     ``images``  a folder or .zip of images; the folder of each file is its label
     ``wavs``    a folder or .zip of WAV files; the folder of each file is its label
     ``python``  ``function`` = ``"file.py:name"`` or ``"package.module:name"``, called with ``args``;
-                returns arrays: inputs, or (inputs, labels), inputs an array or a dict by name
+                returns arrays: inputs, or (inputs, labels), inputs an array or a dict by name.
+                What it reads should be named in ``args``: those files decide whether a cached
+                result is still good
     ``random``  standard normal noise of the model's input shape: only for smoke tests, and the
                 record says so
     """
@@ -97,8 +99,8 @@ def split_reference(reference: str, root: Path | None) -> tuple[Path | str, str]
 def fingerprint(source: DataSource) -> str:
     """What a cache key needs of a data source: its options and the sha256 of its content.
 
-    For a Python function the content is the source file of its module; a module by name is found
-    without importing it.
+    For a Python function the content is the source file of its module (a module by name is found
+    without importing it) and every file or folder that one of its ``args`` names.
     """
     import importlib.util
 
@@ -111,6 +113,10 @@ def fingerprint(source: DataSource) -> str:
             spec = importlib.util.find_spec(module)
             module = Path(spec.origin) if spec and spec.origin else Path()
         content = hash_path(module) if module.is_file() else ""
+        for value in source.args.values():
+            if isinstance(value, str) and value:
+                path = (source.root or Path()) / value
+                content += hash_path(path) if path.exists() else ""
     options = dataclasses.asdict(source)
     options.pop("root"), options.pop("path")
     return f"{options!r} {content}"
