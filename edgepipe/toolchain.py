@@ -148,7 +148,8 @@ def install(name: str) -> Path:
     tool, target = find_toolchain(name), environment(name)
     if is_installed(name):
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # where that fails, so does the lock, which says it well
+        target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target, fcntl.LOCK_EX, wait=True):
         if is_installed(name):
             return target
@@ -329,7 +330,17 @@ def _run(argv: Sequence[str], cwd: Path) -> None:
 @contextlib.contextmanager
 def _locked(target: Path, kind: int, *, wait: bool) -> Iterator[None]:
     """Hold the lock of an environment. It is released by the system even if we are killed."""
-    with (target.parent / f"{target.name}.lock").open("a") as stream:
+    try:
+        stream = (target.parent / f"{target.name}.lock").open("a")
+    except OSError as exc:
+        if kind == fcntl.LOCK_SH:  # a shared folder we may only read: nor can we remove from it
+            yield
+            return
+        raise NotReadyError(
+            f"cannot write in {target.parent}: {exc.strerror}",
+            hint="make it writable, or set EDGEPIPE_TOOLCHAINS to a folder that is",
+        ) from exc
+    with stream:
         told = False
         while True:
             try:

@@ -174,6 +174,15 @@ def test_no_python_of_the_right_version_is_told_with_what_to_do(tiny: str, monke
     assert "needs Python 3.4" in caught.value.message
 
 
+def test_a_place_that_cannot_be_written_is_told_with_the_way_out(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    monkeypatch.setenv("EDGEPIPE_TOOLCHAINS", str(blocked / "toolchains"))
+    with pytest.raises(NotReadyError, match="cannot write in") as caught:
+        toolchain.install(tiny)
+    assert "EDGEPIPE_TOOLCHAINS" in caught.value.hint
+
+
 def test_an_unknown_toolchain_is_refused_with_a_near_miss() -> None:
     with pytest.raises(RequestError, match="did you mean 'onnx2tf'"):
         toolchain.find_toolchain("onnx2t")
