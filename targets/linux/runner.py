@@ -341,6 +341,14 @@ def reset_peak():
         return False
 
 
+def give_back_free_memory():
+    """malloc_trim(3), glibc: else a model that fits into what imports left free seems to cost 0."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except AttributeError:
+        pass
+
+
 def drop_from_page_cache(path):
     """Ask the kernel to forget a file, then return the share of its pages still in memory.
 
@@ -768,6 +776,7 @@ def work_memory(spec):
     keep = warm_up_runtime(spec)
     memory_bytes(path)  # once for practice: the reading itself takes some memory the first time
     gc.collect()
+    give_back_free_memory()
     stages = {}
     peak_is_reset = reset_peak()
     stages["before_load"] = memory_bytes(path)
@@ -841,11 +850,10 @@ WORK = {
 }
 
 
-def worker():
+def worker(supervisor):
     """One session: a spec on stdin, one JSON object on what was stdout."""
-    parent = os.getppid()
     ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: no orphan stays busy
-    if os.getppid() != parent:
+    if os.getppid() != supervisor:  # it died before we could ask for that
         os._exit(1)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a runtime prints is a log
@@ -882,7 +890,7 @@ def run_worker(spec, timeout_s):
     """(result, None) or (None, cause): a cause has `what`, `message` and `stderr`."""
     kills_before = health()["oom_kills"]
     process = subprocess.Popen(
-        [sys.executable, os.path.abspath(__file__), "--worker"],
+        [sys.executable, os.path.abspath(__file__), "--worker", str(os.getpid())],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/",
         env=dict(os.environ, PYTHONHASHSEED="0"),  # one layout of dicts: memory repeats better
     )  # fmt: skip
@@ -1226,6 +1234,7 @@ def run_session(job, kind, runtime, self_test, deadline):
     data, cause = None, None
     if kind == "latency":
         cold, cause = run_worker(dict(spec, kind="cold"), deadline - time.monotonic())
+        log("cold load: %s" % ("done" if cause is None else cause["message"]))
     if cause is None:
         data, cause = run_worker(spec, deadline - time.monotonic())
     if data is not None and kind == "latency":
@@ -1245,8 +1254,8 @@ def main(argv):
     if sys.version_info < (3, 7):
         sys.stderr.write("runner: Python 3.7 or newer is needed\n")
         return EX_NO_RUNTIME
-    if argv[1:] == ["--worker"]:
-        return worker()
+    if argv[1:2] == ["--worker"]:
+        return worker(int(argv[2]))
     reply = {
         "schema": SCHEMA, "code": EX_OK, "error": None, "message": "", "job": None,
         "device": None, "runtime": None, "rejected": [], "runs_on_device": None, "sessions": [],

@@ -170,6 +170,19 @@ def test_memory_grows_by_what_the_model_needs(tmp_path: Path) -> None:
     assert set(data["stages"]) == {"before_load", "after_load", "after_first", "steady"}
 
 
+def test_what_a_runtime_prints_is_no_part_of_the_answer(tmp_path: Path) -> None:
+    """Also the way of a board with tflite_runtime: a package of that name, around LiteRT's."""
+    package = tmp_path / "site" / "tflite_runtime"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("import os; os.write(1, b'hello from the runtime')\n")
+    (package / "interpreter.py").write_text("from ai_edge_litert.interpreter import Interpreter\n")
+    (package.parent / "tflite_runtime-2.14.0.dist-info").mkdir()
+    job = make_job(tmp_path, sessions=["latency"], backend="tflite-runtime-interpreter")
+    reply = execute(job, PYTHONPATH=str(package.parent))
+    assert reply["code"] == 0
+    assert (reply["runtime"]["name"], reply["runtime"]["version"]) == ("tflite-runtime", "2.14.0")
+
+
 def test_the_same_seed_gives_the_same_outputs_on_every_backend(tmp_path: Path) -> None:
     found = {}
     for backend in ("litert-c", "litert-interpreter"):
@@ -331,10 +344,10 @@ def running(job: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def in_session(process: subprocess.Popen[bytes]) -> int:
-    """The worker's pid, once the session itself (not the self-test) has begun."""
+    """The pid of the worker of a latency session, once self-test and cold load are over."""
     assert process.stderr is not None
     for line in process.stderr:
-        if b"session with" in line:
+        if b"cold load: done" in line:
             break
     (pid,) = wait_for(lambda: children_of(process.pid))
     return int(pid)
@@ -359,6 +372,14 @@ def test_no_worker_outlives_its_supervisor(tmp_path: Path) -> None:
         process.kill()
         process.wait()
         wait_for(lambda: is_gone(worker))
+
+
+def test_a_worker_born_an_orphan_does_nothing(tmp_path: Path) -> None:
+    """The supervisor was killed before its worker could ask to die with it."""
+    done = subprocess.run(
+        [sys.executable, RUNNER, "--worker", "1"], input=b"{}", capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
 
 
 def is_gone(pid: int) -> bool:
