@@ -331,6 +331,7 @@ def _save_results(folder: Path, measured: Sequence[Measurement]) -> None:
     write_json(
         folder / "result.json",
         {"taken": time.time(), "measurements": [measurement_to_dict(m) for m in measured]},
+        indent=None,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 def percentile(samples: Sequence[float], q: float) -> float:
@@ -21,21 +21,20 @@ def percentile(samples: Sequence[float], q: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
-def binomial_cdf(k: int, n: int, p: float) -> float:
-    """P(X <= k) for X ~ Binomial(n, p), summed in log space so that n in the thousands is fine."""
-    if k < 0:
-        return 0.0
-    if k >= n:
-        return 1.0
-    log_p, log_q = math.log(p), math.log1p(-p)
-    log_n = math.lgamma(n + 1)
-    return min(
-        1.0,
-        math.fsum(
-            math.exp(log_n - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * log_p + (n - i) * log_q)
-            for i in range(k + 1)
-        ),
-    )  # fmt: skip
+def binomial_cdfs(n: int, p: float) -> Iterator[float]:
+    """P(X <= 0), P(X <= 1), ... for X ~ Binomial(n, p), 0 < p < 1.
+
+    Terms by the recurrence P(i+1) = P(i) (n-i)/(i+1) p/(1-p), in log space so that n in the
+    thousands does not underflow.
+    """
+    log_odds = math.log(p) - math.log1p(-p)
+    log_term = n * math.log1p(-p)
+    total = 0.0
+    for i in range(n + 1):
+        total += math.exp(log_term)
+        yield min(1.0, total)
+        if i < n:
+            log_term += math.log(n - i) - math.log(i + 1) + log_odds
 
 
 def percentile_upper_bound(samples: Sequence[float], q: float, confidence: float) -> float | None:
@@ -57,10 +56,12 @@ def percentile_lower_bound(samples: Sequence[float], q: float, confidence: float
 
 def _tail_rank(n: int, p: float, confidence: float) -> int:
     """The largest k with BinomCDF(k - 1; n, p) <= 1 - confidence; 0 if there is none."""
-    k = 0
-    while k < n and binomial_cdf(k, n, p) <= 1.0 - confidence:
-        k += 1
-    return k
+    rank = 0
+    for below in binomial_cdfs(n, p):
+        if below > 1.0 - confidence:
+            break
+        rank += 1
+    return min(rank, n)
 
 
 def sessions_upper_bound(

@@ -32,13 +32,13 @@ log = logging.getLogger(__name__)
 RUN_SCHEMA = 1
 
 
-def write_json(path: Path, data: object) -> None:
+def write_json(path: Path, data: object, *, indent: int | None = 1) -> None:
     """Write JSON so that ``path`` is its old self or whole: temporary name, fsync, rename."""
+    text = json.dumps(data, indent=indent) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(3)}")
     try:
         with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(data, stream, indent=1)
-            stream.write("\n")
+            stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
@@ -165,7 +165,7 @@ class Run:
         folder = self.folder / "measurements" / device.replace("/", "_")
         folder.mkdir(parents=True, exist_ok=True)
         for metric, measurement in measurements.items():
-            write_json(folder / f"{metric}.json", measurement_to_dict(measurement))
+            write_json(folder / f"{metric}.json", measurement_to_dict(measurement), indent=None)
 
     def load_measurements(self, device: str) -> dict[str, Measurement]:
         """What `save_measurements` wrote, by metric; empty where nothing was measured."""
