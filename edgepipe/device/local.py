@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import errno
 import os
@@ -42,28 +43,23 @@ class LocalDevice:
         """See `Device.run`. A command that cannot be started is 127 (or 126), as in a shell."""
         words = check_argv(argv)
         deadline_s = time.monotonic() + timeout_s
-        try:
-            process = subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,  # its own process group, so that its children die with it
-                cwd=Path.home(),  # where a command over SSH starts
-            )
-        except FileNotFoundError:
-            return Completed(127, b"", f"{words[0]}: not found\n".encode())
-        except OSError as exc:  # not executable, wrong format, argument list too long
-            return Completed(126, b"", f"{words[0]}: {exc.strerror}\n".encode())
-        try:
-            stdout, stderr = _collect(process, deadline_s, words, timeout_s)
-        except BaseException:
-            _kill_group(process)
-            raise
-        finally:
-            for stream in (process.stdout, process.stderr):
-                if stream is not None:
-                    stream.close()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            # started by another thread: Ctrl-C reaches only the main one, and cannot make us forget
+            # a process that runs already
+            starting = pool.submit(_start, words)
+            try:
+                process = starting.result()
+                stdout, stderr = _collect(process, deadline_s, words, timeout_s)
+            except BaseException as exc:
+                concurrent.futures.wait([starting])
+                if starting.exception() is None:
+                    _kill_group(starting.result())
+                    raise
+                if isinstance(exc, FileNotFoundError):
+                    return Completed(127, b"", f"{words[0]}: not found\n".encode())
+                if isinstance(exc, OSError):  # not executable, wrong format, list too long
+                    return Completed(126, b"", f"{words[0]}: {exc.strerror}\n".encode())
+                raise
         code = process.returncode
         return Completed(128 - code if code < 0 else code, stdout, stderr)
 
@@ -104,6 +100,18 @@ def _expand(remote: str) -> Path:
     return Path.home() / remote.removeprefix("~/")
 
 
+def _start(words: list[str]) -> subprocess.Popen[bytes]:
+    home = Path.home()
+    return subprocess.Popen(
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # its own process group, so that its children die with it
+        cwd=home if home.is_dir() else "/",  # where a command over SSH starts
+    )
+
+
 def _collect(
     process: subprocess.Popen[bytes], deadline_s: float, words: list[str], timeout_s: float
 ) -> tuple[bytes, bytes]:
@@ -129,6 +137,8 @@ def _collect(
         process.wait(max(0.0, deadline_s - time.monotonic()))
     except subprocess.TimeoutExpired as exc:
         raise timeout_error(words, timeout_s, "local") from exc
+    process.stdout.close()
+    process.stderr.close()
     return bytes(stdout), bytes(stderr)
 
 
@@ -136,6 +146,9 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    for stream in (process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
 
 
 def _copy_whole(source: Path, target: Path, verb: str) -> None:

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgepipe.device import Device, base
+from edgepipe.device import Device, base, open_device
 from edgepipe.device.ssh import SshDevice
 from edgepipe.errors import CommandFailed, CommandTimeout, RequestError, TransferError
 from edgepipe.probe import probe
@@ -90,6 +90,13 @@ def test_a_program_that_is_not_there_is_127_and_one_that_cannot_run_126(device: 
     assert (missing.returncode, missing.stdout) == (127, b"")
     assert b"no-such-program-here" in missing.stderr
     assert device.run(["/etc/passwd"], timeout_s=10).returncode == 126
+
+
+def test_a_home_that_is_not_there_hinders_no_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "none"))
+    assert open_device("local").run(["pwd"], timeout_s=10) == base.Completed(0, b"/\n", b"")
 
 
 @pytest.mark.parametrize("argv", [[], "uname -m", ["echo", "a\0b"], ["echo", 3]])

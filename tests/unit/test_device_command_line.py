@@ -7,13 +7,16 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from edgepipe.device.ssh import command_line
+from edgepipe.artifact import hash_path
+from edgepipe.device.parse import parse_sha256
+from edgepipe.device.ssh import _HASH, command_line
 
 TOOLS = ("sh", "sleep", "true", "cat", "kill")
 
@@ -135,3 +138,21 @@ def test_a_missing_program_is_127(path: str) -> None:
         code, out, err = finish(process)
     assert (code, out) == (127, b"")
     assert b"no-such-program" in err
+
+
+@pytest.mark.parametrize("first", ["sha256sum", "python3"])
+@pytest.mark.parametrize("there", ["sha256sum", "python3"])
+def test_a_file_is_hashed_with_whichever_program_there_is(
+    tmp_path: Path, first: str, there: str
+) -> None:
+    (tmp_path / "bin").mkdir()
+    program = shutil.which(there) if there == "sha256sum" else sys.executable
+    assert program is not None
+    (tmp_path / "bin" / there).symlink_to(program)
+    file = tmp_path / "a b'c$"
+    file.write_bytes(b"x" * 3_000_000)
+    done = subprocess.run(
+        [shutil.which("sh") or "sh", "-c", _HASH, file, first],
+        env={"PATH": str(tmp_path / "bin")}, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert parse_sha256(done.stdout) == hash_path(file)
