@@ -21,14 +21,15 @@ from typing import Any, Literal
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
-from ai_edge_litert.interpreter import Interpreter, OpResolverType
+from ai_edge_litert.interpreter import Interpreter
 from ai_edge_litert.tools import flatbuffer_utils
 from litert_quantizer import default_policy, qtyping, quantizer
 from litert_quantizer import recipe as quantizer_recipe
 
-from edgepipe.errors import ArtifactError, StageError
+from edgepipe.errors import StageError
 from edgepipe.tflite_ops.flatbuffer import Model, Operator, Subgraph, parse_model
 from edgepipe.tflite_ops.inspect import FloatIsland, describe_model
+from edgepipe.tflite_ops.run import open_tflite
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +199,7 @@ def collect_ranges(
         t for t in graph.tensors
         if t.is_float and not t.is_constant and _is_used(t.index, graph)
     ]  # fmt: skip
-    interpreter = _open(content, where=where)
+    interpreter = open_tflite(content, preserve_all_tensors=True)
     minima: list[np.ndarray] = []
     maxima: list[np.ndarray] = []
     shown = time.monotonic()
@@ -223,25 +224,6 @@ def collect_ranges(
     if not minima:
         raise StageError(f"{where}: there is no calibration sample", stage=STAGE)
     return Ranges(tuple(t.name for t in tensors), np.stack(minima), np.stack(maxima))
-
-
-def _open(content: bytes, *, where: str) -> Interpreter:
-    """An interpreter on one thread that keeps every tensor; delegates would hide some."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # keeping all tensors costs memory: that is meant
-            interpreter = Interpreter(
-                model_content=content,
-                num_threads=1,
-                experimental_preserve_all_tensors=True,
-                experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
-            )
-            interpreter.allocate_tensors()
-    except (ValueError, RuntimeError) as exc:
-        raise ArtifactError(
-            f"LiteRT cannot load {where}: {exc}", hint="see the operator it names"
-        ) from exc
-    return interpreter
 
 
 def _invoke(interpreter: Interpreter, batch: Sequence[np.ndarray]) -> None:
@@ -426,8 +408,8 @@ def departures(
     ``batches`` hold real inputs of the float file. Finds where quantisation first goes wrong: a
     tensor far below those before it.
     """
-    reference = _open(float_content, where="the float model")
-    candidate = _open(integer_content, where="the int8 model")
+    reference = open_tflite(float_content, preserve_all_tensors=True)
+    candidate = open_tflite(integer_content, preserve_all_tensors=True)
     graph = parse_model(integer_content, where="the int8 model").subgraphs[0]
     float_names = {d["name"]: d["index"] for d in reference.get_tensor_details()}
     made = [(o.name, graph.tensors[i]) for o in graph.operators for i in o.outputs if i >= 0]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,8 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from edgepipe.artifact import TensorSpec
 from edgepipe.errors import ArtifactError, DataError
+
+log = logging.getLogger(__name__)
 
 # onnxruntime's wheels send usage events to its maker unless told not to; a user's models are theirs.
 onnxruntime.disable_telemetry_events()
@@ -112,28 +119,50 @@ def open_onnx(
         ) from exc
 
 
-def open_tflite(path: Path, *, preserve_all_tensors: bool = False) -> Interpreter:
+def open_tflite(model: Path | bytes, *, preserve_all_tensors: bool = False) -> Interpreter:
     """An interpreter with its tensors allocated, on one thread.
 
     With ``preserve_all_tensors`` every intermediate tensor can be read after an inference; the
     reference-free builtin kernels then run without delegates, which would hide tensors.
     """
+    if isinstance(model, bytes):
+        source, named = {"model_content": model}, "the model"
+    else:
+        source, named = {"model_path": str(model)}, str(model)
     try:
-        interpreter = Interpreter(
-            model_path=str(path),
-            num_threads=1,
-            experimental_preserve_all_tensors=preserve_all_tensors,
-            experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-            if preserve_all_tensors
-            else OpResolverType.AUTO,
-        )
-        interpreter.allocate_tensors()
+        with native_messages_logged(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # keeping all tensors costs memory: that is meant
+            interpreter = Interpreter(
+                **source,
+                num_threads=1,
+                experimental_preserve_all_tensors=preserve_all_tensors,
+                experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+                if preserve_all_tensors
+                else OpResolverType.AUTO,
+            )
+            interpreter.allocate_tensors()
     except (ValueError, RuntimeError, OSError) as exc:
         raise ArtifactError(
-            f"{path} is not a model LiteRT can load: {exc}",
+            f"{named} is not a model LiteRT can load: {exc}",
             hint="the file is truncated, of another format, or needs operators LiteRT lacks (Flex)",
         ) from exc
     return interpreter
+
+
+@contextlib.contextmanager
+def native_messages_logged() -> Iterator[None]:
+    """What LiteRT's C++ prints on file descriptor 2 meanwhile becomes DEBUG records."""
+    with tempfile.TemporaryFile() as stream:
+        saved = os.dup(2)
+        os.dup2(stream.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            stream.seek(0)
+            for line in stream.read().decode(errors="replace").splitlines():
+                log.debug("%s", line)
 
 
 def has_qdq(source: Path | bytes) -> bool:

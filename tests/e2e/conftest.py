@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import platformdirs
 import pytest
 
 NET = '''\
@@ -107,6 +108,19 @@ def blobs(count: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
         row, column = divmod(int(label), 2)
         image[0, 6 * row : 6 * row + 6, 6 * column : 6 * column + 6] += 1
     return images, labels
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home of its own for every test: the local device's lease and files lie there.
+
+    Converter environments stay where they are, as they take a while to install.
+    """
+    caches = platformdirs.user_cache_path("edgepipe")
+    monkeypatch.setenv("EDGEPIPE_TOOLCHAINS", os.environ.get("EDGEPIPE_TOOLCHAINS") or str(caches / "toolchains"))  # fmt: skip
+    home = tmp_path / "own-home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
 
 
 @pytest.fixture
