@@ -15,11 +15,16 @@ RECIPE = Path(__file__).parent / "recipes" / "digits.toml"
 def demo(arguments: list[str]) -> int:
     recipe, *options = arguments or [str(RECIPE)]
     if find_sshd() is None:
-        print("no sshd on this machine: measuring on the local device, without SSH", file=sys.stderr)
+        print(
+            "no sshd on this machine: measuring on the local device, without SSH", file=sys.stderr
+        )
         return main(["run", recipe, "--device", "local", *options])
     with LoopbackSshd() as server:
         os.environ.update(server.environment())
-        print(f"measuring over SSH on a server started for this run: {server.address}", file=sys.stderr)
+        print(
+            f"measuring over SSH on a server started for this run: {server.address}",
+            file=sys.stderr,
+        )
         return main(["run", recipe, "--device", server.address, *options])
 
 

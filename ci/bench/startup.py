@@ -36,18 +36,24 @@ def help_ratio() -> float:
 
 def second_run(recipe: str) -> None:
     with tempfile.TemporaryDirectory() as store:
-        subprocess.run([sys.executable, "-m", "edgepipe", "run", recipe, "--store", store], check=False)
+        subprocess.run(
+            [sys.executable, "-m", "edgepipe", "run", recipe, "--store", store], check=False
+        )
         code = (
             "import sys; from edgepipe.cli import main\n"
             f"main(['run', {recipe!r}, '--store', {store!r}])\n"
             f"print('imported:', sorted(set({FRAMEWORKS!r}) & set(sys.modules)) or 'no framework', file=sys.stderr)"
         )
         started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        )
         elapsed = time.perf_counter() - started
     kept = done.stderr.count("unchanged, kept")
     ran = done.stderr.count(": done in")
-    print(f"second run: {elapsed:.2f} s, {kept} steps kept, {ran} steps run, {done.stderr.splitlines()[-1]}")
+    print(
+        f"second run: {elapsed:.2f} s, {kept} steps kept, {ran} steps run, {done.stderr.splitlines()[-1]}"
+    )
 
 
 if __name__ == "__main__":

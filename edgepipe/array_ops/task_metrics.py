@@ -52,7 +52,7 @@ def _scores(output: np.ndarray, labels: np.ndarray) -> np.ndarray:
             f"top1 and top5 need class numbers as labels, got {labels.dtype}",
             hint="store labels as integers from 0",
         )
-    if len(labels) and not (0 <= labels.min() and labels.max() < scores.shape[1]):
+    if len(labels) and not (labels.min() >= 0 and labels.max() < scores.shape[1]):
         raise DataError(
             f"labels go from {labels.min()} to {labels.max()}, but the model has"
             f" {scores.shape[1]} outputs",

@@ -126,9 +126,11 @@ def open_tflite(model: Path | bytes, *, preserve_all_tensors: bool = False) -> I
     reference-free builtin kernels then run without delegates, which would hide tensors.
     """
     if isinstance(model, bytes):
-        source, named = {"model_content": model}, "the model"
+        source: dict[str, Any] = {"model_content": model}
+        named = "the model"
     else:
-        source, named = {"model_path": str(model)}, str(model)
+        source = {"model_path": str(model)}
+        named = str(model)
     try:
         with native_messages_logged(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # keeping all tensors costs memory: that is meant
