@@ -43,26 +43,28 @@ def tiny_tflite(*, size: int = 4, layers: int = 1) -> bytes:
             _tensor(f"bias{layer}", (size,), 2),
             _tensor(name, (1, size), 0),
         ]
-        operator = schema.OperatorT()
-        operator.opcodeIndex = schema.BuiltinOperator.FULLY_CONNECTED
-        operator.inputs = [source, weight, weight + 1]
-        operator.outputs = [weight + 2]
-        operator.builtinOptionsType = schema.BuiltinOptions.FullyConnectedOptions
-        operator.builtinOptions = schema.FullyConnectedOptionsT()
-        graph.operators.append(operator)
+        inputs, outputs = [source, weight, weight + 1], [weight + 2]
+        graph.operators.append(
+            _operator("FULLY_CONNECTED", inputs, outputs, "FullyConnectedOptions")
+        )
     graph.inputs, graph.outputs = [0], [len(graph.tensors) - 1]
     buffers = [_buffer(None), _buffer(_identity(size, 2.0)), _buffer([1.0] * size)]
     return _pack([graph], buffers)
 
 
 def crashing_tflite() -> bytes:
-    """A valid flatbuffer that kills the process it is loaded in: a dense layer without weights.
+    """A valid flatbuffer that kills the process that loads it: a branch that leads to itself.
 
-    LiteRT 2.3.0 takes the optional-tensor mark -1 there and dereferences it (SIGSEGV).
+    Preparing IF prepares its branches, so LiteRT 2.3.0 recurses until the stack ends (SIGSEGV).
     """
-    model = schema.ModelT.InitFromPackedBuf(tiny_tflite())
-    model.subgraphs[0].operators[0].inputs = [0, -1, 2]
-    return _finish(model)
+    condition = _tensor("condition", (1,), 0)
+    condition.type = schema.TensorType.BOOL
+    graph = schema.SubGraphT()
+    graph.tensors = [condition, _tensor("x", (1, 4), 0), _tensor("y", (1, 4), 0)]
+    branches = {"thenSubgraphIndex": 0, "elseSubgraphIndex": 0}
+    graph.operators = [_operator("IF", [0, 0, 1], [2], "IfOptions", **branches)]
+    graph.inputs, graph.outputs = [0, 1], [2]
+    return _pack([graph], [_buffer(None)])
 
 
 def stateful_tflite(*, size: int = 4) -> bytes:
@@ -81,13 +83,11 @@ def stateful_tflite(*, size: int = 4) -> bytes:
         _tensor("y", (1, size), 0),
     ]
     graph.tensors[4].isVariable = True
-    operator = schema.OperatorT()
-    operator.opcodeIndex = schema.BuiltinOperator.RNN
-    operator.inputs, operator.outputs = [0, 1, 2, 3, 4], [5]
-    operator.builtinOptionsType = schema.BuiltinOptions.RNNOptions
-    operator.builtinOptions = schema.RNNOptionsT()
-    operator.builtinOptions.fusedActivationFunction = schema.ActivationFunctionType.RELU
-    graph.operators, graph.inputs, graph.outputs = [operator], [0], [5]
+    relu = schema.ActivationFunctionType.RELU
+    graph.operators = [
+        _operator("RNN", [0, 1, 2, 3, 4], [5], "RNNOptions", fusedActivationFunction=relu)
+    ]
+    graph.inputs, graph.outputs = [0], [5]
     buffers = [_buffer(None), _buffer(_identity(size, 1.0)), _buffer([0.0] * size)]
     return _pack([graph], buffers)
 
@@ -97,40 +97,40 @@ def counting_tflite(*, size: int = 4) -> bytes:
 
     What a tf.Variable becomes. ``v`` starts at 0, set by a second graph that runs once.
     """
-    kinds, options = schema.BuiltinOperator, schema.BuiltinOptions
-
-    def operator(kind: int, inputs: list[int], outputs: list[int], name: str) -> schema.OperatorT:
-        made = schema.OperatorT()
-        made.opcodeIndex = kind  # replaced by the index in _pack
-        made.inputs, made.outputs = inputs, outputs
-        made.builtinOptionsType = getattr(options, name)
-        made.builtinOptions = getattr(schema, f"{name}T")()
-        if name == "VarHandleOptions":
-            made.builtinOptions.container, made.builtinOptions.sharedName = b"", b"v"
-        if name == "CallOnceOptions":
-            made.builtinOptions.initSubgraphIndex = 1
-        return made
-
+    variable = {"container": b"", "sharedName": b"v"}
     handle = _tensor("handle", (), 0)
     handle.type = schema.TensorType.RESOURCE
     shape = (1, size)
     main, once = schema.SubGraphT(), schema.SubGraphT()
     main.tensors = [_tensor("x", shape, 0), handle, _tensor("v", shape, 0), _tensor("y", shape, 0)]
     main.operators = [
-        operator(kinds.CALL_ONCE, [], [], "CallOnceOptions"),
-        operator(kinds.VAR_HANDLE, [], [1], "VarHandleOptions"),
-        operator(kinds.READ_VARIABLE, [1], [2], "ReadVariableOptions"),
-        operator(kinds.ADD, [0, 2], [3], "AddOptions"),
-        operator(kinds.ASSIGN_VARIABLE, [1, 3], [], "AssignVariableOptions"),
+        _operator("CALL_ONCE", [], [], "CallOnceOptions", initSubgraphIndex=1),
+        _operator("VAR_HANDLE", [], [1], "VarHandleOptions", **variable),
+        _operator("READ_VARIABLE", [1], [2], "ReadVariableOptions"),
+        _operator("ADD", [0, 2], [3], "AddOptions"),
+        _operator("ASSIGN_VARIABLE", [1, 3], [], "AssignVariableOptions"),
     ]
     main.inputs, main.outputs = [0], [3]
     once.tensors = [handle, _tensor("zeros", shape, 1)]
     once.operators = [
-        operator(kinds.VAR_HANDLE, [], [0], "VarHandleOptions"),
-        operator(kinds.ASSIGN_VARIABLE, [0, 1], [], "AssignVariableOptions"),
+        _operator("VAR_HANDLE", [], [0], "VarHandleOptions", **variable),
+        _operator("ASSIGN_VARIABLE", [0, 1], [], "AssignVariableOptions"),
     ]
     once.inputs, once.outputs = [], []
     return _pack([main, once], [_buffer(None), _buffer([0.0] * size)])
+
+
+def _operator(
+    kind: str, inputs: list[int], outputs: list[int], options: str, **fields: object
+) -> schema.OperatorT:
+    made = schema.OperatorT()
+    made.opcodeIndex = getattr(schema.BuiltinOperator, kind)  # replaced by the index in _pack
+    made.inputs, made.outputs = inputs, outputs
+    made.builtinOptionsType = getattr(schema.BuiltinOptions, options)
+    made.builtinOptions = getattr(schema, f"{options}T")()
+    for name, value in fields.items():
+        setattr(made.builtinOptions, name, value)
+    return made
 
 
 def _identity(size: int, value: float) -> list[float]:
