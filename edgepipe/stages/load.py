@@ -260,11 +260,13 @@ def _load_onnx(path: Path, source: ModelSource, context: StageContext) -> Artifa
 
 def _load_tflite(path: Path, source: ModelSource, context: StageContext) -> Artifact:
     from edgepipe.tflite_ops.inspect import tensor_specs
+    from edgepipe.tflite_ops.run import refuse_crashing
 
     _refuse_output_names(path, source)
     copy = context.work_dir / "model.tflite"
     shutil.copyfile(path, copy)
     inputs, outputs = tensor_specs(copy)
+    refuse_crashing(path)
     layouts = {o.name: o.layout for o in source.inputs if o.layout}
     unknown = sorted({o.name for o in source.inputs} - {spec.name for spec in inputs})
     if unknown:

@@ -255,7 +255,7 @@ def _check_runs(path: Path, context: StageContext) -> int:
     Returns the number of its variable tensors.
     """
     from edgepipe.tflite_ops.inspect import read_model
-    from edgepipe.tflite_ops.run import open_tflite
+    from edgepipe.tflite_ops.run import open_tflite, refuse_crashing
 
     try:
         graphs = read_model(path).subgraphs
@@ -267,6 +267,7 @@ def _check_runs(path: Path, context: StageContext) -> int:
                 stage=NAME, code="unsupported-op", log_path=str(context.log_path),
                 hint="write them with other PyTorch operators, or do them outside the model",
             )  # fmt: skip
+        refuse_crashing(path)
         open_tflite(path)
     except ArtifactError as exc:
         raise StageError(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -149,6 +152,35 @@ def open_tflite(model: Path | bytes, *, preserve_all_tensors: bool = False) -> I
             hint="the file is truncated, of another format, or needs operators LiteRT lacks (Flex)",
         ) from exc
     return interpreter
+
+
+_TRIAL = """
+import sys, numpy
+from ai_edge_litert.interpreter import Interpreter
+model = Interpreter(sys.argv[1], num_threads=1)
+model.allocate_tensors()
+for detail in model.get_input_details():
+    model.set_tensor(detail["index"], numpy.zeros(detail["shape"], detail["dtype"]))
+model.invoke()
+"""
+
+
+def refuse_crashing(path: Path) -> None:
+    """Raises ArtifactError for a file that kills the process which loads and runs it.
+
+    Tried in a child process, because LiteRT follows wrong indices in a damaged file. Errors that
+    LiteRT reports are not looked at here: whoever runs the model gets them.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _TRIAL, str(path)], capture_output=True, check=False
+    )
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise ArtifactError(
+            f"{path} crashes LiteRT ({name}) when it is loaded or run",
+            hint="the file is damaged, or the converter made an invalid graph",
+            code="crashes",
+        )
 
 
 @contextlib.contextmanager

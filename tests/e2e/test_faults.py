@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgepipe.tflite_ops.tiny import crashing_tflite
+
 from .conftest import EdgepipeRunner, leftovers
 
 pytestmark = pytest.mark.slow
@@ -70,6 +72,15 @@ def test_a_file_that_is_no_model_is_named_for_what_it_is(
     if name.endswith(".pt2"):
         edit(project, "[[stages]]", '[[stages]]\nstage = "export_onnx"\n[[stages]]')
     check_failure(edgepipe("run", "recipe.toml"), project, 2, named)
+
+
+def test_a_model_that_crashes_litert_is_refused_before_it_takes_us_along(
+    project: Path, edgepipe: EdgepipeRunner
+) -> None:
+    (project / "model.tflite").write_bytes(crashing_tflite())
+    use_model_file(project, "model.tflite")
+    edit(project, '[[stages]]\nstage = "to_tflite"\n', "")
+    check_failure(edgepipe("run", "recipe.toml"), project, 2, "model.tflite", "SIGSEGV")
 
 
 def test_a_typo_in_a_recipe_is_found_before_anything_runs(
