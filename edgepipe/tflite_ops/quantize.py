@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
 import logging
 import time
@@ -29,7 +28,7 @@ from litert_quantizer import recipe as quantizer_recipe
 from edgepipe.errors import StageError
 from edgepipe.tflite_ops.flatbuffer import Model, Operator, Subgraph, parse_model
 from edgepipe.tflite_ops.inspect import FloatIsland, describe_model
-from edgepipe.tflite_ops.run import open_tflite
+from edgepipe.tflite_ops.run import native_messages_logged, open_tflite
 
 log = logging.getLogger(__name__)
 
@@ -318,7 +317,7 @@ def _recipe(input_dtype: IoDtype, output_dtype: IoDtype) -> list[dict[str, Any]]
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """litert-quantizer draws a progress bar on stderr and warns about how it keeps tensors."""
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+    with warnings.catch_warnings(), native_messages_logged():
         warnings.simplefilter("ignore")
         yield
 

@@ -46,6 +46,7 @@ name = "small"
 devices = ["localhost"]
 [model]
 builder = "net.py:build"
+args = { width = 16 }
 [[model.inputs]]
 name = "image"
 shape = [1, 1, 12, 12]
@@ -64,7 +65,10 @@ seed = 1
 [evaluate]
 data = "test"
 metric = "top1"
-reference = 1
+reference = 2
+[[stages]]
+stage = "prune"
+ratio = 0.5
 [[stages]]
 stage = "finetune"
 epochs = 3

@@ -5,6 +5,7 @@ Faults of devices are in test_device_faults.py.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -33,10 +34,14 @@ def edit(project: Path, old: str, new: str) -> None:
 def use_model_file(project: Path, name: str) -> None:
     """Point the recipe at a model file and drop the stages of the PyTorch side."""
     text = (project / "recipe.toml").read_text()
-    text = re.sub(r'builder = "net.py:build"\n', f'file = "{name}"\n', text)
+    text = re.sub(r'builder = "net.py:build"\nargs.*\n', f'file = "{name}"\n', text)
     text = re.sub(r"\[\[model.inputs\]\]\n.*\n.*\n", "", text)
-    text = text.replace("reference = 1\n", "")
-    text = re.sub(r'\[\[stages\]\]\nstage = "(finetune|export_onnx)"\n(epochs = 3\n)?', "", text)
+    text = text.replace("reference = 2\n", "")
+    text = re.sub(
+        r'\[\[stages\]\]\nstage = "(finetune|prune|export_onnx)"\n((epochs|ratio) = .*\n)?',
+        "",
+        text,
+    )
     (project / "recipe.toml").write_text(text)
 
 
@@ -152,7 +157,9 @@ def test_a_full_disk_loses_nothing(project: Path, edgepipe: EdgepipeRunner) -> N
         subprocess.run(["umount", str(small)], check=True)
 
 
-STAGES = ("load", "finetune", "export_onnx", "to_tflite", "quantize_int8", "evaluate", "measure on")
+STAGES = (
+    "load", "prune", "finetune", "export_onnx", "to_tflite", "quantize_int8", "evaluate", "measure on",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -171,11 +178,10 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_run_goes_on_later(
         seen.append(line)
         if re.match(rf"\[\d/\d\] {stage}.* \.\.\.", line):
             break
-    time.sleep(0.3)
+    time.sleep(0.05 if stage == "prune" else 0.3)  # pruning itself takes a tenth of a second
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=60)
     text = "".join(seen) + rest
-    # a step of a few milliseconds may be over before the signal comes
     assert process.returncode == 130, text
     assert "interrupted" in text
     assert "Traceback" not in text
@@ -186,7 +192,25 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_run_goes_on_later(
     done = edgepipe("run", "recipe.toml")
     assert done.returncode == 0, done.stdout + done.stderr
     kept = done.stderr.count("unchanged, kept")
-    assert kept >= (0 if stage == "finetune" else STAGES.index(stage) - 1)
+    assert kept >= STAGES.index(stage)
+
+
+def test_two_runs_at_once_share_the_work_and_both_pass(project: Path) -> None:
+    command = [sys.executable, "-m", "edgepipe", "run", "recipe.toml", "--json", "--quiet"]
+    both = [
+        subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]  # fmt: skip
+    results = []
+    for process in both:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        results.append(json.loads(out))
+    assert results[0]["run"] != results[1]["run"]
+    assert results[0]["sha256"] == results[1]["sha256"]
+    # every step is in the cache once
+    assert len(list((project / ".edgepipe" / "cache").iterdir())) == len(results[0]["steps"])
+    assert leftovers(project) == []
 
 
 def group_is_empty(group: int) -> bool:
