@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from edgepipe.errors import (
     EXIT_BUG,
-    EXIT_INTERRUPTED,
-    EXIT_NOT_READY,
     EXIT_REQUEST,
+    EXIT_SIGNAL,
     EdgepipeError,
     MissingExtra,
+    NotReadyError,
+    RequestError,
     StageError,
 )
 
 TYPE_CHECKING = False  # typing itself would double the time of `edgepipe --help`
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
-    from typing import Any
+    from collections.abc import Callable, Sequence
+    from typing import Any, NoReturn, TextIO
 
 COMMANDS: dict[str, str] = {
     "init": "write a commented recipe for a model",
@@ -70,55 +72,89 @@ class Output:
 
     def text(self, text: str) -> None:
         if not self.as_json:
-            print(text)
+            _write(sys.stdout, text + "\n")
 
     def json(self, data: Any) -> None:
         if self.as_json:
             import json
 
-            print(json.dumps(data, indent=1, default=str))
+            _write(sys.stdout, json.dumps(data, indent=1, default=str) + "\n")
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Write at once. A reader that went away changes neither the work nor its exit code."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _say(text: str) -> None:
+    """One message on stderr; where stderr cannot be written nobody can be told so."""
+    import contextlib
+
+    with contextlib.suppress(OSError):
+        _write(sys.stderr, text + "\n")
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: what holds for Ctrl-C holds for them."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    try:
-        code = _main(argv)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output went away, as in `edgepipe runs | head`
-        import os
-
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return code
-
-
-def _main(argv: Sequence[str] | None) -> int:
+    _open_closed_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    out = Output(as_json="--json" in arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         commands = "\n".join(f"  {name:11} {summary}" for name, summary in COMMANDS.items())
-        print(USAGE.format(commands=commands), end="")
+        _write(sys.stdout, USAGE.format(commands=commands))
         return 0 if arguments else EXIT_REQUEST
     if arguments[0] in ("-V", "--version"):
         from edgepipe import __version__
 
-        print(f"edgepipe {__version__}")
+        _write(sys.stdout, f"edgepipe {__version__}\n")
         return 0
     if arguments[0] not in COMMANDS:
         from edgepipe.schema import near_miss
 
         close = near_miss(arguments[0], list(COMMANDS))
-        print(f"edgepipe: unknown command {arguments[0]!r}{close}", file=sys.stderr)
-        print("`edgepipe --help` lists the commands", file=sys.stderr)
-        return EXIT_REQUEST
-    return _run_command(arguments[0], arguments[1:])
+        return _fail(
+            RequestError(
+                f"unknown command {arguments[0]!r}{close}",
+                hint="`edgepipe --help` lists the commands",
+                code="bad-usage",
+            ),
+            out,
+        )
+    return _run_command(arguments[0], arguments[1:], out)
 
 
-def _run_command(name: str, arguments: list[str]) -> int:
+def _open_closed_streams() -> None:
+    """`edgepipe ... >&-`: the next file opened would become stdout, for native code to print into."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, this one
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+
+
+def _run_command(name: str, arguments: list[str], out: Output) -> int:
     import argparse
     import importlib
 
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise RequestError(f"edgepipe {name}: {message}", hint=f"edgepipe {name} --help", code="bad-usage")  # fmt: skip
+
     module = importlib.import_module(f"edgepipe.commands.{name}")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"edgepipe {name}",
         description=COMMANDS[name],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -131,53 +167,106 @@ def _run_command(name: str, arguments: list[str]) -> int:
     common.add_argument("--store", default=".edgepipe", metavar="DIR", help="where results are kept (default: .edgepipe)")  # fmt: skip
     try:
         args = parser.parse_args(arguments)
-    except SystemExit as exc:  # argparse has printed its own message
-        return int(exc.code or 0)
+    except RequestError as exc:
+        return _fail(exc, out)
+    except SystemExit:  # --help
+        return 0
+    except BrokenPipeError:  # --help into a reader that went away
+        _write(sys.stdout, "")
+        return 0
+    out.as_json = args.json
     progress = _show_progress(args)
-    out = Output(as_json=args.json)
+    restore = _stop_on_signals()
     try:
         return int(module.run(args, out))
-    except EdgepipeError as exc:
+    except BaseException as exc:
+        progress.close()
         if args.debug:
-            raise
-        return _fail(exc, out, progress)
-    except KeyboardInterrupt:
-        progress.clear()
-        print("interrupted; finished steps are kept, run the same command to go on", file=sys.stderr)  # fmt: skip
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        raise
-    except OSError as exc:
-        import errno
+            import traceback
 
-        if args.debug or exc.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            return _bug(exc, args)
-        progress.clear()
-        where = f" {exc.filename}" if exc.filename else ""
-        print(f"error: cannot write{where}: {exc.strerror}", file=sys.stderr)
-        print("hint: free some space or choose another folder with --store", file=sys.stderr)
-        out.json({"error": "cannot-write", "message": str(exc), "hint": ""})
-        return EXIT_NOT_READY
-    except ModuleNotFoundError as exc:
-        extra = EXTRAS.get((exc.name or "").partition(".")[0])
-        if extra is None or args.debug:
-            return _bug(exc, args)
-        missing = MissingExtra(
-            f"edgepipe {name} needs the Python package {exc.name}, which is not installed",
-            hint=f"pip install 'edgepipe[{extra}]'   (or edgepipe[all] for everything)",
-        )
-        return _fail(missing, out, progress)
-    except Exception as exc:
-        return _bug(exc, args)
+            _say("".join(traceback.format_exception(exc)).rstrip())
+        return _explain(exc, name, out, debug=args.debug)
     finally:
+        restore()
         progress.close()
 
 
-def _fail(exc: EdgepipeError, out: Output, progress: Any) -> int:
-    progress.clear()
-    out.json(exc.as_dict())
-    print(error_text(exc), file=sys.stderr)
+def _stop_on_signals() -> Callable[[], None]:
+    """Turn SIGTERM and SIGHUP into `Stopped`, unless ignored (nohup); returns what undoes it."""
+    import signal
+    import threading
+
+    def stop(number: int, frame: object) -> None:
+        raise Stopped(number)
+
+    changed: list[signal.Signals] = []
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, stop)
+                changed.append(number)
+
+    def restore() -> None:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
+
+    return restore
+
+
+def _explain(exc: BaseException, name: str, out: Output, *, debug: bool) -> int:
+    """Whatever ended a command, as text (or JSON) and an exit code."""
+    import errno
+
+    if isinstance(exc, EdgepipeError):
+        return _fail(exc, out)
+    if isinstance(exc, KeyboardInterrupt):
+        text = "interrupted; finished steps are kept, run the same command to go on"
+        _say(text)
+        _print_json(out, {"error": "interrupted", "message": text, "hint": ""})
+        return EXIT_SIGNAL + (exc.number if isinstance(exc, Stopped) else 2)
+    if isinstance(exc, SystemExit):
+        return _fail(
+            RequestError(
+                f"Python code that the recipe names ended the program (sys.exit({exc.code!r}))",
+                hint="builders, data and metric functions return or raise; --debug shows where it was",
+                code="exit-called",
+            ),
+            out,
+        )
+    if isinstance(exc, ModuleNotFoundError):
+        extra = EXTRAS.get((exc.name or "").partition(".")[0])
+        if extra:
+            return _fail(
+                MissingExtra(
+                    f"edgepipe {name} needs the Python package {exc.name}, which is not installed",
+                    hint=f"pip install 'edgepipe[{extra}]'   (or edgepipe[all] for everything)",
+                ),
+                out,
+            )
+    if isinstance(exc, OSError):
+        where = f" {exc.filename}" if exc.filename else ""
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            message = f"cannot write{where}: {exc.strerror}"
+            hint = "free some space or choose another folder with --store"
+            return _fail(NotReadyError(message, hint=hint, code="cannot-write"), out)
+        if exc.errno in (errno.EACCES, errno.EPERM):
+            message = f"no access to{where or ' a file'}: {exc.strerror}"
+            hint = "check its owner and permissions, or choose another folder with --store"
+            return _fail(NotReadyError(message, hint=hint, code="no-access"), out)
+    return _bug(exc, out, debug=debug)
+
+
+def _fail(exc: EdgepipeError, out: Output) -> int:
+    _say(error_text(exc))
+    _print_json(out, exc.as_dict())
     return exc.exit_code
+
+
+def _print_json(out: Output, data: dict[str, str]) -> None:
+    import contextlib
+
+    with contextlib.suppress(OSError):  # it may be stdout that cannot be written
+        out.json(data)
 
 
 def error_text(exc: EdgepipeError) -> str:
@@ -190,20 +279,27 @@ def error_text(exc: EdgepipeError) -> str:
     return "\n".join(lines)
 
 
-def _bug(exc: BaseException, args: argparse.Namespace) -> int:
+def _bug(exc: BaseException, out: Output, *, debug: bool) -> int:
     """An error nobody foresaw: one line on the screen, the traceback in a file."""
     import tempfile
     import traceback
 
-    if args.debug:
-        traceback.print_exception(exc)
-        return EXIT_BUG
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="edgepipe-bug-", suffix=".txt", delete=False
-    ) as stream:
-        traceback.print_exception(exc, file=stream)
-    print(f"edgepipe has a bug: {type(exc).__name__}: {exc}", file=sys.stderr)
-    print(f"traceback: {stream.name} (--debug shows it here)", file=sys.stderr)
+    message = f"edgepipe has a bug: {type(exc).__name__}: {exc}"
+    text = "".join(traceback.format_exception(exc))
+    where = ""
+    if not debug:
+        try:
+            with tempfile.NamedTemporaryFile(
+                "w", prefix="edgepipe-bug-", suffix=".txt", delete=False
+            ) as stream:
+                stream.write(text)
+            where = stream.name
+        except OSError:
+            _say(text.rstrip())
+    _say(message)
+    if where:
+        _say(f"traceback: {where} (--debug shows it here)")
+    _print_json(out, {"error": "bug", "message": message, "hint": "", "traceback": where})
     return EXIT_BUG
 
 
@@ -230,7 +326,7 @@ def _show_progress(args: argparse.Namespace) -> Any:
         def emit(self, record: logging.LogRecord) -> None:
             self.clear()
             prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-            print(prefix + record.getMessage(), file=sys.stderr, flush=True)
+            _say(prefix + record.getMessage())
             self.last = time.monotonic()
 
         def beat(self) -> None:
@@ -238,14 +334,14 @@ def _show_progress(args: argparse.Namespace) -> Any:
                 now = time.monotonic()
                 if self.live and now - self.last > 2:
                     self.line = f"  ... {now - self.began:.0f} s"
-                    print(f"\r{self.line}", end="", file=sys.stderr, flush=True)
+                    _write(sys.stderr, f"\r{self.line}")
                 elif not self.live and now - self.last > self.SILENCE_S:
-                    print(f"  ... {now - self.began:.0f} s", file=sys.stderr, flush=True)
+                    _say(f"  ... {now - self.began:.0f} s")
                     self.last = now
 
         def clear(self) -> None:
             if self.line:
-                print("\r" + " " * len(self.line) + "\r", end="", file=sys.stderr)
+                _write(sys.stderr, "\r" + " " * len(self.line) + "\r")
                 self.line = ""
 
         def close(self) -> None:

@@ -33,7 +33,7 @@ EXIT_FAIL = 1
 EXIT_REQUEST = 2
 EXIT_NOT_READY = 3
 EXIT_BUG = 4
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
+EXIT_SIGNAL = 128  # + number of the signal: 130 for Ctrl-C, as a shell reports it
 
 
 class EdgepipeError(Exception):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -117,3 +118,104 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     command = f"{sys.executable} -m edgepipe --help | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=os.environ)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["rum"], ["run"], ["run", "r.toml", "--nonsense"], ["quantize", "m", "--data"]]
+)
+def test_json_is_one_document_also_for_a_wrong_command_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*arguments, "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found["error"] == "bad-usage"
+    assert found["hint"]
+
+
+@pytest.mark.parametrize(
+    ("error", "named", "code"),
+    [
+        (ZeroDivisionError("what"), "bug", 4),
+        (BrokenPipeError(32, "Broken pipe"), "bug", 4),  # of a device, not of our own stdout
+        (KeyboardInterrupt(), "interrupted", 130),
+        (OSError(28, "No space left on device", "/full/x"), "cannot-write", 3),
+        (PermissionError(13, "Permission denied", "/secret/x"), "no-access", 3),
+        (SystemExit(0), "exit-called", 2),  # a builder that calls sys.exit
+        (RequestError("what", code="some-code"), "some-code", 2),
+    ],
+)
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+def test_every_end_has_its_exit_code_and_one_json_document(
+    error: BaseException, named: str, code: int, debug: list[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fail(args: object, out: object) -> int:
+        raise error
+
+    monkeypatch.setattr(runs, "run", fail)
+    assert cli.main(["runs", "--json", *debug]) == code
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert found["error"] == named
+    assert ("Traceback" in captured.err) is bool(debug)
+    if found.get("traceback"):
+        Path(found["traceback"]).unlink()
+
+
+# A command that writes much to both streams and ends with a failed gate.
+CHATTY = """
+import logging, sys
+from edgepipe import cli
+from edgepipe.commands import runs
+
+def work(args, out):
+    for i in range(20000):
+        logging.getLogger("edgepipe").info("step %d", i)
+        out.text(f"line {i}")
+    return 1
+
+runs.run = work
+sys.exit(cli.main(["runs"]))
+"""
+
+
+@pytest.mark.parametrize(
+    "ending", ["| true", "2>&1 | true", "2>&1 >/dev/null | true", ">&-", "2>&-", ">&- 2>&- <&-"]
+)
+def test_a_failed_gate_fails_whoever_reads_the_output(tmp_path: Path, ending: str) -> None:
+    (tmp_path / "chatty.py").write_text(CHATTY)
+    command = f"{sys.executable} chatty.py {ending}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_output_that_cannot_be_written_is_an_error() -> None:
+    command = f"{sys.executable} -m edgepipe runs --json > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 3
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_signal_cleans_up_like_ctrl_c(tmp_path: Path, number: signal.Signals) -> None:
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom edgepipe import cli\n"
+        "from edgepipe.commands import runs\nfrom edgepipe.store import Store\n"
+        "def work(args, out):\n"
+        "    with Store(Path('store')).building('k') as work_dir:\n"
+        "        print('building', flush=True)\n        time.sleep(60)\n"
+        "runs.run = work\nsys.exit(cli.main(['runs']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "building\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert list((tmp_path / "store" / "building").iterdir()) == []
