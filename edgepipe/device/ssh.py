@@ -49,6 +49,9 @@ from edgepipe.errors import (
 )
 
 log = logging.getLogger(__name__)
+# What paramiko raises over a link that breaks or a peer that talks nonsense. SFTPError is no
+# SSHException.
+_LINK_ERRORS = (OSError, EOFError, paramiko.SSHException, paramiko.SFTPError)
 # paramiko logs a traceback of every failed handshake that it also raises; we report it once.
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)
 
@@ -130,7 +133,7 @@ def open_ssh(
     options = _Options(
         identity_file=identity_file or _path_from_environment(ENV_IDENTITY),
         known_hosts=known_hosts or _path_from_environment(ENV_KNOWN_HOSTS),
-        config_file=config_file or Path("~/.ssh/config").expanduser(),
+        config_file=config_file or _expand_user("~/.ssh/config"),
         connect_timeout_s=connect_timeout_s,
     )
     endpoint = _resolve(address, options)
@@ -182,7 +185,8 @@ class SshDevice:
                 local
             ):
                 return False
-        except OSError as exc:
+        except _LINK_ERRORS as exc:
+            self._drop_sftp()
             raise self._transfer_error("push", local, path, exc) from exc
         self._make_room(path, size_bytes)
         part = f"{path}.part.{secrets.token_hex(4)}"
@@ -196,7 +200,7 @@ class SshDevice:
             self._drop_sftp()
             with contextlib.suppress(DeviceError):
                 self.run(["rm", "-f", "--", part], timeout_s=_HELPER_S)
-            if isinstance(exc, (OSError, EOFError, paramiko.SSHException)):
+            if isinstance(exc, _LINK_ERRORS):
                 raise self._push_error(local, path, size_bytes, exc) from exc
             raise
         return True
@@ -226,7 +230,7 @@ class SshDevice:
                 raise disk_full_error(
                     f"pull of {path} from {self.address} to {local}", needed_bytes=size_bytes
                 ) from exc
-            if isinstance(exc, (OSError, EOFError, paramiko.SSHException)):
+            if isinstance(exc, _LINK_ERRORS):
                 raise self._transfer_error("pull", path, local, exc) from exc
             raise
         finally:
@@ -259,11 +263,27 @@ class SshDevice:
         """What paramiko raises when the link breaks, as ConnectError."""
         try:
             yield
-        except (OSError, EOFError, paramiko.SSHException) as exc:
+        except _LINK_ERRORS as exc:
             raise ConnectError(
                 f"lost the connection to {self.address} while {doing}: {exc or 'it was closed'}",
                 hint="is the board still up, and does it allow another session? try again",
                 code="connection-lost",
+            ) from exc
+
+    @contextlib.contextmanager
+    def _sftp_errors(self) -> Iterator[None]:
+        """A board that lets us in but whose SFTP server is missing, or not alone on its stdout."""
+        try:
+            yield
+        except (EOFError, paramiko.SSHException, paramiko.SFTPError) as exc:
+            self._transport()  # raises where the whole connection is gone
+            if isinstance(exc, paramiko.ChannelException):
+                raise  # no further session is allowed
+            raise ConnectError(
+                f"{self.address} lets us in, but its SFTP server does not answer: {_reason(exc)}",
+                hint="on the board: sudo apt-get install openssh-sftp-server, `Subsystem sftp` in "
+                "sshd_config, and a ~/.bashrc that prints nothing without a terminal",
+                code="no-sftp",
             ) from exc
 
     def _collect(
@@ -285,7 +305,7 @@ class SshDevice:
     def _sftp(self) -> paramiko.SFTPClient:
         if self._sftp_client is None:
             self._transport()
-            with self._connection_errors("opening SFTP"):
+            with self._connection_errors("opening SFTP"), self._sftp_errors():
                 self._sftp_client = self._client.open_sftp()
                 channel = self._sftp_client.get_channel()
                 if channel is not None:
@@ -295,7 +315,7 @@ class SshDevice:
     def _drop_sftp(self) -> None:
         """Forget the SFTP session: after an error it may be in the middle of a packet."""
         if self._sftp_client is not None:
-            with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
+            with contextlib.suppress(*_LINK_ERRORS):
                 self._sftp_client.close()
             self._sftp_client = None
 
@@ -425,9 +445,9 @@ def scan_host_key(
 ) -> HostKey:
     """Ask the host at ``address`` for its key, without logging in. Raises ConnectError."""
     options = _Options(
-        identity_file=None,
+        identity_file=_path_from_environment(ENV_IDENTITY),  # for a jump host on the way
         known_hosts=known_hosts or _path_from_environment(ENV_KNOWN_HOSTS),
-        config_file=config_file or Path("~/.ssh/config").expanduser(),
+        config_file=config_file or _expand_user("~/.ssh/config"),
         connect_timeout_s=connect_timeout_s,
     )
     endpoint = _resolve(address, options)
@@ -467,15 +487,17 @@ def trust_host_key(key: HostKey, *, replace: bool = False) -> None:
         )
     path = key.known_hosts
     try:
-        lines = path.read_text().splitlines() if path.exists() else []
+        path = path.resolve()  # a link to the file stays a link
+        # other lines may hold any bytes, and go back as they came
+        lines = path.read_text(errors="surrogateescape").splitlines() if path.exists() else []
         if replace:
-            lines = [kept for line in lines if (kept := _without_host(line, key.name))]
+            lines = [kept for line in lines if (kept := _without_host(line, key.name)) or not line]
         lines.append(f"{key.name} {key.key_type} {key.key_base64}")
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
         try:
             temporary.touch(mode=0o600)
-            temporary.write_text("\n".join(lines) + "\n")
+            temporary.write_text("\n".join(lines) + "\n", errors="surrogateescape")
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -511,7 +533,12 @@ class _Endpoint:
 
 def _path_from_environment(name: str) -> Path | None:
     value = os.environ.get(name)
-    return Path(value).expanduser() if value else None
+    return _expand_user(value) if value else None
+
+
+def _expand_user(path: str) -> Path:
+    # pathlib's own raises RuntimeError where there is no such user
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def _resolve(address: str, options: _Options) -> _Endpoint:
@@ -537,37 +564,51 @@ def _resolve(address: str, options: _Options) -> _Endpoint:
         raise bad
     # urlsplit lowers the case of host names, which are case-sensitive in ~/.ssh/config
     host = host[1 : host.index("]")] if host.startswith("[") else host.split(":")[0]
-    config = _read_config(options.config_file, host)
+    this_user = _this_user()  # paramiko asks as well, whatever the address says
+    config = _read_config(options.config_file, host, user=parts.username, port=port)
     if "include" in config:
         log.warning("%s: Include is not followed", options.config_file)
     host = str(config["hostname"])
-    try:
-        port = port or int(config.get("port", 22))
-    except ValueError as exc:
-        raise RequestError(f"{options.config_file}: Port {config['port']!r} of {address}") from exc
+    configured = str(config.get("port", 22))
+    if not configured.isdecimal() or not 0 < int(configured) < 2**16:
+        raise RequestError(
+            f"{options.config_file}: Port {configured!r} of {address} is no port",
+            hint="write a number from 1 to 65535",
+        )
     alias = str(config.get("hostkeyalias", ""))
     if options.identity_file:
         identity_files = [options.identity_file]
     else:
-        listed = [Path(name).expanduser() for name in config.get("identityfile", [])]
+        listed = [_expand_user(name) for name in config.get("identityfile", [])]
         identity_files = [path for path in listed if path.is_file()]
     if options.known_hosts:
         known_hosts = [options.known_hosts]
     else:
         named = config.get("userknownhostsfile", "~/.ssh/known_hosts").split()
-        known_hosts = [*(Path(name).expanduser() for name in named), _GLOBAL_KNOWN_HOSTS]
+        known_hosts = [*map(_expand_user, named), _GLOBAL_KNOWN_HOSTS]
     return _Endpoint(
         address=address,
         host=host,
-        port=port,
-        user=parts.username or str(config.get("user", "")) or getpass.getuser(),
-        key_name=alias or (host if port == 22 else f"[{host}]:{port}"),
+        port=int(configured),
+        user=str(config.get("user", "")) or this_user,
+        key_name=alias or (host if configured == "22" else f"[{host}]:{configured}"),
         identity_files=tuple(identity_files),
         identities_only=bool(options.identity_file) or config.get("identitiesonly") == "yes",
         known_hosts=tuple(known_hosts),
         proxy_jump=str(config.get("proxyjump", "none")),
         proxy_command=str(config.get("proxycommand") or "none"),
     )
+
+
+def _this_user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError) as exc:  # as in many containers
+        raise RequestError(
+            f"the account that runs edgepipe (uid {os.getuid()}) has no name, which reading "
+            "~/.ssh/config needs",
+            hint="export LOGNAME=edgepipe",
+        ) from exc
 
 
 def _without_password(address: str) -> str:
@@ -577,10 +618,15 @@ def _without_password(address: str) -> str:
     return f"{scheme}{separator}{login.split(':')[0]}{at}{host}" if at else address
 
 
-def _read_config(path: Path, host: str) -> paramiko.SSHConfigDict:
+def _read_config(
+    path: Path, host: str, *, user: str | None, port: int | None
+) -> paramiko.SSHConfigDict:
+    """What ssh_config(5) says of ``host``. ``user`` and ``port`` come first, as with ``ssh -p``, so
+    that %r and %p of a ProxyCommand are theirs."""
+    given = "Host *\n" + (f"User {user}\n" if user else "") + (f"Port {port}\n" if port else "")
     try:
-        config = paramiko.SSHConfig.from_path(str(path)) if path.exists() else paramiko.SSHConfig()
-        return config.lookup(host)
+        text = path.read_text() if path.exists() else ""
+        return paramiko.SSHConfig.from_text(given + text).lookup(host)
     # ImportError: `Match exec` needs a package that paramiko does not install
     except (OSError, ValueError, ImportError, KeyError, paramiko.SSHException) as exc:
         raise RequestError(
@@ -683,6 +729,12 @@ def _open_socket(
             hint="check the name, or use the IP address",
             code="unknown-host",
         ) from exc
+    except UnicodeError as exc:  # the name cannot be written in DNS (RFC 1035): a..b, 64 letters
+        raise RequestError(
+            f"{endpoint.address}: {endpoint.host!r} is no host name",
+            hint=ADDRESS_HINT,
+            code="bad-address",
+        ) from exc
     except ConnectionRefusedError as exc:
         raise ConnectError(
             f"{where}: the host refuses connections",
@@ -753,7 +805,7 @@ def _reason(exc: BaseException) -> str:
 
 def _trust_arguments(endpoint: _Endpoint) -> str:
     first = endpoint.known_hosts[0]
-    usual = first == Path("~/.ssh/known_hosts").expanduser()
+    usual = first == _expand_user("~/.ssh/known_hosts")
     return endpoint.address + ("" if usual else f" --known-hosts {shlex.quote(str(first))}")
 
 
@@ -845,7 +897,7 @@ def _wait(channel: paramiko.Channel, left_s: float) -> None:
 def _stop(channel: paramiko.Channel) -> None:
     """Stop the command on the board and wait until it is gone, at most ``_STOP_GRACE_S``."""
     deadline_s = time.monotonic() + _STOP_GRACE_S
-    with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
+    with contextlib.suppress(*_LINK_ERRORS):
         if channel.closed or channel.exit_status_ready():
             return  # gone already; what it left in the background is not ours to find
         channel.settimeout(1.0)

@@ -129,6 +129,19 @@ def test_trust_does_not_accept_what_nobody_confirms(
     assert not known.exists()
 
 
+def test_trust_leaves_the_rest_of_the_file_and_a_link_to_it_alone(
+    sshd: LoopbackSshd, tmp_path: Path
+) -> None:
+    known, link = tmp_path / "real", tmp_path / "link"
+    others = b"# caf\xe9\n\n# not UTF-8\n"
+    known.write_bytes(others)
+    link.symlink_to(known)
+    command = ["devices", "trust", sshd.address, "--yes", "--replace", "--known-hosts", str(link)]
+    assert main(command) == 0
+    assert link.is_symlink()
+    assert known.read_bytes().startswith(others + host_name(sshd).encode())
+
+
 def test_trust_takes_a_changed_key_only_with_replace_and_keeps_other_hosts(
     sshd: LoopbackSshd,
     tmp_path: Path,
@@ -252,8 +265,33 @@ def test_proxy_command_carries_the_connection(sshd: LoopbackSshd, tmp_path: Path
         "while data := os.read(0, 65536):\n"
         "    link.sendall(data)\n"
     )
-    write_ssh_config(tmp_path, alias_of(sshd) + f"  ProxyCommand {sys.executable} {program} %h %p\n")  # fmt: skip
+    host = alias_of(sshd) + f"  ProxyCommand {sys.executable} {program} %h %p\n"
+    moved = host.replace("Board", "Moved").replace(f"Port {sshd.port}", "Port 1")
+    write_ssh_config(tmp_path, host + moved)
     assert says_hello(open_device("ssh://Board"))
+    assert says_hello(open_device(f"ssh://Moved:{sshd.port}"))  # %p is the port of the address
+
+
+def test_a_port_out_of_range_is_no_other_port(tmp_path: Path) -> None:
+    write_ssh_config(tmp_path, "Host Board\n  HostName 127.0.0.1\n  Port 99999\n")
+    with pytest.raises(RequestError, match="'99999'"):
+        open_device("ssh://Board")
+
+
+def test_an_account_without_a_name_is_told_to_take_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    with pytest.raises(RequestError) as caught:
+        open_device("ssh://pi@127.0.0.1:1")
+    assert "LOGNAME" in caught.value.hint
+
+
+def test_a_folder_of_a_user_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENV_IDENTITY, "~no-such-user/key")
+    with pytest.raises(AuthError, match="~no-such-user/key"):
+        open_device("ssh://127.0.0.1:1")
 
 
 def test_an_unreadable_ssh_configuration_is_named(tmp_path: Path) -> None:
@@ -264,7 +302,7 @@ def test_an_unreadable_ssh_configuration_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["ssh://", "ssh://h:0", "ssh://h:99999", "ssh://h:x", "ssh://h/folder", "ssh://-oProxyCommand=x", "ssh://u@", "ssh://[::1", "local://", "ssh:h", "shh://h", "", "http://h"],
+    ["ssh://", "ssh://h:0", "ssh://h:99999", "ssh://h:x", "ssh://h/folder", "ssh://-oProxyCommand=x", "ssh://u@", "ssh://[::1", "ssh://a..b", "local://", "ssh:h", "shh://h", "", "http://h"],
 )  # fmt: skip
 def test_what_is_no_address_is_refused_with_an_example(address: str) -> None:
     with pytest.raises(RequestError) as caught:
@@ -343,6 +381,39 @@ def test_a_server_that_does_not_speak_ssh_is_a_connect_error(
 ) -> None:
     with server_that(answer) as address, pytest.raises(ConnectError):
         open_device(address, connect_timeout_s=0.5)
+
+
+class OddSshd(LoopbackSshd):
+    """With one line of its configuration replaced."""
+
+    line = ("", "")
+
+    def _config(self, folder: Path) -> str:
+        return super()._config(folder).replace(*self.line)
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        pytest.param(("Subsystem sftp internal-sftp", ""), "no-sftp", id="no-sftp-server"),
+        pytest.param(("PrintMotd no", "ForceCommand echo hello"), "no-sftp", id="prints-a-banner"),
+        pytest.param(("MaxSessions 100", "MaxSessions 1"), "connection-lost", id="one-session"),
+    ],
+)
+def test_a_board_without_a_usable_sftp_server_is_a_connect_error(
+    tmp_path: Path, line: tuple[str, str], code: str
+) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    server = OddSshd()
+    server.line = line
+    with (
+        server,
+        contextlib.closing(open_device(server.address, **server.options())) as device,
+        pytest.raises(ConnectError) as caught,
+    ):
+        device.push(tmp_path / "file", str(tmp_path / "there"))
+    assert caught.value.code == code
+    assert not (tmp_path / "there").exists()
 
 
 def test_a_link_that_breaks_under_a_command_is_a_connect_error_and_the_command_ends(
