@@ -67,12 +67,6 @@ def _compare_one(name: str, reference: np.ndarray, candidate: np.ndarray) -> Out
     max_abs = float(np.abs(error).max())
     signal, noise = float(expected @ expected), float(error @ error)
     candidate_power = float(actual @ actual)
-    if noise == 0.0:
-        sqnr_db = SQNR_LIMIT_DB
-    elif signal == 0.0:
-        sqnr_db = -SQNR_LIMIT_DB
-    else:
-        sqnr_db = float(np.clip(10 * np.log10(signal / noise), -SQNR_LIMIT_DB, SQNR_LIMIT_DB))
     if signal == 0.0 or candidate_power == 0.0:
         cosine = 1.0 if signal == candidate_power else 0.0
     else:
@@ -82,6 +76,15 @@ def _compare_one(name: str, reference: np.ndarray, candidate: np.ndarray) -> Out
     return OutputError(
         max_abs=max_abs,
         max_abs_relative=max_abs / max(float(np.abs(expected).max()), _TINY),
-        sqnr_db=sqnr_db,
+        sqnr_db=sqnr_db(signal, noise),
         cosine=cosine,
     )
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """10 log10(signal / noise) of two powers, clamped to +-200 dB: +200 without noise, zeros included."""
+    if noise == 0.0:
+        return SQNR_LIMIT_DB
+    if signal == 0.0:
+        return -SQNR_LIMIT_DB
+    return float(np.clip(10 * np.log10(signal / noise), -SQNR_LIMIT_DB, SQNR_LIMIT_DB))

@@ -25,6 +25,7 @@ from ai_edge_litert.tools import flatbuffer_utils
 from litert_quantizer import default_policy, qtyping, quantizer
 from litert_quantizer import recipe as quantizer_recipe
 
+from edgepipe.array_ops.compare import sqnr_db
 from edgepipe.errors import StageError
 from edgepipe.tflite_ops.flatbuffer import Model, Operator, Subgraph, parse_model
 from edgepipe.tflite_ops.inspect import FloatIsland, describe_model
@@ -47,6 +48,14 @@ _FUSED = {
     "RELU": schema.ActivationFunctionType.RELU,
     "RELU6": schema.ActivationFunctionType.RELU6,
     "RELU_N1_TO_1": schema.ActivationFunctionType.RELU_N1_TO_1,
+}
+_HALF = "RELU_0_TO_1"
+# Operators with a bias: positions of their input and their bias, and the weights' channel axis
+_BIASED = {
+    "CONV_2D": (0, 2, 0),
+    "DEPTHWISE_CONV_2D": (0, 2, 3),
+    "FULLY_CONNECTED": (0, 2, 0),
+    "TRANSPOSE_CONV": (2, 3, 0),
 }
 # Infinity, and what kernels make of it: they clamp their result to the float32 limits of 3.4e38.
 _HUGE = 3e38
@@ -117,7 +126,9 @@ def fuse_activations(content: bytes, *, where: str) -> tuple[bytes, tuple[str, .
     Exact in float32: the producer applies the same clamp to the same values. Needed because the
     quantizer has no integer form of a loose RELU6, which converters leave behind where a transpose
     stands between a convolution and its activation; transposes and reshapes between are looked
-    through. Returns the file and, for each fusion, ``"RELU6 'name' into CONV_2D"``.
+    through. RELU_0_TO_1, what is left of a hard sigmoid, is half of that: ``clamp(x, 0, 1) =
+    relu(clamp(x, -1, 1))``, the inner clamp in the producer and RELU in its own place. Returns the
+    file and, for each fusion, ``"RELU6 'name' into CONV_2D"``.
     """
     graph = parse_model(content, where=where).subgraphs[0]
     found = [(o, chain) for o in graph.operators if (chain := _producers(o, graph))]
@@ -126,21 +137,39 @@ def fuse_activations(content: bytes, *, where: str) -> tuple[bytes, tuple[str, .
     model = flatbuffer_utils.read_model_from_bytearray(content)
     target = model.subgraphs[0]
     fused = []
+    gone = {activation.index for activation, _ in found if activation.name != _HALF}
     for activation, chain in found:
         producer, nearest = chain[-1], chain[0]
-        target.operators[producer.index].builtinOptions.fusedActivationFunction = _FUSED[activation.name]  # fmt: skip
-        target.operators[nearest.index].outputs = [activation.outputs[0]]
+        inner = "RELU_N1_TO_1" if activation.name == _HALF else activation.name
+        target.operators[producer.index].builtinOptions.fusedActivationFunction = _FUSED[inner]
+        if activation.index in gone:
+            target.operators[nearest.index].outputs = [activation.outputs[0]]
+        else:
+            target.operators[activation.index].opcodeIndex = _relu_code(model)
         name = graph.tensors[activation.outputs[0]].name
         fused.append(f"{activation.name} {name!r} into {producer.name}")
-    gone = {activation.index for activation, _ in found}
+    unused = {activation.inputs[0] for activation, _ in found if activation.index in gone}
     target.operators = [o for i, o in enumerate(target.operators) if i not in gone]
-    _drop_tensors(model, {activation.inputs[0] for activation, _ in found})
+    _drop_tensors(model, unused)
     return bytes(flatbuffer_utils.convert_object_to_bytearray(model)), tuple(fused)
+
+
+def _relu_code(model: Any) -> int:
+    """The index of RELU among the model's operator codes, added where it is not there."""
+    relu = schema.BuiltinOperator.RELU
+    for index, code in enumerate(model.operatorCodes):
+        if max(code.builtinCode, code.deprecatedBuiltinCode) == relu:
+            return index
+    code = schema.OperatorCodeT()
+    code.builtinCode = code.deprecatedBuiltinCode = relu
+    code.version = 1
+    model.operatorCodes.append(code)
+    return len(model.operatorCodes) - 1
 
 
 def _producers(activation: Operator, graph: Subgraph) -> list[Operator]:
     """From the operator before a loose activation back to the one that can take it over; or []."""
-    if activation.name not in _FUSED:
+    if activation.name not in _FUSED and activation.name != _HALF:
         return []
     chain: list[Operator] = []
     tensor = activation.inputs[0]
@@ -265,7 +294,7 @@ def quantize(
 ) -> bytes:
     """A float32 .tflite -> int8 .tflite, with the given range of every activation tensor.
 
-    A range is widened to hold zero and becomes ``scale = (max - min) / 255`` and a zero point. uint8
+    A range is widened to hold zero (one of zeros only, to 1) and becomes ``scale = (max - min) / 255`` and a zero point. uint8
     at a door is the int8 value + 128 (same scale, zero point + 128), through one QUANTIZE operator;
     float32 leaves one QUANTIZE or DEQUANTIZE there. Inputs and outputs that are integers stay.
     Operators without an integer form stay in float between DEQUANTIZE and QUANTIZE: look for them
@@ -277,10 +306,15 @@ def quantize(
         if tensor.name in ranges and tensor.is_float and not tensor.is_constant:
             shape = (1,) * max(len(tensor.shape), 1)
             low, high = ranges[tensor.name]
+            if low == high == 0:
+                # Any scale holds zeros. The quantizer would take 4e-12, in steps of which (times
+                # the weights') the bias of a layer behind it overflows its 32 bits.
+                high = 1.0
             statistics[tensor.name] = {
                 "min": np.full(shape, min(low, 0.0), np.float32),
                 "max": np.full(shape, max(high, 0.0), np.float32),
             }
+    statistics |= _weight_ranges(content, graph, statistics)
     with _quiet():
         try:
             tool = quantizer.Quantizer(content)
@@ -299,10 +333,55 @@ def quantize(
     return bytes(result.quantized_model)
 
 
+def _weight_ranges(
+    content: bytes, graph: Subgraph, activations: Mapping[str, Mapping[str, np.ndarray]]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Ranges for the weights whose own would let a bias overflow, by tensor name.
+
+    A bias is stored in int32 steps of (input scale * weight scale). A channel whose weights are
+    almost zero, as batch normalisation leaves behind, would have a scale so small that its bias
+    saturates and is lost. Its scale is made large enough instead: its weights become zeros.
+    Example: input scale 0.02, bias 0.25, weights up to 1e-9: scale 1e-9 / 127 would need a bias of
+    1.6e12; 0.25 / (0.02 * 2**30) = 1.2e-8 keeps it at 2**30.
+    """
+    buffers = schema.Model.GetRootAs(content, 0)
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for operator in graph.operators:
+        if operator.name not in _BIASED or len(operator.inputs) <= _BIASED[operator.name][1]:
+            continue
+        source, bias_at, axis = _BIASED[operator.name]
+        x, w, b = (graph.tensors[operator.inputs[i]] for i in (source, 1, bias_at))
+        constants = operator.inputs[bias_at] >= 0 and w.is_constant and b.is_constant
+        if not constants or x.name not in activations or {w.dtype, b.dtype} != {"float32"}:
+            continue
+        weights, bias = (
+            np.frombuffer(buffers.Buffers(t.buffer).DataAsNumpy(), np.float32).reshape(t.shape)
+            for t in (w, b)
+        )
+        others = tuple(i for i in range(len(w.shape)) if i != axis)
+        largest = np.abs(weights).max(axis=others, keepdims=True)
+        range_of = activations[x.name]
+        scale = float((range_of["max"] - range_of["min"]).max()) / 255
+        # half of int32's range: the rest is for the sum of products that the bias is added to
+        least = 127 * np.abs(bias).reshape(largest.shape) / (scale * 2**30)
+        if (least > largest).any():
+            largest = np.maximum(largest, least).astype(np.float32)
+            found[w.name] = {"min": -largest, "max": largest}
+    return found
+
+
 def _recipe(input_dtype: IoDtype, output_dtype: IoDtype) -> list[dict[str, Any]]:
-    """litert-quantizer's own int8 recipe, then one rule for each door that is not int8."""
+    """litert-quantizer's own int8 recipe with our rule for BATCH_MATMUL, then one for each door that is not int8."""
     rules: list[dict[str, Any]] = quantizer_recipe.static_wi8_ai8()
     base = rules[0]["op_config"]
+    # The int8 kernel of BATCH_MATMUL reads one scale for a tensor: of a constant with a scale for
+    # each channel it makes zeros (LiteRT 2.3.0, kernels/batch_matmul.cc uses params.scale).
+    weights = {**base["weight_tensor_config"], "granularity": qtyping.QuantGranularity.TENSORWISE}
+    rules.append({
+        **rules[0],
+        "operation": qtyping.TFLOperationName.BATCH_MATMUL,
+        "op_config": {**base, "weight_tensor_config": weights},
+    })  # fmt: skip
     for door, dtype in (("INPUT", input_dtype), ("OUTPUT", output_dtype)):
         rule: dict[str, Any] = {"regex": ".*", "operation": qtyping.TFLOperationName(door)}
         if dtype == "float32":
@@ -428,11 +507,9 @@ def departures(
             if got.shape == expected.shape:
                 signal[position] += float((expected**2).sum())
                 noise[position] += float(((got - expected) ** 2).sum())
-    tiny = np.finfo(np.float64).tiny
-    sqnr = 10 * np.log10(np.maximum(signal, tiny) / np.maximum(noise, tiny))
     return [
-        (tensor.name, operator, float(value))
-        for (operator, tensor), value in zip(made, sqnr, strict=True)
+        (tensor.name, operator, sqnr_db(float(s), float(n)))
+        for (operator, tensor), s, n in zip(made, signal, noise, strict=True)
     ]
 
 

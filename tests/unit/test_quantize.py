@@ -50,6 +50,19 @@ def one_dense(seed=0, outputs=6):
     return g.bytes([g.dense(x, weights, bias, "y", (1, outputs))]), weights, bias
 
 
+def sqnr(expected, got):
+    return 10 * np.log10((expected**2).sum() / ((got - expected) ** 2).sum())
+
+
+def real_outputs(content, data):
+    """Real values in and out of an int8 model, computed here from its scales."""
+    graph = graph_of(content)
+    x, y = graph.tensors[graph.inputs[0]], graph.tensors[graph.outputs[0]]
+    stored = np.clip(np.rint(data / x.scales[0]) + x.zero_points[0], -128, 127).astype(np.int8)
+    rows = [run(content, [row[None]])[0] for row in stored]
+    return (np.concatenate(rows).astype(np.float64) - y.zero_points[0]) * y.scales[0]
+
+
 # --- ranges
 
 
@@ -129,6 +142,58 @@ def test_the_int8_layer_computes_what_integer_arithmetic_by_hand_gives():
             (got,) = run(integer, [stored], reference_kernels=reference_kernels)
             # kernels round a fixed-point factor: one step at most
             assert np.abs(got - by_hand).max() <= 1
+
+
+def test_a_product_with_a_constant_matrix_is_computed_with_its_weights():
+    """Of weights with a scale for each channel, LiteRT's BATCH_MATMUL would make zeros."""
+    g = Graph()
+    x = g.input("x", (1, 1, 8))
+    w = g.const("w", noise(8, 6, seed=3))
+    y = g.op("BATCH_MATMUL", [x, w], "y", (1, 1, 6), "BatchMatMulOptions")
+    content, data = g.bytes([y]), noise(50, 1, 8)
+    expected = np.concatenate([run(content, [row[None]])[0] for row in data])
+    # 8 products, each off by half a step in 127 of a matrix and of 128 of an input: about 40 dB
+    assert sqnr(expected, real_outputs(quantized(content, data), data)) > 30
+
+
+@pytest.mark.parametrize("operator", ["dense", "conv", "depthwise", "transposed"])
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-8])
+def test_a_channel_of_dead_weights_keeps_its_bias(operator, size):
+    """What batch normalisation with a factor near zero leaves of a channel: its bias alone."""
+    g, bias = Graph(), 20 * noise(6, seed=5)
+    shape = (1, 8) if operator == "dense" else (1, 4, 4, 6)
+    x = g.input("x", shape)
+    weights = {"dense": noise(6, 8), "depthwise": noise(1, 3, 3, 6)}.get(operator, noise(6, 3, 3, 6))  # fmt: skip
+    weights[(..., 2) if operator == "depthwise" else 2] *= size
+    if operator == "dense":
+        y = g.dense(x, weights, bias, "y", (1, 6))
+    elif operator == "conv":
+        y = g.conv(x, weights, bias, "y", shape)
+    else:
+        w, b = g.const("w", weights), g.const("b", bias)
+        strides = {"strideW": 1, "strideH": 1}
+        if operator == "depthwise":
+            y = g.op("DEPTHWISE_CONV_2D", [x, w, b], "y", shape, "DepthwiseConv2DOptions", depthMultiplier=1, **strides)  # fmt: skip
+        else:
+            to = g.const("to", np.array(shape, np.int32))
+            y = g.op("TRANSPOSE_CONV", [to, w, x, b], "y", shape, "TransposeConvOptions", **strides)
+    content, data = g.bytes([y]), noise(50, *shape[1:])
+    integer = quantized(content, data)
+    got, step = real_outputs(integer, data)[..., 2], graph_of(integer).tensors[y].scales[0]
+    # half a step for the output, and one for the rounding of the kernel
+    assert np.abs(got - bias[2]).max() < 1.5 * step
+
+
+def test_a_layer_whose_input_is_always_zero_keeps_its_bias():
+    """The first step of a recurrent cell: its state is zero, and what it gives is the bias."""
+    g = Graph()
+    x = g.input("x", (1, 8))
+    zero = g.op("MUL", [x, g.const("none", np.zeros((1, 8), np.float32))], "zero", (1, 8), "MulOptions")  # fmt: skip
+    state = g.dense(zero, noise(8, 8), noise(8, seed=2), "state", (1, 8))
+    y = g.op("ADD", [x, state], "y", (1, 8), "AddOptions")
+    content, data = g.bytes([y]), noise(50, 8)
+    expected = np.concatenate([run(content, [row[None]])[0] for row in data])
+    assert sqnr(expected, real_outputs(quantized(content, data), data)) > 30
 
 
 @given(
@@ -224,6 +289,26 @@ def test_a_loose_activation_behind_a_transpose_moves_into_the_convolution_exactl
     for x in noise(10, 1, 6, 6, 3):
         (before,), (after,) = run(content, [x]), run(fused, [x])
         np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize("has_relu", [False, True])
+def test_a_hard_sigmoid_becomes_an_exact_pair_of_clamps_with_an_int8_form(has_relu):
+    g = Graph()
+    x = g.input("x", (1, 8))
+    before = g.op("RELU", [x], "before", (1, 8)) if has_relu else x
+    slope = g.op("MUL", [before, g.const("sixth", np.full((1,), 1 / 6, np.float32))], "slope", (1, 8), "MulOptions")  # fmt: skip
+    shifted = g.op("ADD", [slope, g.const("half", np.full((1,), 0.5, np.float32))], "shifted", (1, 8), "AddOptions")  # fmt: skip
+    content = g.bytes([g.op("RELU_0_TO_1", [shifted], "y", (1, 8))])
+    data = 3 * noise(50, 8)
+    fused, lines = ops.fuse_activations(content, where="m")
+    assert lines == ("RELU_0_TO_1 'y' into ADD",)
+    expected = np.concatenate([run(content, [row[None]])[0] for row in data])
+    assert expected.min() == (0.5 if has_relu else 0)
+    assert expected.max() == 1
+    np.testing.assert_array_equal(expected, np.concatenate([run(fused, [r[None]])[0] for r in data]))  # fmt: skip
+    integer = quantized(content, data)
+    assert ops.check_full_integer(integer) == []
+    assert sqnr(expected, real_outputs(integer, data)) > 30
 
 
 def test_an_activation_is_left_alone_where_its_input_is_used_elsewhere():
@@ -323,3 +408,13 @@ def test_departures_finds_the_tensor_whose_range_was_wrong():
     assert [name for name, _, _ in rows] == ["conv", "act", "mean", "y"]
     below = [name for name, _, sqnr in rows if sqnr < 20]
     assert below[0] == "mean"
+
+
+def test_zeros_that_stay_zeros_do_not_depart():
+    g = Graph()
+    x = g.input("x", (1, 4))
+    zero = g.op("MUL", [x, g.const("none", np.zeros((1, 4), np.float32))], "zero", (1, 4), "MulOptions")  # fmt: skip
+    content = g.bytes([g.op("ADD", [x, zero], "y", (1, 4), "AddOptions")])
+    data = noise(20, 4)
+    rows = ops.departures(content, quantized(content, data), [[x[None]] for x in data])
+    assert rows[0] == ("zero", "MUL", 200.0)
