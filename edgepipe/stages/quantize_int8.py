@@ -212,7 +212,15 @@ class QuantizeInt8:
 
         step = max(1, len(samples) // PARITY_SAMPLES)
         chosen = {name: a[::step][:PARITY_SAMPLES] for name, a in samples.inputs.items()}
-        errors = compare(predict(before, chosen), predict(after, chosen))
+        try:
+            errors = compare(predict(before, chosen), predict(after, chosen))
+        except ArtifactError as exc:
+            raise StageError(
+                f"cannot compare the int8 model with the float model: {exc.message}",
+                stage=self.name,
+                hint=exc.hint,
+                code="parity",
+            ) from exc
         worst = min(errors, key=lambda name: errors[name].sqnr_db)
         if errors[worst].sqnr_db < self.min_sqnr:
             few = dataclasses.replace(samples, inputs={n: a[:4] for n, a in chosen.items()})

@@ -14,7 +14,7 @@ from edgepipe.array_ops.layout import to_layout
 from edgepipe.artifact import TORCH_LAYOUTS
 from edgepipe.tflite_ops.convert import channels_last, relative_error
 from edgepipe.tflite_ops.onnx_model import read_onnx
-from edgepipe.tflite_ops.run import open_onnx, open_tflite
+from edgepipe.tflite_ops.run import invoke_once, open_onnx, open_tflite
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
 # Frames of these are not where the user's model says what it does.
@@ -107,8 +107,7 @@ def _tflite_tensors(path: Path, inputs: Sequence[np.ndarray]) -> list[np.ndarray
     interpreter = open_tflite(path, preserve_all_tensors=True)
     for detail, array in zip(interpreter.get_input_details(), inputs, strict=True):
         interpreter.set_tensor(detail["index"], array.astype(detail["dtype"]))
-    interpreter.reset_all_variables()
-    interpreter.invoke()
+    invoke_once(interpreter, where=str(path))
     found = []
     for detail in interpreter.get_tensor_details():
         try:

@@ -20,7 +20,7 @@ from edgepipe.array_ops.layout import permute_shape, to_layout
 from edgepipe.artifact import TensorSpec
 from edgepipe.errors import ArtifactError, StageOptionError
 from edgepipe.tflite_ops.onnx_model import external_files, read_onnx
-from edgepipe.tflite_ops.run import QDQ_OPS, open_tflite, run_onnx
+from edgepipe.tflite_ops.run import QDQ_OPS, invoke_once, open_tflite, run_onnx
 
 log = logging.getLogger(__name__)
 
@@ -140,8 +140,7 @@ def match_tensors(
             for detail, (i, layout) in zip(files_in, assignment, strict=True):
                 moved = to_layout(row[i], input_specs[i].layout, layout)
                 interpreter.set_tensor(detail["index"], moved.astype(detail["dtype"]))
-            interpreter.reset_all_variables()
-            interpreter.invoke()
+            invoke_once(interpreter, where=str(converted))
             actual.append([np.array(interpreter.get_tensor(d["index"])) for d in files_out])
         paired = _pair_outputs(files_out, output_specs, actual, expected, tolerance)
         if paired is None:

@@ -29,7 +29,7 @@ from edgepipe.array_ops.compare import sqnr_db
 from edgepipe.errors import StageError
 from edgepipe.tflite_ops.flatbuffer import Model, Operator, Subgraph, parse_model
 from edgepipe.tflite_ops.inspect import FloatIsland, describe_model
-from edgepipe.tflite_ops.run import native_messages_logged, open_tflite
+from edgepipe.tflite_ops.run import invoke_once, native_messages_logged, open_tflite
 
 log = logging.getLogger(__name__)
 
@@ -232,7 +232,7 @@ def collect_ranges(
     maxima: list[np.ndarray] = []
     shown = time.monotonic()
     for batch in batches:
-        _invoke(interpreter, batch)
+        _invoke(interpreter, batch, where=where)
         row = np.empty((2, len(tensors)), np.float32)
         for position, tensor in enumerate(tensors):
             row[:, position] = _extremes(interpreter, tensor.index)
@@ -254,11 +254,10 @@ def collect_ranges(
     return Ranges(tuple(t.name for t in tensors), np.stack(minima), np.stack(maxima))
 
 
-def _invoke(interpreter: Interpreter, batch: Sequence[np.ndarray]) -> None:
+def _invoke(interpreter: Interpreter, batch: Sequence[np.ndarray], *, where: str) -> None:
     for detail, array in zip(interpreter.get_input_details(), batch, strict=True):
         interpreter.set_tensor(detail["index"], array)
-    interpreter.reset_all_variables()
-    interpreter.invoke()
+    invoke_once(interpreter, where=where)
 
 
 def _extremes(interpreter: Interpreter, index: int) -> tuple[float, float]:
@@ -415,7 +414,8 @@ _ADVICE = {
     "MINIMUM": "write it as -torch.maximum(-a, -b)",
     "REDUCE_MAX": "use max_pool2d over the whole map",
     "ELU": "train with nn.ReLU or nn.Hardswish",
-    "EXP": "leave the exponential to the code behind the model",
+    "EXP": "leave an exponential that is not nn.GELU's to the code behind the model",
+    "SIGN": "export nn.GELU to ONNX with opset 20, whose Gelu has an int8 form",
     "UNIDIRECTIONAL_SEQUENCE_LSTM": "export the LSTM unrolled",
 }
 
@@ -494,10 +494,11 @@ def departures(
     made = [(o, t) for o, t in made if t.name in float_names and not t.is_constant]
     signal, noise = np.zeros(len(made)), np.zeros(len(made))
     for batch in batches:
-        _invoke(reference, batch)
+        _invoke(reference, batch, where="the float model")
         _invoke(
             candidate,
             [_stored(a, d) for a, d in zip(batch, candidate.get_input_details(), strict=True)],
+            where="the int8 model",
         )
         for position, (_, tensor) in enumerate(made):
             expected = reference.get_tensor(float_names[tensor.name]).astype(np.float64)

@@ -12,7 +12,7 @@ import numpy as np
 from edgepipe.array_ops.layout import to_layout
 from edgepipe.artifact import TensorSpec
 from edgepipe.errors import DataError
-from edgepipe.tflite_ops.run import open_tflite, quantize
+from edgepipe.tflite_ops.run import invoke_once, open_tflite, quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +98,7 @@ def host_outputs(path: Path, samples: RawSamples) -> tuple[dict[str, str], list[
             piece = samples.data[at : at + size]
             interpreter.set_tensor(detail["index"], np.frombuffer(piece, dtype).reshape(shape))
             at += size
-        interpreter.reset_all_variables()
-        interpreter.invoke()
+        invoke_once(interpreter, where=str(path))
         results.append({d["name"]: interpreter.get_tensor(d["index"]).tobytes() for d in outputs})
     return {d["name"]: np.dtype(d["dtype"]).name for d in outputs}, results
 

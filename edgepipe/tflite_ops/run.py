@@ -90,8 +90,7 @@ def run_tflite(
     def invoke(batch: list[np.ndarray]) -> list[np.ndarray]:
         for detail, array in zip(inputs, batch, strict=True):
             interpreter.set_tensor(detail["index"], quantize(array, detail))
-        interpreter.reset_all_variables()
-        interpreter.invoke()
+        invoke_once(interpreter, where=str(path))
         return [dequantize(interpreter.get_tensor(d["index"]), d) for d in outputs]
 
     shapes: list[tuple[int | None, ...]] = [tuple(int(n) for n in d["shape"]) for d in inputs]
@@ -152,6 +151,21 @@ def open_tflite(model: Path | bytes, *, preserve_all_tensors: bool = False) -> I
             hint="the file is truncated, of another format, or needs operators LiteRT lacks (Flex)",
         ) from exc
     return interpreter
+
+
+def invoke_once(interpreter: Interpreter, *, where: str) -> None:
+    """One inference on the inputs set, from fresh state. ArtifactError where an operator fails."""
+    interpreter.reset_all_variables()
+    try:
+        interpreter.invoke()
+    except RuntimeError as exc:
+        raise ArtifactError(
+            f"{where} fails in LiteRT: {exc}",
+            hint="an int8 divisor that rounds to zero: keep it away from zero (a larger eps in a normalisation)"
+            if "(DIV)" in str(exc)
+            else "`edgepipe inspect` shows the operator; it cannot take these inputs",
+            code="cannot-run",
+        ) from exc  # fmt: skip
 
 
 _TRIAL = """

@@ -18,7 +18,7 @@ from edgepipe.stage import StageContext
 from edgepipe.stages.quantize_int8 import QuantizeInt8
 from edgepipe.tflite_ops.inspect import describe, tensor_specs
 
-from ..unit.tflite_builder import small_cnn
+from ..unit.tflite_builder import Graph, small_cnn
 
 # Google's int8 files were calibrated on their own training pictures, ours on other photographs, so
 # equality is not to be had; a recipe that is right is not 3 dB (half the noise power again) worse.
@@ -120,6 +120,18 @@ def test_a_result_too_far_from_the_float_model_names_the_first_tensor(model, qua
     ) as caught:
         quantise(model, min_sqnr="90 dB")
     assert caught.value.code == "parity"
+
+
+def test_a_divisor_that_int8_rounds_to_zero_is_an_error_of_the_stage(tmp_path, quantise):
+    g = Graph()
+    x = g.input("x", (1, 6, 6, 3))
+    squared = g.op("MUL", [x, x], "squared", (1, 6, 6, 3), "MulOptions")
+    y = g.op("DIV", [x, squared], "y", (1, 6, 6, 3), "DivOptions")
+    path = tmp_path / "float.tflite"
+    path.write_bytes(g.bytes([y]))
+    with pytest.raises(StageError, match=r"\(DIV\) failed to invoke") as caught:
+        quantise(make(path))
+    assert "divisor that rounds to zero" in caught.value.hint
 
 
 def test_a_missing_data_set_is_named_with_its_near_miss(model, quantise):
