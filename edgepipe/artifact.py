@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,19 @@ def make_artifact(
 
 
 def hash_path(path: Path) -> str:
-    """sha256 of a file; of a folder, over the names and hashes of its files, without bytecode."""
+    """sha256 of a file; of a folder, over names and hashes of its files, without hidden ones and bytecode."""
     digest = hashlib.sha256()
     if path.is_dir():
-        files = (p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
-        for item in sorted(files):
-            digest.update(f"{item.relative_to(path).as_posix()}\0{hash_path(item)}\n".encode())
+        for folder, folders, files in os.walk(path):
+            # a store (.edgepipe) in a folder of data would give that folder a new hash at every run
+            folders[:] = sorted(f for f in folders if f != "__pycache__" and not f.startswith("."))
+            for name in sorted(f for f in files if not f.startswith(".")):
+                item = Path(folder) / name
+                if item.is_file():
+                    relative = item.relative_to(path).as_posix()
+                    digest.update(
+                        f"{relative}\0{hash_path(item)}\n".encode(errors="surrogateescape")
+                    )
         return digest.hexdigest()
     with path.open("rb") as stream:
         while chunk := stream.read(1 << 20):

@@ -6,7 +6,13 @@ Conversion stages change the layout themselves, from the tensor specs.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import hashlib
+import importlib.machinery
+import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,27 +102,88 @@ def split_reference(reference: str, root: Path | None) -> tuple[Path | str, str]
     return module, name
 
 
+def user_path(path: Path | str, root: Path | None) -> Path:
+    """A path that a recipe names: relative to ``root``, ``~`` expanded where there is such a home."""
+    return (root or Path.cwd()) / os.path.expanduser(path)  # noqa: PTH111 - Path's raises on ~nobody
+
+
+def path_exists(path: Path) -> bool:
+    """Whether something is there. (`Path.exists` raises where a name is too long for a path.)"""
+    return os.path.exists(path)  # noqa: PTH110
+
+
 def fingerprint(source: DataSource) -> str:
     """What a cache key needs of a data source: its options and the sha256 of its content.
 
-    For a Python function the content is the source file of its module (a module by name is found
-    without importing it) and every file or folder that one of its ``args`` names.
+    For a Python function the content is its source and every file or folder that ``args`` name.
     """
-    import importlib.util
-
-    content = ""
+    content = []
     if source.path is not None:
-        content = hash_path(source.path)
+        content.append(hash_path(source.path))
     elif source.function:
-        module, _ = split_reference(source.function, source.root)
-        if isinstance(module, str):
-            spec = importlib.util.find_spec(module)
-            module = Path(spec.origin) if spec and spec.origin else Path()
-        content = hash_path(module) if module.is_file() else ""
-        for value in source.args.values():
-            if isinstance(value, str) and value:
-                path = (source.root or Path()) / value
-                content += hash_path(path) if path.exists() else ""
+        content.append(source_hash(source.function, source.root))
+        content += named_files(source.args, source.root)
     options = dataclasses.asdict(source)
     options.pop("root"), options.pop("path")
-    return f"{options!r} {content}"
+    return f"{options!r} {' '.join(content)}"
+
+
+def source_hash(reference: str, root: Path | None) -> str:
+    """sha256 of the Python source behind ``"file.py:name"`` or ``"package.module:name"``.
+
+    Of a file: that file and what it imports from its own folder. Of a module: the whole package it
+    lies in, found without importing it. "" where there is none.
+    """
+    module, _ = split_reference(reference, root)
+    if isinstance(module, str):
+        path = [str(root or Path.cwd()), *sys.path]
+        spec = importlib.machinery.PathFinder.find_spec(module.partition(".")[0], path)
+        folders = spec.submodule_search_locations if spec else None
+        if folders:
+            files = {file for folder in folders for file in Path(folder).rglob("*.py")}
+        else:
+            files = _with_neighbours(Path(spec.origin)) if spec and spec.origin else set()
+    else:
+        files = _with_neighbours(module)
+    parts = [f"{file.name} {hash_path(file)}" for file in sorted(files)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else ""
+
+
+def _with_neighbours(file: Path) -> set[Path]:
+    """A Python file, and the modules beside it that it imports, and those that they import."""
+    found: set[Path] = set()
+    to_read = [file]
+    while to_read:
+        path = to_read.pop()
+        if path in found or not path.is_file():
+            continue
+        found.add(path)
+        for name in _imported(path.read_bytes()):
+            to_read += [file.parent / f"{name}.py", *(file.parent / name).rglob("*.py")]
+    return found
+
+
+def _imported(source: bytes) -> set[str]:
+    """Names of the top-level modules that Python source imports."""
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, ValueError):  # whoever imports it says so
+        return set()
+    names = {a.name for node in nodes if isinstance(node, ast.Import) for a in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {name.partition(".")[0] for name in names} - {""}
+
+
+def named_files(value: Any, root: Path | None) -> list[str]:
+    """sha256 of every file or folder that a text in ``value`` names, however nested.
+
+    Relative ones are looked for under ``root`` and in the working folder, where Python opens them.
+    """
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [found for item in value for found in named_files(item, root)]
+    if not isinstance(value, str) or not value:
+        return []
+    paths = {user_path(value, root), Path.cwd() / value}
+    return [hash_path(path) for path in sorted(paths) if path_exists(path)]

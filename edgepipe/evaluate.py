@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepipe import stats
-from edgepipe.artifact import Artifact
+from edgepipe.artifact import Artifact, TensorSpec
 from edgepipe.data import DataSource
 from edgepipe.measurement import Measurement, single
 from edgepipe.predict import predict
@@ -18,20 +18,20 @@ log = logging.getLogger(__name__)
 
 def evaluate(
     *, shipped: Artifact, float_model: Artifact, reference: Artifact,
-    source: DataSource, metric: str, root: Path,
+    inputs: tuple[TensorSpec, ...], source: DataSource, metric: str, root: Path,
 ) -> tuple[Measurement, ...]:  # fmt: skip
     """Run three models on the same samples and compare.
 
     ``shipped`` is the file that goes out, ``float_model`` the one it was quantised from (parity is
-    taken against it) and ``reference`` the model the accuracy drop is counted from. The drop comes
-    with a paired 95 % interval where the metric judges each sample.
+    taken against it) and ``reference`` the model the accuracy drop is counted from. ``inputs`` are
+    those of the source model, which samples are prepared for. The drop comes with a paired 95 % interval where the metric judges each sample.
     """
     from edgepipe.array_ops.compare import compare
     from edgepipe.array_ops.load import load_samples
     from edgepipe.array_ops.task_metrics import correct, task_metric
 
     started = time.monotonic()
-    samples = load_samples(source, reference.inputs)
+    samples = load_samples(source, inputs)
     outputs: dict[str, dict[str, Any]] = {}
     named = (("shipped", shipped), ("float", float_model), ("reference", reference))
     for role, model in named:

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from edgepipe.artifact import (
     load_artifact,
     save_artifact,
 )
-from edgepipe.data import DataSource, fingerprint, split_reference
+from edgepipe.data import DataSource, fingerprint, named_files, source_hash
 from edgepipe.device import open_device
 from edgepipe.errors import EdgepipeError, StageError
 from edgepipe.evaluate import evaluate
@@ -81,7 +81,7 @@ def run(
         except EdgepipeError as exc:
             record.update(status="failed", error=exc.as_dict())
             raise
-        except Exception:
+        except BaseException:  # sys.exit in a builder included
             log.exception("unexpected error")
             record.update(status="failed", error={"error": "bug", "message": "see log.txt"})
             raise
@@ -120,19 +120,22 @@ class _Steps:
         self.lineage: list[dict[str, Any]] = []
 
     @contextlib.contextmanager
-    def step(self, name: str, key: str) -> Iterator[Path | None]:
-        """Yields the folder to build the step in, or None where the cache has it."""
+    def step(self, name: str, key: str, is_good: Callable[[Path], bool]) -> Iterator[Path | None]:
+        """Yields the folder to build the step in, or None where the cache has a good one."""
         self.number += 1
         started = time.monotonic()
-        entry = {"step": name, "key": key, "cached": self.store.entry(key) is not None}
+        kept = self.store.entry(key)
+        entry = {"step": name, "key": key, "cached": kept is not None and is_good(kept)}
         self.lineage.append(entry)
         label = f"[{self.number}/{self.total}] {name}"
+        if kept and not entry["cached"]:
+            log.info("%s: what is kept is too old, or was changed", label)
         if entry["cached"]:
             yield None
             log.info("%s: unchanged, kept", label)
         else:
             log.info("%s ...", label)
-            with self.store.building(key) as work_dir:
+            with self.store.building(key, is_good=is_good) as work_dir:
                 yield work_dir
             entry["seconds"] = round(time.monotonic() - started, 2)
             log.info("%s: done in %.1f s", label, time.monotonic() - started)
@@ -171,8 +174,7 @@ def run_stages(recipe: Recipe, steps: _Steps) -> list[Artifact]:
             (type(stage).__module__, *stage.ops),
             stage.packages,
             [
-                parent.sha256,
-                repr((parent.inputs, parent.outputs)),
+                *_identity(recipe, parent),
                 str(recipe.seed),
                 *(fingerprint(recipe.data[name]) for name in stage.data_names()),
             ],
@@ -181,10 +183,28 @@ def run_stages(recipe: Recipe, steps: _Steps) -> list[Artifact]:
     return models
 
 
+def _identity(recipe: Recipe, *models: Artifact) -> list[str]:
+    """Everything about models that decides what is made of them or measured on them."""
+    parts = [f"{m.kind} {m.sha256} {m.inputs!r} {m.outputs!r}" for m in models]
+    if recipe.model.builder and any(m.kind == "torch" for m in models):
+        # the code of a builder that is installed lies outside the artifact
+        parts.append(source_hash(recipe.model.builder, recipe.model.root))
+    return parts
+
+
+def _is_whole(entry: Path) -> bool:
+    """Whether a kept artifact is still the file that its record describes."""
+    try:
+        artifact = load_artifact(entry)
+        return hash_path(artifact.path) == artifact.sha256
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _build(
     steps: _Steps, name: str, key: str, parent: Artifact | None, stage: Any, recipe: Recipe
 ) -> Artifact:
-    with steps.step(name, key) as work_dir:
+    with steps.step(name, key, _is_whole) as work_dir:
         if work_dir is not None:
             context = StageContext(
                 work_dir=work_dir,
@@ -210,8 +230,8 @@ def _source_hashes(recipe: Recipe) -> list[str]:
     files += [f for path in files for f in _external_data(path)]
     hashes = [hash_path(path) if path.is_file() else "" for path in files]
     if model.builder:
-        module, _ = split_reference(model.builder, model.root)
-        hashes.append(_reference_hash(module))
+        hashes.append(source_hash(model.builder, model.root))
+        hashes += named_files(model.args, model.root)
     return hashes
 
 
@@ -227,12 +247,6 @@ def _external_data(path: Path) -> list[Path]:
     content = path.read_bytes()
     names = {content[m.end() : m.end() + m[1][0]] for m in _LOCATION.finditer(content)}
     return [path.parent / name.decode(errors="replace") for name in sorted(names)]
-
-
-def _reference_hash(module: Path | str) -> str:
-    if isinstance(module, str):
-        return _module_hash(module)
-    return hash_path(module) if module.is_file() else ""
 
 
 def step_key(
@@ -258,18 +272,9 @@ def _version(package: str) -> str:
 
 
 def _module_hash(module: str) -> str:
-    """Source hash of a module or of a whole package, found without importing it."""
-    import importlib.util
-
-    if module.partition(".")[0] == "edgepipe":
-        path = Path(edgepipe.__file__).parent.joinpath(*module.split(".")[1:])
-        path = path if path.is_dir() else path.with_suffix(".py")
-    else:
-        spec = importlib.util.find_spec(module)
-        if spec is None or spec.origin is None:
-            return ""
-        path = Path(spec.origin)
-    return hash_path(path) if path.exists() else ""
+    """Source hash of a module or of a whole package of ours, without importing it."""
+    path = Path(edgepipe.__file__).parent.joinpath(*module.split(".")[1:])
+    return hash_path(path if path.is_dir() else path.with_suffix(".py"))
 
 
 EVALUATION_MODULES = (
@@ -285,30 +290,31 @@ def _model_measurements(
     shipped, reference = models[-1], models[recipe.reference_stage]
     float_model = float_model_of(recipe, models)
     options = recipe.evaluate
-    inputs = [shipped.sha256, float_model.sha256, reference.sha256]
+    inputs = _identity(recipe, models[0], shipped, float_model, reference)
     if options:
         inputs += [options.data, options.metric, fingerprint(recipe.data[options.data])]
         if ":" in options.metric:
-            module, _ = split_reference(options.metric, recipe.path.parent)
-            inputs.append(_reference_hash(module))
+            inputs.append(source_hash(options.metric, recipe.path.parent))
     key = step_key("evaluate", {}, EVALUATION_MODULES, EVALUATION_PACKAGES, inputs)
-    with steps.step("evaluate", key) as work_dir:
-        if work_dir is not None:
-            context = {"model_sha256": shipped.sha256}
-            measured = [single("model_bytes", "B", shipped.size_bytes, context)]
-            if shipped.kind == "tflite":
-                measured.append(_float_islands(shipped, context))
-            if options:
-                measured += evaluate(
-                    shipped=shipped,
-                    float_model=float_model,
-                    reference=reference,
-                    source=recipe.data[options.data],
-                    metric=options.metric,
-                    root=recipe.path.parent,
-                )
-            _save_results(work_dir, measured)
-    return _load_results(steps.store, key)
+
+    def make(work_dir: Path) -> list[Measurement]:
+        context = {"model_sha256": shipped.sha256}
+        measured = [single("model_bytes", "B", shipped.size_bytes, context)]
+        if shipped.kind == "tflite":
+            measured.append(_float_islands(shipped, context))
+        if options:
+            measured += evaluate(
+                shipped=shipped,
+                float_model=float_model,
+                reference=reference,
+                inputs=models[0].inputs,
+                source=recipe.data[options.data],
+                metric=options.metric,
+                root=recipe.path.parent,
+            )
+        return measured
+
+    return _measuring_step(steps, "evaluate", key, make)
 
 
 def float_model_of(recipe: Recipe, models: Sequence[Artifact]) -> Artifact:
@@ -327,18 +333,40 @@ def _float_islands(shipped: Artifact, context: Mapping[str, Any]) -> Measurement
     return single("float_islands", "", found.float_operators, {**context, "islands": listed})
 
 
-def _save_results(folder: Path, measured: Sequence[Measurement]) -> None:
-    write_json(
-        folder / "result.json",
-        {"taken": time.time(), "measurements": [measurement_to_dict(m) for m in measured]},
-        indent=None,
-    )
+def _measuring_step(
+    steps: _Steps,
+    name: str,
+    key: str,
+    make: Callable[[Path], Sequence[Measurement]],
+    is_fresh: Callable[[float], bool] = lambda taken: True,
+) -> dict[str, Measurement]:
+    """Measurements by metric: those in the cache while they are fresh, else what ``make`` gives.
 
+    ``taken`` is in seconds since the epoch. Another run may replace the entry at any time, so it is
+    read once, when it is found good.
+    """
+    found: dict[str, Measurement] = {}
 
-def _load_results(store: Store, key: str) -> dict[str, Measurement]:
-    data = json.loads((store.root / "cache" / key / "result.json").read_text(encoding="utf-8"))
-    found = [measurement_from_dict(m) for m in data["measurements"]]
-    return {m.metric: m for m in found}
+    def is_good(entry: Path) -> bool:
+        try:
+            data = json.loads((entry / "result.json").read_text(encoding="utf-8"))
+            kept = [measurement_from_dict(m) for m in data["measurements"]]
+            fresh = is_fresh(float(data["taken"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        found.update({m.metric: m for m in kept} if fresh else {})
+        return fresh
+
+    with steps.step(name, key, is_good) as work_dir:
+        if work_dir is not None:
+            measured = make(work_dir)
+            data = {
+                "taken": time.time(),
+                "measurements": [measurement_to_dict(m) for m in measured],
+            }
+            write_json(work_dir / "result.json", data, indent=None)
+            found.update({m.metric: m for m in measured})
+    return found
 
 
 def _measure(
@@ -349,42 +377,42 @@ def _measure(
     sample_source = recipe.data.get(recipe.evaluate.data) if recipe.evaluate else None
     key = step_key(
         "measure",
-        dataclasses.asdict(options),
-        ("edgepipe.bench", "edgepipe.runtime"),
-        ("ai-edge-litert",),
+        {k: v for k, v in dataclasses.asdict(options).items() if k != "max_age"},
+        ("edgepipe.bench", "edgepipe.runtime", *EVALUATION_MODULES),
+        EVALUATION_PACKAGES,
         [
-            shipped.sha256,
+            *_identity(recipe, models[0], shipped),
             target.address,
             repr(target.profile),
             hash_path(target_dir(target.profile.target)),
             fingerprint(sample_source) if sample_source else "",
         ],
     )
-    entry = steps.store.entry(key)
-    if entry:
-        taken = json.loads((entry / "result.json").read_text(encoding="utf-8"))["taken"]
+
+    def is_fresh(taken: float) -> bool:
         age_s = time.time() - taken
         if remeasure or not 0 <= age_s <= options.max_age:
-            steps.store.forget(key)
-        else:
-            log.info("using the measurement taken %.0f min ago (--remeasure takes a new one)", age_s / 60)  # fmt: skip
+            return False
+        log.info("using the measurement taken %.0f min ago (--remeasure takes a new one)", age_s / 60)  # fmt: skip
+        return True
+
+    def make(work_dir: Path) -> Sequence[Measurement]:
+        device = open_device(target.address)
+        try:
+            result = bench.measure(
+                shipped,
+                device,
+                target.profile,
+                options,
+                samples=_agreement_samples(sample_source, models[0]),
+            )
+        finally:
+            device.close()
+        write_json(work_dir / "raw.json", result.raw)
+        return result.measurements
+
     name = f"measure on {target.profile.name} ({target.address})"
-    with steps.step(name, key) as work_dir:
-        if work_dir is not None:
-            device = open_device(target.address)
-            try:
-                result = bench.measure(
-                    shipped,
-                    device,
-                    target.profile,
-                    options,
-                    samples=_agreement_samples(sample_source, models[0]),
-                )
-            finally:
-                device.close()
-            write_json(work_dir / "raw.json", result.raw)
-            _save_results(work_dir, result.measurements)
-    return _load_results(steps.store, key)
+    return _measuring_step(steps, name, key, make, is_fresh)
 
 
 def _agreement_samples(source: DataSource | None, model: Artifact) -> dict[str, Any] | None:

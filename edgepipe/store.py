@@ -3,11 +3,11 @@
 ::
 
     .edgepipe/cache/<key>/          one finished step: artifact.json or result.json, and its files
-    .edgepipe/building/<key>.<pid>/ a step in the making; removed when it fails or its process died
+    .edgepipe/building/<key>/       a step in the making; removed when it fails or its process died
     .edgepipe/locks/<key>           held while a step is built, so that two runs never build it twice
     .edgepipe/runs/<utc>-<recipe>-<6 hex>/  run.json, measurements/<device>/<metric>.json, logs/
 
-An entry appears in ``cache/`` by one rename, so it is whole or absent.
+An entry appears in ``cache/`` by one rename of files that are on the disk, so it is whole or absent.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from edgepipe.errors import RequestError
 from edgepipe.measurement import Measurement, measurement_from_dict, measurement_to_dict
@@ -46,6 +46,14 @@ def write_json(path: Path, data: object, *, indent: int | None = 1) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _sync(folder: Path) -> None:
+    """Bring every file of a folder to the disk, so that no power cut leaves a name without content."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+
+
 class Store:
     """The cache and the runs under ``root`` (usually ``.edgepipe``). Safe for several processes."""
 
@@ -58,50 +66,75 @@ class Store:
         return folder if folder.is_dir() else None
 
     @contextlib.contextmanager
-    def building(self, key: str) -> Iterator[Path | None]:
+    def building(
+        self, key: str, *, is_good: Callable[[Path], bool] = lambda entry: True
+    ) -> Iterator[Path | None]:
         """A folder to build step ``key`` in; it becomes the cache entry when the block succeeds.
 
-        Waits while another process builds the same step, and then yields None: it is there. When
-        the block raises (Ctrl-C included) the folder is removed.
+        Waits while another process builds the same step. Yields None where there is an entry that
+        ``is_good``; one that is not is replaced by the new one. When the block raises (Ctrl-C
+        included) the folder is removed, and what was in the cache stays there.
         """
-        for name in ("cache", "building", "locks"):
-            (self.root / name).mkdir(parents=True, exist_ok=True)
-        with (self.root / "locks" / key).open("w") as lock:
+        with self._lock(key) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 log.info("waiting for another run that is building this step")
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            if self.entry(key):
+            old = self.entry(key)
+            if old and is_good(old):
                 yield None
                 return
-            self._remove_abandoned()
-            work = self.root / "building" / f"{key}.{os.getpid()}"
-            shutil.rmtree(work, ignore_errors=True)
+            self._remove_abandoned(key)
+            work = self.root / "building" / key
+            replaced = work.with_name(f"{key}.replaced")
             work.mkdir()
             try:
                 yield work
+                _sync(work)
+                if old:
+                    old.rename(replaced)
                 work.rename(self.root / "cache" / key)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
+                shutil.rmtree(replaced, ignore_errors=True)
 
-    def _remove_abandoned(self) -> None:
-        """Remove half-built steps whose process is gone (killed, power cut)."""
+    def _lock(self, key: str) -> IO[str]:
+        """The lock file of a step, opened; makes the folders of the store where they are missing."""
+        try:
+            for name in ("cache", "building", "locks"):
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as exc:
+            raise self._no_folder() from exc
+        return (self.root / "locks" / key).open("w")
+
+    def _no_folder(self) -> RequestError:
+        return RequestError(
+            f"{self.root} cannot hold results: it is no folder",
+            hint="choose a folder with --store; it is made where it does not exist",
+        )
+
+    def _remove_abandoned(self, own: str) -> None:
+        """Remove half-built steps whose builder is gone (killed, power cut): nobody has their lock.
+
+        (A process number would not tell: it may be of another container, or used again.)
+        """
         for folder in (self.root / "building").iterdir():
-            pid = folder.name.rpartition(".")[2]
-            if not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
+            key = folder.name.partition(".")[0]
+            with self._lock(key) as lock, contextlib.suppress(BlockingIOError):
+                if key != own:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
-
-    def forget(self, key: str) -> None:
-        """Drop one cache entry."""
-        shutil.rmtree(self.root / "cache" / key, ignore_errors=True)
 
     def new_run(self, recipe_name: str) -> Run:
         """Start a run: a fresh folder whose name sorts by time."""
         started = datetime.datetime.now(datetime.UTC)
-        run_id = f"{started:%Y%m%dT%H%M%SZ}-{recipe_name}-{secrets.token_hex(3)}"
+        run_id = f"{started:%Y%m%dT%H%M%S.%fZ}-{recipe_name}-{secrets.token_hex(3)}"
         folder = self.root / "runs" / run_id
-        (folder / "logs").mkdir(parents=True)
+        try:
+            (folder / "logs").mkdir(parents=True)
+        except (FileExistsError, NotADirectoryError) as exc:
+            raise self._no_folder() from exc
         run = Run(folder)
         run.update(
             id=run_id, recipe=recipe_name, started=started.isoformat(), status="running", pid=os.getpid()
@@ -139,15 +172,22 @@ class Run:
         self.id = folder.name
 
     def read(self) -> dict[str, Any]:
-        """The run's record. Refuses one of a newer schema."""
-        data = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
-        if data.get("schema", 0) > RUN_SCHEMA:
+        """The run's record. Refuses one of a newer schema, or damaged."""
+        path = self.folder / "run.json"
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["schema"] > RUN_SCHEMA:
+                raise RequestError(
+                    f"run {self.id} has schema {data['schema']}, this edgepipe reads up to {RUN_SCHEMA}",
+                    hint="upgrade edgepipe",
+                )
+            if data["status"] == "running" and not Path(f"/proc/{data['pid']}").exists():
+                data["status"] = "killed"
+        except (ValueError, KeyError, TypeError) as exc:
             raise RequestError(
-                f"run {self.id} has schema {data['schema']}, this edgepipe reads up to {RUN_SCHEMA}",
-                hint="upgrade edgepipe",
-            )
-        if data["status"] == "running" and not Path(f"/proc/{data['pid']}").exists():
-            data["status"] = "killed"
+                f"{path} is no record of a run: {type(exc).__name__}: {exc}",
+                hint=f"it is damaged; remove {self.folder}",
+            ) from exc
         return data
 
     def update(self, **fields: Any) -> None:

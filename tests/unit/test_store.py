@@ -113,3 +113,54 @@ def test_measurements_come_back_with_every_raw_sample(tmp_path: Path) -> None:
     measured = Measurement("latency_wall", "s", ((0.1, 0.2), (0.3,)), ((9.0,), ()), {1: "throttled"}, {"k": [1]})  # fmt: skip
     run.save_measurements("pi", {"latency_wall": measured})
     assert run.load_measurements("pi") == {"latency_wall": measured}
+
+
+def test_a_step_that_is_no_longer_good_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with store.building("k") as work:
+        (work / "f").write_text("old")  # type: ignore[operator]
+    with pytest.raises(RuntimeError), store.building("k", is_good=lambda entry: False):
+        raise RuntimeError
+    assert (tmp_path / "cache" / "k" / "f").read_text() == "old"
+    with store.building("k", is_good=lambda entry: False) as work:
+        (work / "f").write_text("new")  # type: ignore[operator]
+    assert (tmp_path / "cache" / "k" / "f").read_text() == "new"
+    assert list((tmp_path / "building").iterdir()) == []
+
+
+def test_a_step_another_container_builds_is_not_taken_for_abandoned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a process of another container has a number that no process here has
+    monkeypatch.setattr(os, "getpid", lambda: 2**22 + 1)
+    store = Store(tmp_path)
+    with store.building("k1") as work:
+        assert work is not None
+        with Store(tmp_path).building("k2"):
+            assert work.is_dir()
+        (work / "f").write_text("x")
+    assert store.entry("k1")
+
+
+def test_runs_of_one_second_are_in_order(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    ids = [store.new_run("a").id for _ in range(20)]
+    assert [r.id for r in store.runs()] == ids
+    assert store.find_run("latest").id == ids[-1]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"schema": "1", "status": "complete"}'])
+def test_a_damaged_record_of_a_run_is_named(tmp_path: Path, content: str) -> None:
+    run = Store(tmp_path).new_run("a")
+    (run.folder / "run.json").write_text(content)
+    with pytest.raises(RequestError, match=r"run\.json is no record of a run"):
+        run.read()
+
+
+def test_a_store_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("")
+    for root in (tmp_path / "f", tmp_path / "f" / "store"):
+        with pytest.raises(RequestError, match="it is no folder"):
+            Store(root).new_run("a")
+        with pytest.raises(RequestError, match="it is no folder"), Store(root).building("k"):
+            pass
