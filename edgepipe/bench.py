@@ -10,6 +10,7 @@ import getpass
 import hashlib
 import json
 import logging
+import os
 import secrets
 import socket
 import tempfile
@@ -51,6 +52,10 @@ SCHEMA = 1
 PYTHON_NEEDED = (3, 7)
 # A session shorter than this says nothing about percentiles (44 samples bound a p90 at 99 %).
 MIN_INFERENCES = 30
+# What Linux is built for on the largest boards and servers (CONFIG_NR_CPUS, 8192 on x86).
+MAX_CPUS = 8192
+# Longer than any measurement, shorter than what poll(2) can wait (2**31 ms).
+MAX_BUDGET_S = 86400.0
 # How long the lease on a board outlives one call of ours: time for the next call to arrive.
 LEASE_S = 30.0
 # How long to wait for a hot board, and how often to look (MEASUREMENT: 120 s).
@@ -100,6 +105,33 @@ class MeasureOptions:
     budget: Annotated[float, Unit("time")] = 600.0
     max_age: Annotated[float, Unit("time")] = 86400.0
 
+    def __post_init__(self) -> None:
+        # here, so that a recipe is refused before its first stage runs
+        problems = []
+        if self.sessions < 1 or self.memory_sessions < 0:
+            problems.append(
+                f"sessions = {self.sessions}, memory_sessions = {self.memory_sessions}: "
+                "sessions is 1 or more, memory_sessions 0 or more"
+            )
+        if not 0 <= self.threads <= MAX_CPUS:
+            problems.append(f"threads = {self.threads} is not 0 to {MAX_CPUS}")
+        if not all(0 <= cpu < MAX_CPUS for cpu in self.affinity):
+            problems.append(f"affinity = {list(self.affinity)} is no list of CPU numbers")
+        if self.session <= 0 or self.warmup < 0 or not 0 < self.budget <= MAX_BUDGET_S:
+            problems.append(
+                f"session = {self.session:g} s, warmup = {self.warmup:g} s, budget = {self.budget:g} s: "
+                f"session and budget are above 0 s, budget is at most {MAX_BUDGET_S:g} s"
+            )
+        elif self.sessions * (self.warmup + self.session) > self.budget:
+            problems.append(
+                f"{self.sessions} sessions of {self.warmup:g} s and {self.session:g} s do not fit "
+                f"into budget = {self.budget:g} s"
+            )
+        if problems:
+            raise RequestError(
+                f"[measure] {'; '.join(problems)}", hint="mend these options and run again"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class BenchResult:
@@ -135,7 +167,11 @@ def measure(
     Busy, too hot, budget used up, broken link), ProfileError where the board is not what the
     profile says, ArtifactError and RequestError for what cannot be measured at all.
     """
-    _check_request(model, options)
+    if model.kind != "tflite":
+        raise ArtifactError(
+            f"{model.path} is a {model.kind} model; a device measures .tflite files",
+            hint="convert it first: edgepipe convert",
+        )
     encoded = None
     if samples is not None:
         from edgepipe.tflite_ops.raw import encode_samples
@@ -187,26 +223,6 @@ class _Board:
             if not isinstance(reply.get(key), dict):
                 raise _garbage(f"its facts have no {key}", b"", b"", self.device.address)
         return reply
-
-
-def _check_request(model: Artifact, options: MeasureOptions) -> None:
-    if model.kind != "tflite":
-        raise ArtifactError(
-            f"{model.path} is a {model.kind} model; a device measures .tflite files",
-            hint="convert it first: edgepipe convert",
-        )
-    if options.sessions < 1 or options.memory_sessions < 0 or options.threads < 0:
-        raise RequestError(
-            f"[measure] sessions = {options.sessions}, memory_sessions = {options.memory_sessions}, "
-            f"threads = {options.threads} cannot be done",
-            hint="sessions needs 1 or more, the others 0 or more",
-        )
-    if options.session <= 0 or options.warmup < 0 or options.budget <= 0:
-        raise RequestError(
-            f"[measure] session = {options.session:g} s, warmup = {options.warmup:g} s, "
-            f"budget = {options.budget:g} s cannot be done",
-            hint="session and budget must be longer than 0 s",
-        )
 
 
 def _prepare_board(device: Device, profile: DeviceProfile) -> _Board:
@@ -311,7 +327,7 @@ def _push_all(
     return {
         "schema": SCHEMA,
         "id": job_id,
-        "owner": f"{getpass.getuser()}@{socket.gethostname()}",
+        "owner": f"{_user_name()}@{socket.gethostname()}",
         "work_dir": board.work_dir,
         "model": {"path": remote, "size": model.size_bytes, "sha256": model.sha256},
         "runtime": _push_runtime(board, profile, options, facts),
@@ -329,6 +345,13 @@ def _push_all(
         "release": False,
         "min_free_bytes": MIN_FREE_BYTES,
     }
+
+
+def _user_name() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # an account without a name, as in many containers
+        return f"uid {os.getuid()}"
 
 
 def _push_runtime(
@@ -618,7 +641,7 @@ def _raise_for(
     if code == 69:
         raise NotReadyError(
             f"no usable runtime on {address}: {message}",
-            hint=_runtime_hint(board, profile, reply.get("device") or {}),
+            hint=_runtime_hint(profile, options, reply.get("device") or {}),
             code="no-runtime",
         )
     if code == 65:
@@ -627,6 +650,11 @@ def _raise_for(
         raise TransferError(f"the disk of {address} is full: {message}", hint=f"free some space there, for example rm -r {board.work_dir}/models", code="disk-full")  # fmt: skip
     if code == 124:
         raise _over_budget(board, options, message)
+    if reply.get("error") == "bad-request":
+        raise RequestError(
+            f"{address} cannot measure as asked: {message}",
+            hint="change affinity or the samples, or leave them out",
+        )
     raise CommandFailed(
         f"the runner on {address} ended with code {code}: {message}",
         hint="this is a bug in edgepipe: please report it with --debug",
@@ -642,8 +670,8 @@ def _over_budget(board: _Board, options: MeasureOptions, what: str) -> CommandTi
     )
 
 
-def _runtime_hint(board: _Board, profile: DeviceProfile, facts: Mapping[str, Any]) -> str:
-    if facts.get("machine") == "armv7l":
+def _runtime_hint(profile: DeviceProfile, options: MeasureOptions, facts: Mapping[str, Any]) -> str:
+    if options.backend == "tflite-runtime-interpreter" or facts.get("machine") == "armv7l":
         return "on the device, with Python 3.8 to 3.11: python3 -m pip install tflite-runtime==2.14.0 'numpy<2'"  # fmt: skip
     return (
         f"on the device: python3 -m pip install ai-edge-litert=={profile.runtime_version} "

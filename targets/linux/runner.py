@@ -9,7 +9,7 @@ never loads a runtime. Every session runs in a fresh worker process, so a model 
 line of data ("runs_on_device": false), not the end of the measurement.
 
 Exit codes (sysexits.h where one fits); the JSON object is printed with every one of them:
-    0 done          64 bad job            65 a file is missing, short or altered
+    0 done          64 bad job or request 65 a file is missing, short or altered
     69 no runtime   70 the worker failed  73 disk full
     75 busy         124 time budget used up         1 a bug in here
 """
@@ -66,6 +66,10 @@ class Stop(Exception):
 
 class Unsupported(RuntimeError):
     """This backend cannot run this model by design; another one may."""
+
+
+class BadRequest(Exception):
+    """What was asked for cannot be done here; that says nothing of the model."""
 
 
 def log(text):
@@ -623,7 +627,7 @@ def random_chunk(rng, dtype, count):
         return bytes(rng.getrandbits(1) for _ in range(count))
     codes = {"int32": "i", "uint32": "I", "int64": "q", "uint64": "Q"}
     if dtype not in codes:
-        raise RuntimeError("there is no random input of type %s: give samples" % dtype)
+        raise BadRequest("there is no random input of type %s: give samples" % dtype)
     return array(codes[dtype], [rng.getrandbits(1) for _ in range(count)]).tobytes()
 
 
@@ -811,7 +815,7 @@ def by_name(tensors, wanted):
         return list(tensors)
     table = {t["name"]: t for t in tensors}
     if len(table) != len(tensors) or sorted(table) != sorted(wanted):
-        raise RuntimeError("the model has inputs %s, the samples %s" % (sorted(table), wanted))
+        raise BadRequest("the model has inputs %s, the samples %s" % (sorted(table), wanted))
     return [table[name] for name in wanted]
 
 
@@ -831,13 +835,13 @@ def work_outputs(spec):
             for tensor in by_name(model.inputs, given["tensors"]):
                 raw = stream.read(tensor["bytes"])
                 if len(raw) != tensor["bytes"]:
-                    raise RuntimeError("the samples end in the middle of input %r" % tensor["name"])
+                    raise BadRequest("the samples end in the middle of input %r" % tensor["name"])
                 model.write(tensor, 0, raw)
             model.call()
             fresh = False
             samples.append([base64.b64encode(model.read(t)).decode() for t in model.outputs])
         if stream.read(1):
-            raise RuntimeError("the samples are longer than the model's inputs")
+            raise BadRequest("the samples are longer than the model's inputs")
     return {"outputs": described(model.outputs), "samples": samples, "reloads": reloads}
 
 
@@ -848,6 +852,17 @@ WORK = {
     "memory": work_memory,
     "outputs": work_outputs,
 }
+
+
+def pin(cpus):
+    """Stay on these CPUs: on all of them, as the kernel passes over those that are not there."""
+    allowed = sorted(os.sched_getaffinity(0))
+    try:
+        os.sched_setaffinity(0, cpus)
+    except (OSError, ValueError, OverflowError):
+        pass
+    if os.sched_getaffinity(0) != set(cpus):
+        raise BadRequest("affinity %s, but it may run on CPUs %s" % (cpus, allowed))
 
 
 def worker(supervisor):
@@ -867,10 +882,12 @@ def worker(supervisor):
     spec = json.load(sys.stdin)
     try:
         if spec["affinity"]:
-            os.sched_setaffinity(0, spec["affinity"])
+            pin(spec["affinity"])
         result, code = {"ok": WORK[spec["kind"]](spec)}, 0
     except MemoryError:
         result, code = {"error": "out of memory", "what": "out-of-memory"}, 1
+    except BadRequest as exc:
+        result, code = {"error": str(exc), "what": "bad-request"}, 1
     except Unsupported as exc:
         result, code = {"error": str(exc), "what": "unsupported"}, 1
     except RuntimeError as exc:  # the runtime's own words are on stderr
@@ -1038,6 +1055,14 @@ def choose_runtime(job, self_test, deadline, unfit):
             result, cause = run_worker(spec, deadline - time.monotonic())
             if result is not None:
                 return candidate, rejected
+            # neither of these says that the backend is unfit: no other one takes its place
+            if cause["what"] == "timeout":
+                message = "the time budget of %g s was used up in the self-test of %s" % (
+                    job["budget_s"], candidate["backend"],
+                )  # fmt: skip
+                raise Stop(EX_BUDGET, "budget", message)
+            if cause["what"] == "killed":
+                raise Stop(EX_WORKER, "worker-failed", cause["message"], cause=cause)
             reason = cause["message"]
             if cause["stderr"]:
                 reason += " (%s)" % cause["stderr"].splitlines()[-1]
@@ -1068,7 +1093,7 @@ class Lease:
         self.now = lambda: time.clock_gettime(time.CLOCK_BOOTTIME)
         try:
             fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise Stop(EX_BUSY, "busy", "another job is running on this board", owner=self.owner())
         owner = self.owner()
         if (
@@ -1214,6 +1239,8 @@ def measure(job, reply, deadline, job_dir):
                     job["budget_s"], kind,
                 )  # fmt: skip
                 raise Stop(EX_BUDGET, "budget", message)
+            elif cause["what"] == "bad-request":
+                raise Stop(EX_BAD_JOB, "bad-request", cause["message"])
             else:
                 if cause["what"] != "killed":
                     reply["runs_on_device"] = False

@@ -388,7 +388,7 @@ def test_a_profile_of_another_machine_is_refused(model: Artifact, tmp_path: Path
 
 
 def test_a_budget_that_is_too_short_is_an_error(model: Artifact, tmp_path: Path) -> None:
-    options = MeasureOptions(sessions=1, memory_sessions=0, session=60, budget=2)
+    options = MeasureOptions(sessions=1, memory_sessions=0, warmup=0, session=2, budget=2)
     with pytest.raises(CommandTimeout, match="longer than 2 s") as caught:
         measure(model, LocalDevice(), profile(tmp_path / "w"), options)
     assert "budget" in caught.value.hint
@@ -554,6 +554,24 @@ def test_an_interrupted_bench_leaves_the_board_free(model: Artifact, tmp_path: P
     assert done.returncode == 0, done.stderr
 
 
+def test_a_cpu_the_board_does_not_have_is_not_replaced_by_another(
+    model: Artifact, tmp_path: Path
+) -> None:
+    done = edgepipe("bench", model.path, *SHORT, "--affinity", "0,8000", home=tmp_path)
+    assert done.returncode == 2, done.stdout
+    assert "affinity [0, 8000], but it may run on CPUs [0" in done.stderr
+
+
+def test_an_account_without_a_name_can_measure(
+    model: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    measure(model, LocalDevice(), profile(tmp_path / "w"), QUICK)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "named"),
     [
@@ -562,7 +580,12 @@ def test_an_interrupted_bench_leaves_the_board_free(model: Artifact, tmp_path: P
         (("model.tflite", "--session", "2"), 2, "session: '2' is not a time"),
         (("model.tflite", "--session", "2 MB"), 2, "is not a time"),
         (("model.tflite", "--affinity", "a"), 2, "--affinity"),
+        (("model.tflite", "--affinity=0,-1",), 2, "affinity = [0, -1]"),
         (("model.tflite", "--sessions", "0"), 2, "sessions = 0"),
+        (("model.tflite", "--threads", "99999999999999999999"), 2, "threads = 99999999999999999999"),
+        (("model.tflite", "--budget", "1e30 s"), 2, "budget = 1e+30 s"),
+        (("model.tflite", "--session", "1e400 s"), 2, "do not fit"),
+        (("model.tflite", "--session", "10 min"), 2, "do not fit into budget = 600 s"),
         (("model.tflite", "--device", "carrier-pigeon://x", "--profile", "localhost"), 2, "carrier-pigeon"),
         (("model.tflite", "--samples", "text.tflite"), 2, "holds no arrays"),
         (("model.tflite", "--profile", "localhos"), 2, "did you mean 'localhost'"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edgepipe.bench import MeasureOptions, exclusion, parse_reply, runner_path, to_measurements
 from edgepipe.errors import CommandFailed, EdgepipeError, RequestError
-from edgepipe.resources import profile_paths, target_dir
+from edgepipe.resources import profile_paths
 from edgepipe.schema import build
 
 HEALTH = {"boot_id": "b1", "temperature_c": 50.0, "governor": "performance"}
@@ -209,6 +209,4 @@ def test_every_profile_names_a_target_with_a_runner() -> None:
     from edgepipe.profile import load_profile
 
     for path in profile_paths().values():
-        target = load_profile(path).target
-        if (target_dir(target) / "runner.py").is_file():
-            assert runner_path(target).name == "runner.py"
+        assert runner_path(load_profile(path).target).name == "runner.py"

@@ -363,6 +363,32 @@ def test_a_killed_worker_says_nothing_of_the_model(tmp_path: Path) -> None:
     assert (reply["cause"]["what"], reply["cause"]["signal"]) == ("killed", signal.SIGKILL)
 
 
+def test_a_worker_killed_in_the_self_test_says_nothing_of_the_backend(tmp_path: Path) -> None:
+    package = tmp_path / "site" / "ai_edge_litert"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "interpreter.py").write_text("import os; os.kill(os.getpid(), 9)")
+    job = make_job(tmp_path, runtime=None)
+    reply = execute(job, PYTHONPATH=str(package.parent))
+    assert (reply["code"], reply["runs_on_device"], reply["cause"]["what"]) == (70, None, "killed")
+
+
+def test_samples_that_do_not_fit_say_nothing_of_the_model(tmp_path: Path) -> None:
+    given = tmp_path / "inputs.bin"
+    given.write_bytes(bytes(17))
+    inputs = {**item(given), "count": 1, "tensors": ["x"]}
+    reply = execute(make_job(tmp_path, sessions=["outputs"], inputs=inputs))
+    assert (reply["code"], reply["error"]) == (64, "bad-request")
+    assert reply["runs_on_device"] is None
+
+
+@pytest.mark.parametrize("cpus", [[8000], [0, 8000], [-1]])
+def test_a_cpu_that_is_not_there_says_nothing_of_the_model(tmp_path: Path, cpus: list[int]) -> None:
+    reply = execute(make_job(tmp_path, affinity=cpus))
+    assert (reply["code"], reply["error"]) == (64, "bad-request")
+    assert reply["runs_on_device"] is None
+
+
 def test_no_worker_outlives_its_supervisor(tmp_path: Path) -> None:
     with running(make_job(tmp_path, sessions=["latency"], session_s=60)) as process:
         worker = in_session(process)
@@ -537,6 +563,11 @@ def test_a_demanded_backend_is_not_replaced(tmp_path: Path) -> None:
 
 def test_the_time_budget_is_kept_on_the_board(tmp_path: Path) -> None:
     reply = execute(make_job(tmp_path, sessions=["latency"], session_s=600, budget_s=3))
+    assert (reply["code"], reply["error"]) == (124, "budget")
+
+
+def test_a_budget_that_ends_in_the_self_test_blames_no_runtime(tmp_path: Path) -> None:
+    reply = execute(make_job(tmp_path, budget_s=0.01))
     assert (reply["code"], reply["error"]) == (124, "budget")
 
 
