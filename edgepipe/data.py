@@ -88,6 +88,15 @@ class DataSource:
     # folder that "file.py:name" is relative to; filled in by the recipe loader
     root: Path | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("seed", "limit"):
+            if getattr(self, name) < 0:
+                raise DataError(
+                    f"{name} = {getattr(self, name)} is negative", hint="write 0 or more"
+                )
+        if self.fold and self.not_fold:
+            raise DataError("fold and not_fold are both set", hint="keep one of them")
+
 
 def split_reference(reference: str, root: Path | None) -> tuple[Path | str, str]:
     """``"file.py:name"`` -> (absolute Path, name); ``"package.module:name"`` -> (module, name)."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, Protocol
 
 from edgepipe import stats
-from edgepipe.errors import EXIT_FAIL, EXIT_NOT_READY, EXIT_PASS
+from edgepipe.errors import EXIT_FAIL, EXIT_NOT_READY, EXIT_PASS, RequestError
 from edgepipe.measurement import Measurement
 from edgepipe.schema import Unit, record
 from edgepipe.units import format_value
@@ -99,6 +100,12 @@ def _limit(
     return Verdict(gate.name, status, reason, evidence.device, value, limit, found.unit)
 
 
+def _check_option(name: str, value: float, low: float, high: float, legal: str) -> None:
+    """Refuse an option that no evidence could be judged by; ``low`` and ``high`` are legal."""
+    if not low <= value <= high:
+        raise RequestError(f"{name} = {value:g} should be {legal}", hint="mend the gate")
+
+
 @record
 class LatencyGate:
     """A percentile of the latency stays under ``max``, at ``confidence``.
@@ -115,6 +122,10 @@ class LatencyGate:
     statistic: Literal["p50", "p90", "p95", "p99"] = "p90"
     clock: Literal["wall", "cpu"] = "wall"
     confidence: float = 0.99
+
+    def __post_init__(self) -> None:
+        _check_option("confidence", self.confidence, 0.5, 0.9999, "from 0.5 to 0.9999, like 0.99")
+        _check_option("max", self.max, 0, math.inf, "0 or more")
 
     def judge(self, evidence: Evidence) -> Verdict:
         metric = f"latency_{self.clock}"
@@ -166,6 +177,9 @@ class MemoryGate:
     max: Annotated[float, Unit("size")]
     quantity: Literal["anon", "file", "peak"] = "peak"
 
+    def __post_init__(self) -> None:
+        _check_option("max", self.max, 0, math.inf, "0 or more")
+
     def judge(self, evidence: Evidence) -> Verdict:
         metric = f"memory_{self.quantity}"
         return _limit(self, evidence, metric, self.max, at_most=True, required=REQUIRED_CONTEXT)
@@ -181,6 +195,9 @@ class SizeGate:
 
     max: Annotated[float, Unit("size")]
 
+    def __post_init__(self) -> None:
+        _check_option("max", self.max, 0, math.inf, "0 or more")
+
     def judge(self, evidence: Evidence) -> Verdict:
         return _limit(self, evidence, "model_bytes", self.max, at_most=True)
 
@@ -195,6 +212,9 @@ class TaskMetricGate:
 
     min: float
 
+    def __post_init__(self) -> None:
+        _check_option("min", self.min, 0, 1, "a share from 0 to 1, like 0.9 for 90 %")
+
     def judge(self, evidence: Evidence) -> Verdict:
         return _limit(self, evidence, "task_metric", self.min, at_most=False)
 
@@ -203,7 +223,7 @@ class TaskMetricGate:
 class AccuracyDropGate:
     """The shipped file loses at most ``max`` percentage points against the reference model.
 
-    PASS also needs the paired interval at ``confidence`` to exclude a loss above ``hard_max``.
+    PASS also needs the paired 95 % interval to exclude a loss above ``hard_max``.
     """
 
     name: ClassVar[str] = "accuracy_drop"
@@ -213,6 +233,10 @@ class AccuracyDropGate:
     max: Annotated[float, Unit("points")]
     hard_max: Annotated[float, Unit("points")] | None = None
 
+    def __post_init__(self) -> None:
+        if self.hard_max is not None:
+            _check_option("hard_max", self.hard_max, self.max, math.inf, "max or more")
+
     def judge(self, evidence: Evidence) -> Verdict:
         verdict = _limit(self, evidence, "accuracy_drop", self.max, at_most=True)
         if verdict.value is None:
@@ -220,6 +244,9 @@ class AccuracyDropGate:
         context = evidence.measurements["accuracy_drop"].context
         low, high = context.get("interval_points", (None, None))
         if low is None or high is None:
+            if verdict.status is Status.PASS and self.hard_max is not None:
+                reason = f"{verdict.reason}; this metric gives no interval to judge hard_max by: let it return one truth value a sample"
+                return dataclasses.replace(verdict, status=Status.INCONCLUSIVE, reason=reason)
             return verdict
         reason = f"{verdict.reason} (95 % interval {low:+.2f} to {high:+.2f} points, {context['samples']} samples)"  # fmt: skip
         status = verdict.status
@@ -282,6 +309,9 @@ class DeviceAgreementGate:
     scope: ClassVar[Literal["model", "device"]] = "device"
 
     max_mismatch: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_option("max_mismatch", self.max_mismatch, 0, 1, "a share from 0 to 1")
 
     def judge(self, evidence: Evidence) -> Verdict:
         return _limit(self, evidence, "device_mismatch", self.max_mismatch, at_most=True)

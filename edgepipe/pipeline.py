@@ -242,7 +242,7 @@ _LOCATION = re.compile(rb"\x0a\x08location\x12([\x01-\x7f])")
 
 def _external_data(path: Path) -> list[Path]:
     """The files beside an .onnx that hold its weights, found without importing onnx."""
-    if path.suffix != ".onnx" or not path.is_file():
+    if path.suffix.lower() != ".onnx" or not path.is_file():
         return []
     content = path.read_bytes()
     names = {content[m.end() : m.end() + m[1][0]] for m in _LOCATION.finditer(content)}

@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from edgepipe.bench import MeasureOptions
-from edgepipe.data import DataSource, split_reference
-from edgepipe.errors import RecipeError, RequestError
+from edgepipe.data import DataSource, path_exists, split_reference, user_path
+from edgepipe.errors import ArtifactError, RecipeError, RequestError
 from edgepipe.gate import GATES, Gate
 from edgepipe.metrics import TASK_METRICS
 from edgepipe.resources import profile_paths
 from edgepipe.schema import build, near_miss, read_toml, record
 from edgepipe.stage import Stage
 from edgepipe.stages import STAGES, stage_class
-from edgepipe.stages.load import ModelSource
+from edgepipe.stages.load import ModelSource, check_source
 
 SCHEMA = 1
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # part of a folder's name
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 TABLES = ("schema", "name", "seed", "devices", "model", "data", "stages", "evaluate", "measure", "gates")  # fmt: skip
 SOURCE_KINDS = {".onnx": "onnx", ".tflite": "tflite", ".pt2": "pt2"}
@@ -33,6 +33,9 @@ SOURCE_KINDS = {".onnx": "onnx", ".tflite": "tflite", ".pt2": "pt2"}
 @record
 class EvaluateOptions:
     """``data`` and ``metric`` of the task; ``metric`` is a built-in name or ``"file.py:function"``.
+
+    A function of your own gets the outputs by name, (N, ...) each, and the labels, and returns a
+    share from 0 to 1, or one truth value a sample (which gives the accuracy drop an interval).
 
     ``reference`` says which model the accuracy drop is counted from: 0 = the model the recipe
     starts from, n = the result of stage n. Default: 0 where the model comes with weights, else 1
@@ -87,11 +90,11 @@ def load_recipe(path: Path) -> Recipe:
         if key not in TABLES:
             problems.append(f"{key}: unknown key{near_miss(key, list(TABLES))} (legal: {', '.join(TABLES)})")  # fmt: skip
     name = raw.get("name", path.stem)
-    if not isinstance(name, str) or not _NAME.match(name):
-        problems.append(f"name: {name!r} is not a plain name (letters, digits, . _ -)")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        problems.append(f"name: {name!r} is not a plain name (at most 100 of A-Z a-z 0-9 . _ -)")
     seed = raw.get("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        problems.append(f"seed: {seed!r} is not a whole number")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        problems.append(f"seed: {seed!r} is not a whole number from 0 to 2**63 - 1")
 
     def table(key: str, kind: type) -> Any:
         value = raw.get(key, kind())
@@ -103,7 +106,8 @@ def load_recipe(path: Path) -> Recipe:
     root = path.parent
     model = attempt(build, ModelSource, table("model", dict), where="[model]", error=RecipeError)
     data: dict[str, DataSource] = {}
-    for key, value in table("data", dict).items():
+    sources = table("data", dict)
+    for key, value in sources.items():
         source = attempt(build, DataSource, value, where=f"[data.{key}]", error=RecipeError)
         if source is not None:
             data[key] = resolve_source(source, root)
@@ -116,8 +120,10 @@ def load_recipe(path: Path) -> Recipe:
     measure = attempt(build, MeasureOptions, table("measure", dict), where="[measure]", error=RecipeError)  # fmt: skip
     devices = table("devices", list)
     known_profiles = profile_paths()
-    for device in devices:
-        if device not in known_profiles:
+    for number, device in enumerate(devices):
+        if device in devices[:number]:
+            problems.append(f"devices: {device!r} is named twice")
+        elif not isinstance(device, str) or device not in known_profiles:
             problems.append(f"devices: unknown profile {device!r}{near_miss(str(device), list(known_profiles))} (`edgepipe devices list` shows them)")  # fmt: skip
 
     if model is not None:
@@ -126,7 +132,7 @@ def load_recipe(path: Path) -> Recipe:
         end = _check_order(kind, stages, problems) if kind else ""
         if end and end != "tflite" and devices:
             problems.append(f"devices: measuring needs a TFLite model, but the last stage gives {end}; add to_tflite")  # fmt: skip
-    known_data = set(table("data", dict))
+    known_data = set(sources)
     for number, stage in enumerate(stages, 1):
         for used in stage.data_names() if stage else ():
             if used not in known_data:
@@ -147,7 +153,7 @@ def load_recipe(path: Path) -> Recipe:
 
 def resolve_source(source: DataSource, root: Path) -> DataSource:
     """Paths relative to ``root``, the folder of the file that names them."""
-    path = (root / source.path.expanduser()) if source.path is not None else None
+    path = user_path(source.path, root) if source.path is not None else None
     return dataclasses.replace(source, path=path, root=root)
 
 
@@ -199,7 +205,7 @@ def _check_file(reference: str, root: Path, key: str, problems: list[str]) -> No
     except RequestError as exc:
         problems.append(f"{key}: {exc.message} ({exc.hint})")
         return
-    if isinstance(module, Path) and not module.is_file():
+    if isinstance(module, Path) and not path_exists(module):
         problems.append(f"{key}: {module} does not exist")
 
 
@@ -212,8 +218,10 @@ def _check_source(source: DataSource, where: str, problems: list[str]) -> None:
     elif source.kind != "random":
         if source.path is None:
             problems.append(f'{where}: kind = "{source.kind}" needs a path')
-        elif not source.path.exists():
+        elif not path_exists(source.path):
             problems.append(f"{where} path: {source.path} does not exist")
+        elif source.kind in ("npz", "npy") and source.path.is_dir():
+            problems.append(f"{where} path: {source.path} is a folder, not a .{source.kind} file")
     for fold in (source.fold, source.not_fold):
         if fold is not None and not 0 <= fold[0] < fold[1]:
             problems.append(f"{where}: fold [k, n] needs 0 <= k < n, got {list(fold)}")
@@ -225,11 +233,14 @@ def _check_source(source: DataSource, where: str, problems: list[str]) -> None:
 
 def _check_model(model: ModelSource, problems: list[str]) -> str:
     """Checks ``[model]`` as far as that goes without loading it; returns the artifact kind or ""."""
+    try:
+        check_source(model)
+    except ArtifactError as exc:
+        problems.append(f"{exc.message} ({exc.hint})")
     if bool(model.file) == bool(model.builder):
-        problems.append('[model]: give either builder = "file.py:function" or file = "model.onnx"')
         return ""
     for key, path in (("file", model.file), ("weights", model.weights)):
-        if path and not model.resolve(path).is_file():
+        if path and (not path_exists(model.resolve(path)) or not model.resolve(path).is_file()):
             problems.append(f"[model] {key}: {model.resolve(path)} does not exist")
     if model.file:
         suffix = model.file.suffix.lower()
@@ -241,8 +252,6 @@ def _check_model(model: ModelSource, problems: list[str]) -> str:
             )
         return SOURCE_KINDS.get(suffix, "")
     _check_file(model.builder, model.root or Path(), "[model] builder", problems)
-    if not model.inputs:
-        problems.append("[[model.inputs]]: a PyTorch model needs its inputs declared: name and shape")  # fmt: skip
     return "torch"
 
 
@@ -270,7 +279,11 @@ def _check_evaluation(
     evaluate: EvaluateOptions | None, known_data: set[str], stages: list[Any],
     gates: list[Any], root: Path, problems: list[str],
 ) -> None:  # fmt: skip
-    needed = [g.name for g in gates if g and g.name in ("accuracy_drop", "task_metric", "parity")]
+    needed = [
+        g.name
+        for g in gates
+        if g and g.name in ("accuracy_drop", "task_metric", "parity", "device_agreement")
+    ]
     if evaluate is None:
         if needed:
             problems.append(f"[evaluate]: is missing; gate {needed[0]} needs data and metric")

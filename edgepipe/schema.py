@@ -23,7 +23,8 @@ T = TypeVar("T")
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def record(cls: type[T]) -> type[T]:
     """A frozen, keyword-only dataclass whose unknown keys and wrong types are refused by `build`."""
-    cls.__pydantic_config__ = {"extra": "forbid", "strict": True}  # type: ignore[attr-defined]
+    config = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+    cls.__pydantic_config__ = config  # type: ignore[attr-defined]
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
@@ -87,9 +88,15 @@ def build(cls: type[T], data: object, *, where: str, error: type[RequestError]) 
     """
     from pydantic import ValidationError
 
+    def refuse(value: object) -> str:
+        raise error(f"{where}: {value} is a date or a time, which no key takes", hint="write it as text, in quotes")  # fmt: skip
+
     try:
         # JSON mode: arrays become tuples and strings paths, yet "5" is no number and 1 no bool.
-        return _adapter(cls).validate_json(json.dumps(data))  # type: ignore[arg-type]
+        return _adapter(cls).validate_json(json.dumps(data, default=refuse))  # type: ignore[arg-type]
+    except RequestError as exc:  # of a record's own __post_init__, or `refuse`
+        text = exc.message if exc.message.startswith(where) else f"{where}: {exc.message}"
+        raise error(text, hint=exc.hint) from exc
     except ValidationError as exc:
         problems = []
         for item in exc.errors():

@@ -6,9 +6,10 @@ import dataclasses
 import logging
 import shutil
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from edgepipe.artifact import Artifact, TensorSpec, hash_path, make_artifact
+from edgepipe.data import user_path
 from edgepipe.errors import ArtifactError
 from edgepipe.schema import record
 from edgepipe.stage import StageContext
@@ -26,7 +27,9 @@ class TensorOption:
 
     name: str
     shape: tuple[int, ...] = ()
-    dtype: str = "float32"
+    dtype: Literal[
+        "float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"
+    ] = "float32"
     layout: str = ""
 
 
@@ -51,7 +54,7 @@ class ModelSource:
     root: Path | None = None
 
     def resolve(self, path: Path) -> Path:
-        return (self.root or Path.cwd()) / Path(path).expanduser()
+        return user_path(path, self.root)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,20 +71,10 @@ class LoadModel:
     def run(self, context: StageContext) -> Artifact:
         """The source model as an artifact. Raises ArtifactError where it is not a working model."""
         source = self.source
-        _check_inputs(source)
+        check_source(source)
         if source.file is None:
-            if not source.builder:
-                raise ArtifactError(
-                    "[model] names neither a builder nor a file",
-                    hint='builder = "file.py:function" or file = "model.onnx"',
-                )
             return _load_builder(source, context)
         path = source.resolve(source.file)
-        if source.builder or source.weights:
-            raise ArtifactError(
-                f"[model] names a file ({path.name}) and a builder or weights",
-                hint="a file needs no builder; weights belong to a builder",
-            )
         if not path.is_file():
             raise ArtifactError(f"model file {path} does not exist", hint="check [model] file", code="no-such-file")  # fmt: skip
         loaders = {".onnx": _load_onnx, ".tflite": _load_tflite, ".pt2": _load_pt2}
@@ -91,12 +84,12 @@ class LoadModel:
                 hint=f'builder = "file.py:function", weights = "{source.file}"',
                 code="weights-without-builder",
             )
-        if path.suffix not in loaders:
+        if path.suffix.lower() not in loaders:
             raise ArtifactError(
                 f"model file {path} is none of {', '.join(loaders)}{_looks_like(path)}",
                 hint="export it to ONNX, or name the builder of a PyTorch model",
             )
-        expected = {".tflite": "a TFLite model", ".onnx": "", ".pt2": ""}[path.suffix]
+        expected = {".tflite": "a TFLite model", ".onnx": "", ".pt2": ""}[path.suffix.lower()]
         found = _looks_like(path)
         if found or (expected and path.read_bytes()[4:8] != b"TFL3"):
             raise ArtifactError(
@@ -104,10 +97,34 @@ class LoadModel:
                 hint="check [model] file",
                 code="wrong-format",
             )
-        return loaders[path.suffix](path, source, context)
+        return loaders[path.suffix.lower()](path, source, context)
 
 
-def _check_inputs(source: ModelSource) -> None:
+def check_source(source: ModelSource) -> None:
+    """Everything that can be said of a source without loading it. Raises ArtifactError."""
+    if bool(source.file) == bool(source.builder):
+        raise ArtifactError(
+            "[model] should name either a builder or a file",
+            hint='builder = "file.py:function" or file = "model.onnx"',
+        )
+    if source.file and source.weights:
+        raise ArtifactError(
+            f"[model] names a file ({source.file.name}) and weights",
+            hint="weights belong to a builder; a file has its own",
+        )
+    if source.file and source.outputs and source.file.suffix.lower() != ".pt2":
+        raise ArtifactError(
+            f"[model] outputs is for PyTorch models; the outputs of {source.file.name} have names already",
+            hint="remove outputs",
+        )
+    unshaped = [option.name for option in source.inputs if not option.shape]
+    if source.builder and (not source.inputs or unshaped):
+        raise ArtifactError(
+            f"the inputs of builder {source.builder} are not declared"
+            + (f": {', '.join(unshaped)} has no shape" if unshaped else ""),
+            hint='[[model.inputs]]\nname = "image"\nshape = [1, 3, 96, 96]',
+            code="no-inputs",
+        )
     names = [option.name for option in source.inputs]
     for option in source.inputs:
         where = f"[[model.inputs]] {option.name!r}"
@@ -141,14 +158,6 @@ def _load_builder(source: ModelSource, context: StageContext) -> Artifact:
         save_model,
     )
 
-    unshaped = [option.name for option in source.inputs if not option.shape]
-    if not source.inputs or unshaped:
-        raise ArtifactError(
-            f"the inputs of builder {source.builder} are not declared"
-            + (f": {', '.join(unshaped)} has no shape" if unshaped else ""),
-            hint='[[model.inputs]]\nname = "image"\nshape = [1, 3, 96, 96]',
-            code="no-inputs",
-        )
     description = ModelDescription(source.builder, source.args, root=source.root)
     facts: dict[str, Any] = {"builder": source.builder}
     if description.file is not None and description.file.is_file():
@@ -247,7 +256,6 @@ def _load_pt2(path: Path, source: ModelSource, context: StageContext) -> Artifac
 def _load_onnx(path: Path, source: ModelSource, context: StageContext) -> Artifact:
     from edgepipe.tflite_ops.onnx_model import onnx_specs, read_onnx, save_onnx
 
-    _refuse_output_names(path, source)
     copy = context.work_dir / "model.onnx"
     save_onnx(read_onnx(path), copy)  # one file, whatever lay beside the original
     inputs, outputs = onnx_specs(
@@ -262,7 +270,6 @@ def _load_tflite(path: Path, source: ModelSource, context: StageContext) -> Arti
     from edgepipe.tflite_ops.inspect import tensor_specs
     from edgepipe.tflite_ops.run import refuse_crashing
 
-    _refuse_output_names(path, source)
     copy = context.work_dir / "model.tflite"
     shutil.copyfile(path, copy)
     inputs, outputs = tensor_specs(copy)
@@ -281,14 +288,6 @@ def _load_tflite(path: Path, source: ModelSource, context: StageContext) -> Arti
         for spec in inputs
     )
     return make_artifact("tflite", copy, inputs=inputs, outputs=outputs, facts={"file": path.name})
-
-
-def _refuse_output_names(path: Path, source: ModelSource) -> None:
-    if source.outputs:
-        raise ArtifactError(
-            f"[model] outputs is for PyTorch models; the outputs of {path.name} have names already",
-            hint="remove outputs",
-        )
 
 
 # First bytes of files that people take for a model file of another kind.
@@ -311,7 +310,7 @@ def _looks_like(path: Path) -> str:
         return "; it is empty"
     for offset, magic, what, suffixes in _SIGNATURES:
         if head[offset:].startswith(magic):
-            return "" if path.suffix in suffixes else f"; it looks like {what}"
-    if path.suffix == ".pt2":
+            return "" if path.suffix.lower() in suffixes else f"; it looks like {what}"
+    if path.suffix.lower() == ".pt2":
         return "; it is no zip archive, which a .pt2 file is"
     return ""

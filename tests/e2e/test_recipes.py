@@ -14,6 +14,8 @@ import pytest
 
 from edgepipe.testing import LoopbackSshd, find_sshd
 
+from .conftest import EdgepipeRunner
+
 pytestmark = pytest.mark.slow
 
 RECIPES = Path(__file__).parents[2] / "ci" / "recipes"
@@ -78,3 +80,19 @@ def test_the_keyword_spotting_recipe_passes(
     # 848 of 1,000 clips were right with a front-end rebuilt from the same description; a different
     # rounding of its filters moves a handful of clips
     assert 0.83 < metric(tmp_path, result, "task_metric_reference") < 0.87
+
+
+def test_the_accuracy_drop_may_be_counted_from_a_converted_model(
+    project: Path, edgepipe: EdgepipeRunner
+) -> None:
+    """Its file wants NHWC, while samples are prepared for the source model, which wants NCHW."""
+    text = (project / "recipe.toml").read_text()
+    start, end = (
+        text.index('[[stages]]\nstage = "prune"'),
+        text.index('[[stages]]\nstage = "export'),
+    )
+    (project / "recipe.toml").write_text(text[:start] + text[end:])  # reference = 2 is to_tflite
+    done = edgepipe("run", "recipe.toml", "--no-devices", "--json")
+    assert done.returncode == 3, done.stderr  # no device, so its gates have nothing to go by
+    verdicts = {v["gate"]: v["status"] for v in json.loads(done.stdout)["verdicts"]}
+    assert verdicts["accuracy_drop"] == "PASS"

@@ -11,6 +11,7 @@ from edgepipe.errors import RequestError
 from edgepipe.gate import (
     GATES,
     REQUIRED_CONTEXT,
+    AccuracyDropGate,
     Evidence,
     LatencyGate,
     MemoryGate,
@@ -147,3 +148,18 @@ def test_every_gate_has_its_table_row_and_says_what_it_does() -> None:
         assert gate.name == name
         assert gate.title
     assert all(m.meaning for m in METRICS.values())
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [([-1.0, 1.5], Status.PASS), ([-1.0, 3.0], Status.INCONCLUSIVE), (None, Status.INCONCLUSIVE)],
+)
+def test_a_hard_maximum_passes_only_with_an_interval_that_excludes_more(
+    interval: list[float] | None, expected: Status
+) -> None:
+    context = {"model_sha256": "m1", "samples": 100}
+    if interval:
+        context["interval_points"] = interval
+    measured = {"accuracy_drop": single("accuracy_drop", "points", 0.0, context)}
+    gate = AccuracyDropGate(max=1.0, hard_max=2.0)
+    assert gate.judge(Evidence("m1", "", measured)).status is expected
