@@ -12,7 +12,14 @@ from edgepipe.artifact import hash_path
 from edgepipe.device.base import Device
 from edgepipe.device.parse import Facts, parse_facts
 from edgepipe.errors import CommandFailed, NotReadyError, RequestError
-from edgepipe.profile import MACHINES, SCHEMA, SOURCED_FACTS, Cluster, DeviceProfile
+from edgepipe.profile import (
+    MACHINES,
+    SCHEMA,
+    SOURCED_FACTS,
+    Cluster,
+    DeviceProfile,
+    absolute_work_dir,
+)
 from edgepipe.resources import target_dir
 from edgepipe.runtime import DEFAULT_VERSION
 from edgepipe.schema import read_toml
@@ -21,7 +28,7 @@ PROBE_TIMEOUT_S = 60.0
 # MemTotal is what the kernel and the GPU leave of the RAM that is soldered on: on a 512 MiB
 # Raspberry Pi with 76 MiB for the GPU about 80 %.
 _RAM_SHARE = 0.75
-RUNTIME_PACKAGES = {"ai_edge_litert": "litert", "tflite_runtime": "tflite_runtime"}
+RUNTIME_PACKAGES = {"ai_edge_litert": "litert", "tflite_runtime": "tflite-runtime"}
 
 
 def probe(device: Device, *, target: str = "linux", work_dir: str = "~/.edgepipe") -> Facts:
@@ -33,8 +40,15 @@ def probe(device: Device, *, target: str = "linux", work_dir: str = "~/.edgepipe
     program, names = _probe_files(folder)
     # named by content, as all we push: another version of edgepipe has its own
     content = hashlib.sha256("".join(hash_path(folder / name) for name in names).encode())
-    home = device.run(["sh", "-c", 'printf %s "$HOME"'], timeout_s=PROBE_TIMEOUT_S)
-    remote = f"{_expand(work_dir, os.fsdecode(home.stdout))}/probe/{content.hexdigest()}"
+    asked = device.run(["sh", "-c", 'printf %s "$HOME"'], timeout_s=PROBE_TIMEOUT_S)
+    home = os.fsdecode(asked.stdout)
+    if not home.startswith("/") or "\n" in home:
+        raise CommandFailed(
+            f"{device.address} did not say where its home folder is, but printed {home[:200]!r}",
+            hint="does a start-up file there (~/.bashrc) print something? it must not without a terminal",
+            code="unexpected-output",
+        )
+    remote = f"{absolute_work_dir(work_dir, home)}/probe/{content.hexdigest()}"
     for name in names:
         device.push(folder / name, f"{remote}/{name}")
     command = ["python3", f"{remote}/{program}", remote]
@@ -68,10 +82,6 @@ def _probe_files(folder: Path) -> tuple[str, list[str]]:
     if missing:
         raise RequestError(f"{path}: no such files: {', '.join(map(str, missing))}")
     return str(program), [str(name) for name in names]
-
-
-def _expand(work_dir: str, home: str) -> str:
-    return f"{home.rstrip('/')}/{work_dir[2:]}" if work_dir.startswith("~/") else work_dir
 
 
 @dataclasses.dataclass(frozen=True)

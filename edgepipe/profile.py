@@ -52,7 +52,7 @@ class DeviceProfile:
     os: str
     libc: str
     page_size_bytes: int
-    runtime: str
+    runtime: Literal["litert", "tflite-runtime"]
     runtime_version: str
     threads: int = 1
     work_dir: str = "~/.edgepipe"
@@ -83,6 +83,18 @@ def load_profile(path: Path) -> DeviceProfile:
     if unknown:
         raise ProfileError(f"{path}: [sources] names no fact of this profile: {', '.join(unknown)}")
     return dataclasses.replace(profile, name=path.stem)
+
+
+def absolute_work_dir(work_dir: str, home: str) -> str:
+    """``work_dir`` of a profile on a board whose home folder is ``home``: ``~/x`` -> ``/home/pi/x``."""
+    if work_dir == "~" or work_dir.startswith("~/"):
+        return home.rstrip("/") + work_dir[1:]
+    if not work_dir.startswith("/"):
+        raise ProfileError(
+            f"work_dir {work_dir!r} is neither absolute nor under ~",
+            hint='write work_dir = "~/.edgepipe" into the profile',
+        )
+    return work_dir
 
 
 def find_profile(name: str, paths: dict[str, Path]) -> DeviceProfile:

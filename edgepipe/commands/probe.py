@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("address", help="the board: local or ssh://[user@]host[:port]")
     parser.add_argument("--profile", metavar="NAME", help="say what differs from this profile")
     parser.add_argument("--write", metavar="NAME", help=f"write the facts to {PROFILE_FOLDER}/NAME.toml, a new profile")  # fmt: skip
-    parser.add_argument("--target", default="linux", metavar="PLATFORM", help="payload that knows how to ask (default: linux)")  # fmt: skip
+    parser.add_argument("--target", metavar="PLATFORM", help="payload that knows how to ask (default: the profile's, or linux)")  # fmt: skip
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
@@ -36,11 +36,13 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from edgepipe.profile import find_profile
     from edgepipe.resources import profile_paths
 
-    path = _new_profile_path(args.write) if args.write else None
-    profile = find_profile(args.profile, profile_paths()) if args.profile else None
+    path = _new_profile_path(args.write) if args.write is not None else None
+    profile = find_profile(args.profile, profile_paths()) if args.profile is not None else None
+    target = args.target or (profile.target if profile else "linux")
+    work_dir = profile.work_dir if profile else "~/.edgepipe"
     device = open_device(args.address)
     try:
-        facts = probe(device, target=profile.target if profile else args.target)
+        facts = probe(device, target=target, work_dir=work_dir)
     finally:
         device.close()
     found = differences(facts, profile) if profile else []
@@ -51,7 +53,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     elif profile:
         out.text(f"\nis what profile {profile.name} says")
     if path:
-        _write(facts, path, args.target)
+        _write(facts, path, target)
         out.text(f"\nwrote {path}")
     out.json(
         {

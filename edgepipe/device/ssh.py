@@ -41,6 +41,7 @@ from edgepipe.device.base import (
 from edgepipe.device.parse import parse_free_bytes, parse_sha256
 from edgepipe.errors import (
     AuthError,
+    CommandFailed,
     ConnectError,
     DeviceError,
     HostKeyError,
@@ -324,7 +325,14 @@ class SshDevice:
             return remote
         if not self._home:
             done = self.run(["sh", "-c", 'printf %s "$HOME"'], timeout_s=_HELPER_S)
-            self._home = os.fsdecode(done.stdout).rstrip("/")
+            home = os.fsdecode(done.stdout)
+            if not home.startswith("/") or "\n" in home:
+                raise CommandFailed(
+                    f"{self.address} did not say where its home folder is, but printed {home[:200]!r}",
+                    hint="a ~/.bashrc there must print nothing without a terminal",
+                    code="unexpected-output",
+                )
+            self._home = home.rstrip("/")
         return f"{self._home}/{remote[2:]}"
 
     def _size(self, path: str) -> int | None:

@@ -6,8 +6,10 @@ import ast
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgepipe.cli import main
-from edgepipe.device import open_device
+from edgepipe.device import Completed, open_device
 from edgepipe.device.parse import Facts, parse_facts
 from edgepipe.errors import CommandFailed, NotReadyError
 from edgepipe.probe import Difference, differences, probe, profile_toml
@@ -221,7 +223,7 @@ def test_probe_says_what_differs_and_exits_1(
 def test_a_name_that_is_no_file_name_is_refused(
     here: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["probe", "local", f"--write={name}"]) == (2 if name else 0)
+    assert main(["probe", "local", f"--write={name}"]) == 2
     assert not (here / "device_profiles").exists()
 
 
@@ -230,13 +232,12 @@ class Broken:
 
     address = "broken"
 
-    def __init__(self, returncode: int, stdout: bytes) -> None:
-        from edgepipe.device import Completed
-
+    def __init__(self, returncode: int, stdout: bytes, home: bytes = b"/home/pi") -> None:
         self.done = Completed(returncode, stdout, b"it hurts")
+        self.home = Completed(0, home, b"")
 
-    def run(self, argv: list[str], *, timeout_s: float) -> object:
-        return self.done
+    def run(self, argv: list[str], *, timeout_s: float) -> Completed:
+        return self.home if argv[0] == "sh" else self.done
 
     def push(self, local: Path, remote: str) -> bool:
         return True
@@ -257,3 +258,36 @@ def test_a_probe_that_fails_shows_what_it_said() -> None:
         probe(Broken(1, b""))  # type: ignore[arg-type]
     with pytest.raises(CommandFailed, match="something else"):
         probe(Broken(0, b"hello"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("said", [b"", b"Welcome!\n/home/pi", b"/motd\n/home/pi"])
+def test_a_banner_is_not_taken_for_the_home_folder(said: bytes) -> None:
+    with pytest.raises(CommandFailed, match="home folder") as caught:
+        probe(Broken(0, b"", said))  # type: ignore[arg-type]
+    assert "bashrc" in caught.value.hint
+
+
+def test_the_work_folder_and_target_of_a_profile_are_used_and_passed_on(
+    here: Path, tmp_path: Path
+) -> None:
+    targets = tmp_path / "home/.config/edgepipe/targets"
+    shutil.copytree(target_dir("linux"), targets / "mine")
+    (here / "device_profiles").mkdir()
+    shipped = profile_paths()["localhost"].read_text()
+    changed = shipped.replace('target = "linux"', 'target = "mine"')
+    changed = changed.replace("~/.edgepipe", str(tmp_path / "elsewhere"))
+    (here / "device_profiles/board.toml").write_text(changed)
+    assert main(["probe", "local", "--profile", "board", "--write", "copy"]) == 0
+    assert load_profile(here / "device_profiles/copy.toml").target == "mine"
+    assert (tmp_path / "elsewhere/probe").is_dir()
+    assert not (tmp_path / "home/.edgepipe").exists()
+
+
+def test_an_empty_profile_is_not_the_same_as_none(here: Path) -> None:
+    assert main(["probe", "local", "--profile", ""]) == 2
+
+
+def test_the_profile_of_a_board_with_tflite_runtime_asks_for_what_the_runner_reports() -> None:
+    text = profile_toml(dataclasses.replace(PI, runtimes={"tflite_runtime": "2.14.0"}), date="x")
+    asked = tomllib.loads(text)
+    assert (asked["runtime"], asked["runtime_version"]) == ("tflite-runtime", "2.14.0")
