@@ -37,7 +37,7 @@ from edgepipe.errors import (
 )
 from edgepipe.measurement import Measurement, single
 from edgepipe.metrics import METRICS
-from edgepipe.profile import DeviceProfile
+from edgepipe.profile import DeviceProfile, absolute_work_dir
 from edgepipe.resources import target_dir
 from edgepipe.runtime import has_runtime_library, runtime_library
 from edgepipe.schema import Unit, read_toml, record
@@ -222,6 +222,8 @@ class _Board:
         for key in ("device", "health", "packages"):
             if not isinstance(reply.get(key), dict):
                 raise _garbage(f"its facts have no {key}", b"", b"", self.device.address)
+        if not _is_temperature(reply["health"].get("temperature_c")):
+            raise _garbage("its temperature is no number", b"", b"", self.device.address)
         return reply
 
 
@@ -248,14 +250,7 @@ def _prepare_board(device: Device, profile: DeviceProfile) -> _Board:
             hint="on the device: sudo apt-get install python3 (of a newer release)",
             code="no-python",
         )
-    work_dir = profile.work_dir
-    if work_dir == "~" or work_dir.startswith("~/"):
-        work_dir = home + work_dir[1:]
-    elif not work_dir.startswith("/"):
-        raise ProfileError(
-            f"profile {profile.name}: work_dir {work_dir!r} is neither absolute nor under ~",
-            hint='write work_dir = "~/.edgepipe"',
-        )
+    work_dir = absolute_work_dir(profile.work_dir, home)
     runner = runner_path(profile.target)
     sha256 = hash_path(runner)
     remote = f"{work_dir}/agents/{sha256}.py"
@@ -440,7 +435,7 @@ def _run_sessions(
         call = {**job, "sessions": [kind], "backend": backend, "budget_s": left_s}
         reply = _call(board, call, f"{job_dir}/job-{len(replies)}.json", left_s)
         replies.append(reply)
-        if reply["code"] == 70 and reply["runs_on_device"] is False:
+        if reply["code"] == 70 and reply.get("runs_on_device") is False:
             return replies, reply["cause"]
         if reply["code"] == 70:  # somebody killed the worker, which says nothing of the model
             killed += 1
@@ -454,6 +449,8 @@ def _run_sessions(
             continue
         if reply["code"] != 0:
             _raise_for(reply, board, options, profile)
+        if [s["kind"] for s in reply["sessions"] if s["data"]] != [kind]:
+            raise _garbage(f"the runner did not give one {kind} session", b"", b"", board.device.address)  # fmt: skip
         backend = reply["runtime"]["backend"]  # what was chosen once is demanded from now on
         done[kind] += 1
         plan.pop(0)
@@ -548,8 +545,13 @@ def parse_reply(
         refuse(f"the runner's answer says code {reply.get('code')!r}, it ended with {returncode}")
     if not isinstance(reply.get("message"), str) or not isinstance(reply.get("sessions"), list):
         refuse("the runner's answer is not whole")
-    if reply["code"] == 70 and not isinstance(reply.get("cause"), dict):
+    cause = reply.get("cause")
+    if reply["code"] == 70 and not (
+        isinstance(cause, dict) and isinstance(cause.get("message"), str)
+    ):
         refuse("the runner's answer gives no cause")
+    if not isinstance(reply.get("owner"), dict | None):
+        refuse("the runner's answer names no owner")
     if reply["sessions"] and not isinstance(reply.get("runtime"), dict):
         refuse("the runner's answer names no runtime")
     for session in reply["sessions"]:
@@ -566,7 +568,7 @@ def _session_problem(session: object) -> str:
     for key in ("before", "after"):
         if not isinstance(session.get(key), dict):
             return "has no health"
-        if not isinstance(session[key].get("temperature_c"), int | float | None):
+        if not _is_temperature(session[key].get("temperature_c")):
             return "has a temperature that is no number"
     if not _is_list_of(session.get("flags"), str):
         return "has no flags"
@@ -599,6 +601,10 @@ def _session_problem(session: object) -> str:
         and isinstance(cold.get("resident_share"), int | float | None)
     )
     return "" if fine else "has no latency samples"
+
+
+def _is_temperature(value: object) -> bool:
+    return isinstance(value, int | float | None)
 
 
 def _is_count(value: object, *, or_none: bool = False) -> bool:

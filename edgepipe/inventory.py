@@ -35,6 +35,9 @@ def resolve_targets(
 
     ``localhost`` needs no address. Raises RequestError where a profile has none.
     """
+    for option, value in (("--device", address), ("--profile", profile)):
+        if value == "":  # "$BOARD" of a script must not become this machine
+            raise RequestError(f"{option} is empty", hint="is the variable it comes from set?")
     paths = profile_paths()
     if profile:
         names = [profile]
@@ -68,7 +71,14 @@ def resolve_targets(
 def _local_addresses() -> dict[str, str]:
     if not LOCAL_FILE.is_file():
         return {}
-    data = read_toml(LOCAL_FILE, error=RequestError).get("devices", {})
+    tables = read_toml(LOCAL_FILE, error=RequestError)
+    unknown = [key for key in tables if key != "devices"]
+    if unknown:
+        raise RequestError(
+            f"{LOCAL_FILE}: unknown table: {', '.join(unknown)}",
+            hint="addresses are written under [devices]",
+        )
+    data = tables.get("devices", {})
     if not isinstance(data, dict) or not all(isinstance(v, str) for v in data.values()):
         raise RequestError(f'{LOCAL_FILE}: [devices] should map profile names to addresses like "ssh://user@host"')  # fmt: skip
     return data

@@ -50,13 +50,15 @@ def run(args: argparse.Namespace, out: Output) -> int:
     options = _options(args)
     model = _model(args.model)
     # a profile without an address is looked up; with neither it is this machine
-    address = args.device or (None if args.profile else "local")
+    address = "local" if args.device is None and args.profile is None else args.device
     (target,) = resolve_targets([], address=address, profile=args.profile)
     samples = None
     if args.samples:
         from edgepipe.tflite_ops.raw import read_samples
+        from edgepipe.tflite_ops.run import refuse_crashing
 
         samples = read_samples(args.samples)
+        refuse_crashing(args.model)  # to compare outputs it is run in this process as well
     device = open_device(target.address)
     try:
         result = bench.measure(
@@ -87,7 +89,7 @@ def _options(args: argparse.Namespace) -> MeasureOptions:
 
     names = ("threads", "sessions", "session", "warmup", "memory_sessions", "backend", "seed", "budget")  # fmt: skip
     data: dict[str, Any] = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    if args.affinity:
+    if args.affinity is not None:
         try:
             data["affinity"] = [int(cpu) for cpu in args.affinity.split(",")]
         except ValueError as exc:

@@ -122,6 +122,8 @@ def test_a_whole_reply_is_taken() -> None:
     [
         {"schema": "1"},
         {"code": 70},
+        {"code": 70, "cause": {"what": "crash"}},
+        {"owner": "pi"},
         {"message": None},
         {"sessions": {}},
         {"sessions": ["x"]},
@@ -138,8 +140,9 @@ def test_a_whole_reply_is_taken() -> None:
     ],
 )
 def test_a_reply_that_is_not_whole_is_refused(changes: dict[str, Any]) -> None:
+    whole = reply(**changes)
     with pytest.raises(CommandFailed):
-        parse_reply(json.dumps(reply(**changes)).encode())
+        parse_reply(json.dumps(whole).encode(), returncode=whole["code"])
 
 
 def test_a_login_banner_before_the_reply_is_refused_with_a_hint() -> None:

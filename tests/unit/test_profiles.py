@@ -9,7 +9,8 @@ import pytest
 
 from edgepipe.cli import main
 from edgepipe.errors import ProfileError, RequestError
-from edgepipe.profile import SOURCED_FACTS, find_profile, load_profile
+from edgepipe.inventory import resolve_targets
+from edgepipe.profile import SOURCED_FACTS, absolute_work_dir, find_profile, load_profile
 from edgepipe.resources import profile_paths, target_dir
 
 SHIPPED = ["localhost", "rpi3b_plus", "rpi4b_4gb", "rpi5_8gb", "rpi_zero2w"]
@@ -94,3 +95,27 @@ def test_devices_list_and_show(here: Path, capsys: pytest.CaptureFixture[str]) -
     assert "did you mean 'rpi4b_4gb'" in capsys.readouterr().err
     assert main(["devices", "show"]) == 2
     assert "needs the name of a profile" in capsys.readouterr().err
+
+
+def test_a_work_folder_is_below_the_home_of_the_board_or_absolute() -> None:
+    assert absolute_work_dir("~/.edgepipe", "/home/pi") == "/home/pi/.edgepipe"
+    assert absolute_work_dir("~", "/root/") == "/root"
+    assert absolute_work_dir("/data", "/root") == "/data"
+    with pytest.raises(ProfileError, match="neither absolute"):
+        absolute_work_dir("data", "/root")
+
+
+def test_a_profile_names_a_runtime_that_there_is(here: Path) -> None:
+    text = profile_paths()["localhost"].read_text()
+    (here / "mine.toml").write_text(text.replace('runtime = "litert"', 'runtime = "litret"'))
+    with pytest.raises(ProfileError, match=r"runtime: .*'litert' or 'tflite-runtime'"):
+        load_profile(here / "mine.toml")
+
+
+def test_an_unknown_table_of_the_local_file_is_refused(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(here)
+    (here / "edgepipe.local.toml").write_text('[device]\nrpi5_8gb = "ssh://pi"\n')
+    with pytest.raises(RequestError, match="unknown table: device"):
+        resolve_targets(["rpi5_8gb"], address=None, profile=None)
