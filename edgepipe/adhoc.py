@@ -13,11 +13,12 @@ from edgepipe.artifact import Artifact
 from edgepipe.bench import MeasureOptions
 from edgepipe.data import DataSource
 from edgepipe.errors import DataError, RequestError
-from edgepipe.recipe import Recipe, resolve_source
+from edgepipe.recipe import SOURCE_KINDS, Recipe, resolve_source
 from edgepipe.schema import build, read_toml
 from edgepipe.stage import Stage
 from edgepipe.stages import stage_class
 from edgepipe.stages.load import ModelSource, TensorOption
+from edgepipe.store import replacing
 
 # The stages that lead from each kind of model to a float TFLite file.
 TO_FLOAT = {
@@ -26,7 +27,6 @@ TO_FLOAT = {
     "onnx": ("to_tflite",),
     "tflite": (),
 }
-_KINDS = {".onnx": "onnx", ".tflite": "tflite", ".pt2": "pt2"}
 _INPUT = re.compile(r"^(\w[\w.:/-]*)=(\d+(?:x\d+)*)(?::([A-Z]+))?$")
 
 
@@ -47,14 +47,14 @@ def model_source(args: argparse.Namespace) -> ModelSource:
         shape = tuple(int(n) for n in match[2].split("x"))
         inputs.append(TensorOption(name=match[1], shape=shape, layout=match[3] or ""))
     root = Path.cwd()
-    if Path(args.model).suffix in _KINDS or ":" not in args.model:
+    if Path(args.model).suffix.lower() in SOURCE_KINDS or ":" not in args.model:
         return ModelSource(file=Path(args.model), weights=args.weights, inputs=tuple(inputs), root=root)  # fmt: skip
     return ModelSource(builder=args.model, weights=args.weights, inputs=tuple(inputs), root=root)
 
 
 def model_kind(source: ModelSource) -> str:
     """The artifact kind a source loads as; "torch" for anything that is no model file."""
-    return _KINDS.get(source.file.suffix, "torch") if source.file else "torch"
+    return SOURCE_KINDS.get(source.file.suffix.lower(), "torch") if source.file else "torch"
 
 
 def data_source(text: str) -> DataSource:
@@ -102,13 +102,8 @@ def recipe_for(
 
 def write_model(artifact: Artifact, output: Path) -> None:
     """Copy a model out of the store; ``output`` appears only once it is whole."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_name(f".{output.name}.part")
-    try:
-        shutil.copyfile(artifact.path, part)
-        part.replace(output)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(output) as temporary:
+        shutil.copyfile(artifact.path, temporary)
 
 
 def model_text(artifact: Artifact) -> str:

@@ -32,18 +32,41 @@ log = logging.getLogger(__name__)
 RUN_SCHEMA = 1
 
 
-def write_json(path: Path, data: object, *, indent: int | None = 1) -> None:
-    """Write JSON so that ``path`` is its old self or whole: temporary name, fsync, rename."""
-    text = json.dumps(data, indent=indent) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(3)}")
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path`` to write to; it becomes ``path`` when the block succeeds.
+
+    So ``path`` is its old self or whole, and on the disk. Folders above it are made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(3)}.part")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
+        yield temporary
+        with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: object, *, indent: int | None = 1) -> None:
+    """Write JSON so that ``path`` is its old self or whole."""
+    text = json.dumps(data, indent=indent) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def check_output(path: Path | None) -> None:
+    """Refuse a file name of a user's that cannot be written to, before long work is done for it."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise RequestError(f"--output {path} is a folder", hint="name the file to write")
+    above = next(p for p in path.resolve().parents if p.exists())
+    if not above.is_dir():
+        raise RequestError(f"--output {path}: {above} is no folder", hint="choose another --output")
+    if not os.access(above, os.W_OK):
+        raise RequestError(f"--output {path}: no permission to write into {above}", hint="choose another --output")  # fmt: skip
 
 
 def _sync(folder: Path) -> None:

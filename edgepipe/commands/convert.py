@@ -27,8 +27,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from edgepipe import adhoc, pipeline
     from edgepipe.artifact import artifact_to_dict
     from edgepipe.errors import RequestError
-    from edgepipe.store import Store
+    from edgepipe.store import Store, check_output
 
+    check_output(args.output)
     source = adhoc.model_source(args)
     names = adhoc.TO_FLOAT[adhoc.model_kind(source)]
     if not names:

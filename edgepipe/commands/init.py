@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +36,10 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from edgepipe.errors import RequestError
     from edgepipe.profile import find_profile
     from edgepipe.resources import profile_paths
+    from edgepipe.stages.load import check_source
+    from edgepipe.store import check_output, replacing
 
+    check_output(args.output)
     if args.output.exists():
         raise RequestError(f"{args.output} exists", hint="remove it or choose another --output")
     find_profile(args.profile, profile_paths())
@@ -43,13 +48,18 @@ def run(args: argparse.Namespace, out: Output) -> int:
         raise RequestError(f"model file {source.file} does not exist", hint="check the path", code="no-such-file")  # fmt: skip
     if source.builder and not source.inputs:
         raise RequestError("the inputs of a builder must be declared", hint=f"edgepipe init {args.model} --input image=1x3x96x96")  # fmt: skip
+    check_source(source)
     data = adhoc.data_source(args.data) if args.data else None
+    if data is not None and data.kind not in ("npz", "npy", "python"):
+        raise RequestError(
+            f"init writes a recipe for x.npz, x.npy or file.py:function, not for {args.data!r}",
+            hint="leave --data out and write the table [data.calibration] into the recipe yourself",
+        )
     kind = adhoc.model_kind(source)
     stages = (*adhoc.TO_FLOAT[kind], "quantize_int8")
-    text = recipe_text(source, stages, data, args.data, args.profile, args.output.resolve().parent)
-    part = args.output.with_name(f".{args.output.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(args.output)
+    text = recipe_text(source, stages, data, args.profile, args.output.resolve().parent)
+    with replacing(args.output) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     out.text(f"wrote {args.output}; next: edgepipe check {args.output}")
     out.json({"recipe": str(args.output), "stages": list(stages)})
     return 0
@@ -57,35 +67,36 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 def recipe_text(
     source: ModelSource, stages: Sequence[str], data: DataSource | None,
-    data_name: str, profile: str, folder: Path,
+    profile: str, folder: Path,
 ) -> str:  # fmt: skip
     """The recipe as TOML with comments; paths are relative to ``folder``, where it will lie."""
 
     def relative(path: Path | str) -> str:
-        return os.path.relpath(Path(path), folder)
+        return _quoted(os.path.relpath(Path(path), folder))
 
     def reference(text: str) -> str:
-        module, colon, function = text.partition(":")
-        return f"{relative(module)}:{function}" if module.endswith(".py") else module + colon + function  # fmt: skip
+        module, _, function = text.partition(":")
+        return _quoted(f"{os.path.relpath(module, folder)}:{function}" if module.endswith(".py") else text)  # fmt: skip
 
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", folder.name)[:100].strip("-._")
     lines = [
         "# An edgepipe recipe: model, data, stages, devices, gates.",
         "# `edgepipe check` finds mistakes without running anything, `edgepipe run` runs it.",
         "schema = 1",
-        f'name = "{folder.name or "model"}"',
+        f'name = "{name or "model"}"',
         "seed = 0",
         "# Device profiles to measure on (`edgepipe devices list`). The address of a board comes from",
         "# --device ssh://user@host or from edgepipe.local.toml, never from here.",
-        f'devices = ["{profile}"]',
+        f"devices = [{_quoted(profile)}]",
         "",
         "[model]",
     ]
     if source.file:
-        lines.append(f'file = "{relative(source.resolve(source.file))}"')
+        lines.append(f"file = {relative(source.resolve(source.file))}")
     else:
-        lines.append(f'builder = "{reference(source.builder)}"')
+        lines.append(f"builder = {reference(source.builder)}")
         lines.append(
-            f'weights = "{relative(source.resolve(source.weights))}"'
+            f"weights = {relative(source.resolve(source.weights))}"
             if source.weights
             else '# weights = "model.safetensors"   # without it the model starts from random weights'
         )
@@ -93,9 +104,9 @@ def recipe_text(
         lines += ["", *_input_lines(option)]
     lines += ["", "# Representative samples, prepared as the model wants them: a few hundred real ones.", "[data.calibration]"]  # fmt: skip
     if data is not None and data.kind == "python":
-        lines += ['kind = "python"', f'function = "{reference(data.function)}"']
+        lines += ['kind = "python"', f"function = {reference(data.function)}"]
     elif data is not None and data.path is not None:
-        lines += [f'kind = "{data.kind}"', f'path = "{relative(data.path)}"']
+        lines += [f'kind = "{data.kind}"', f"path = {relative(data.path)}"]
     else:
         lines += [
             'kind = "npz"',
@@ -145,6 +156,11 @@ def recipe_text(
     return "\n".join(lines) + "\n"
 
 
+def _quoted(text: str) -> str:
+    """A TOML basic string, whose escapes are those of JSON."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def _input_lines(option: TensorOption) -> list[str]:
-    lines = ["[[model.inputs]]", f'name = "{option.name}"', f"shape = {list(option.shape)}"]
+    lines = ["[[model.inputs]]", f"name = {_quoted(option.name)}", f"shape = {list(option.shape)}"]
     return lines + ([f'layout = "{option.layout}"'] if option.layout else [])

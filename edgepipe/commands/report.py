@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Output) -> int:
     from edgepipe.report import render, report_data
-    from edgepipe.store import Store
+    from edgepipe.store import Store, check_output, replacing
 
     found = Store(Path(args.store)).find_run(args.run)
     if args.format == "json":
@@ -30,9 +30,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
     else:
         text = render(found, markdown=args.format == "markdown")
     if args.output:
-        part = args.output.with_name(f".{args.output.name}.part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(args.output)
+        check_output(args.output)
+        with replacing(args.output) as temporary:
+            temporary.write_text(text, encoding="utf-8")
         out.text(f"wrote {args.output}")
     else:
         out.text(text.rstrip())

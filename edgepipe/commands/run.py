@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shutil
 from pathlib import Path
 
 from edgepipe.cli import Output
@@ -26,12 +25,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    from edgepipe import pipeline, report
+    from edgepipe import adhoc, pipeline, report
+    from edgepipe.errors import RequestError
     from edgepipe.inventory import resolve_targets
     from edgepipe.recipe import load_recipe
-    from edgepipe.store import Store
+    from edgepipe.store import Store, check_output
 
     recipe = load_recipe(args.recipe)
+    check_output(args.output)
+    if args.output and recipe.model.builder and all(s.produces == "same" for s in recipe.stages):
+        raise RequestError(
+            "--output copies a file, but this recipe ships a PyTorch model, which is a folder",
+            hint="add the stages export_onnx and to_tflite, or leave --output out",
+        )
     targets = [] if args.no_devices else resolve_targets(
         recipe.devices, address=args.device, profile=args.profile
     )  # fmt: skip
@@ -39,9 +45,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     out.text(report.render(result.run, markdown=False).rstrip())
     out.text(f"model: {result.shipped.path}")
     if args.output and result.status is not result.status.FAIL:
-        part = args.output.with_name(f".{args.output.name}.part")
-        shutil.copyfile(result.shipped.path, part)
-        part.replace(args.output)
+        adhoc.write_model(result.shipped, args.output)
         out.text(f"copied to {args.output}")
     out.json(
         {
