@@ -337,7 +337,6 @@ def _push_all(
         "sessions": [],
         "budget_s": options.budget,
         "lease_s": LEASE_S,
-        "release": False,
         "min_free_bytes": MIN_FREE_BYTES,
     }
 

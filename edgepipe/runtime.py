@@ -56,7 +56,6 @@ class RuntimeLibrary:
     path: Path
     version: str
     sha256: str
-    machine: str
     glibc: str
 
 
@@ -80,7 +79,7 @@ def runtime_library(machine: str, version: str = DEFAULT_VERSION) -> RuntimeLibr
             "(backend = litert-interpreter or tflite-runtime-interpreter)",
             code="no-runtime-library",
         )
-    found = RuntimeLibrary(cache_path(pin), version, pin.sha256, machine, pin.glibc)
+    found = RuntimeLibrary(cache_path(pin), version, pin.sha256, pin.glibc)
     installed = _installed(version)
     if installed is not None and _is(installed, pin):
         return dataclasses.replace(found, path=installed)

@@ -61,6 +61,7 @@ ENV_IDENTITY = "EDGEPIPE_SSH_IDENTITY"
 ENV_KNOWN_HOSTS = "EDGEPIPE_KNOWN_HOSTS"
 
 _GLOBAL_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")  # ssh_config(5), GlobalKnownHostsFile
+_CONNECT_TIMEOUT_S = 10.0
 _MAX_JUMPS = 5
 _KEEPALIVE_S = 15
 _STALL_S = 30.0  # a transfer that moves nothing for so long is broken
@@ -117,8 +118,7 @@ def open_ssh(
     *,
     identity_file: Path | None = None,
     known_hosts: Path | None = None,
-    config_file: Path | None = None,
-    connect_timeout_s: float = 10.0,
+    connect_timeout_s: float = _CONNECT_TIMEOUT_S,
 ) -> SshDevice:
     """Connect to ``ssh://[user@]host[:port]``, where ``host`` may be a name in ``~/.ssh/config``.
 
@@ -134,7 +134,6 @@ def open_ssh(
     options = _Options(
         identity_file=identity_file or _path_from_environment(ENV_IDENTITY),
         known_hosts=known_hosts or _path_from_environment(ENV_KNOWN_HOSTS),
-        config_file=config_file or _expand_user("~/.ssh/config"),
         connect_timeout_s=connect_timeout_s,
     )
     endpoint = _resolve(address, options)
@@ -448,15 +447,12 @@ def scan_host_key(
     address: str,
     *,
     known_hosts: Path | None = None,
-    config_file: Path | None = None,
-    connect_timeout_s: float = 10.0,
 ) -> HostKey:
     """Ask the host at ``address`` for its key, without logging in. Raises ConnectError."""
     options = _Options(
         identity_file=_path_from_environment(ENV_IDENTITY),  # for a jump host on the way
         known_hosts=known_hosts or _path_from_environment(ENV_KNOWN_HOSTS),
-        config_file=config_file or _expand_user("~/.ssh/config"),
-        connect_timeout_s=connect_timeout_s,
+        connect_timeout_s=_CONNECT_TIMEOUT_S,
     )
     endpoint = _resolve(address, options)
     with contextlib.ExitStack() as stack:
@@ -464,13 +460,13 @@ def scan_host_key(
         with _handshake_errors(endpoint):
             transport = paramiko.Transport(connection)
             stack.callback(transport.close)
-            transport.banner_timeout = connect_timeout_s
+            transport.banner_timeout = _CONNECT_TIMEOUT_S
             wanted = _known_key_types(endpoint)
             if wanted:
                 security = transport.get_security_options()
                 rest = [name for name in security.key_types if name not in wanted]
                 security.key_types = [n for n in security.key_types if n in wanted] + rest
-            transport.start_client(timeout=connect_timeout_s)
+            transport.start_client(timeout=_CONNECT_TIMEOUT_S)
             key = transport.get_remote_server_key()
     return HostKey(
         name=endpoint.key_name,
@@ -519,7 +515,6 @@ def trust_host_key(key: HostKey, *, replace: bool = False) -> None:
 class _Options:
     identity_file: Path | None
     known_hosts: Path | None
-    config_file: Path
     connect_timeout_s: float
 
 
@@ -572,15 +567,16 @@ def _resolve(address: str, options: _Options) -> _Endpoint:
         raise bad
     # urlsplit lowers the case of host names, which are case-sensitive in ~/.ssh/config
     host = host[1 : host.index("]")] if host.startswith("[") else host.split(":")[0]
+    config_file = _expand_user("~/.ssh/config")
     this_user = _this_user()  # paramiko asks as well, whatever the address says
-    config = _read_config(options.config_file, host, user=parts.username, port=port)
+    config = _read_config(config_file, host, user=parts.username, port=port)
     if "include" in config:
-        log.warning("%s: Include is not followed", options.config_file)
+        log.warning("%s: Include is not followed", config_file)
     host = str(config["hostname"])
     configured = str(config.get("port", 22))
     if not configured.isdecimal() or not 0 < int(configured) < 2**16:
         raise RequestError(
-            f"{options.config_file}: Port {configured!r} of {address} is no port",
+            f"{config_file}: Port {configured!r} of {address} is no port",
             hint="write a number from 1 to 65535",
         )
     alias = str(config.get("hostkeyalias", ""))

@@ -1128,7 +1128,7 @@ class Lease:
         self.stream.flush()
 
     def leave(self):
-        self.write(0 if self.job["release"] else self.now() + self.job["lease_s"])
+        self.write(self.now() + self.job["lease_s"])
 
 
 SESSIONS = ["latency", "memory", "outputs"]
@@ -1138,7 +1138,7 @@ JOB_KEYS = {
     "runtime": (dict, type(None)), "backend": str, "threads": int, "affinity": list,
     "warmup_s": NUMBER, "session_s": NUMBER, "min_inferences": int, "seed": int,
     "sessions": list, "inputs": (dict, type(None)), "budget_s": NUMBER, "lease_s": NUMBER,
-    "release": bool, "min_free_bytes": int,
+    "min_free_bytes": int,
 }  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def make_job(folder: Path, model: bytes | None = None, **changes: Any) -> Path:
         "runtime": {**item(library.path), "version": library.version, "glibc": library.glibc},
         "backend": "auto", "threads": 1, "affinity": [], "warmup_s": 0.02, "session_s": 0.05,
         "min_inferences": 30, "seed": 0, "sessions": ["memory"], "inputs": None, "budget_s": 60,
-        "lease_s": 30, "release": True, "min_free_bytes": 0,
+        "lease_s": 0, "min_free_bytes": 0,
     } | changes  # fmt: skip
     target = folder / f"{job['id']}.json"
     target.write_text(json.dumps(job))
@@ -433,16 +433,16 @@ def test_the_lease_dies_with_its_holder(tmp_path: Path) -> None:
 
 
 def test_the_lease_holds_between_two_calls_of_one_job(tmp_path: Path) -> None:
-    assert execute(make_job(tmp_path, sessions=[], release=False))["code"] == 0
+    assert execute(make_job(tmp_path, sessions=[], lease_s=30))["code"] == 0
     other = make_job(tmp_path, id="job-2", sessions=[])
     reply = execute(other)
     assert (reply["code"], reply["owner"]["job"]) == (75, "job-1")
-    assert execute(make_job(tmp_path, sessions=[], release=True))["code"] == 0
+    assert execute(make_job(tmp_path, sessions=[], lease_s=0))["code"] == 0
     assert execute(other)["code"] == 0
 
 
 def test_a_lease_from_before_a_reboot_is_void(tmp_path: Path) -> None:
-    execute(make_job(tmp_path, sessions=[], release=False))
+    execute(make_job(tmp_path, sessions=[], lease_s=30))
     lock = tmp_path / "lock"
     owner = json.loads(lock.read_text())
     lock.write_text(json.dumps({**owner, "boot_id": "another"}))
@@ -450,7 +450,7 @@ def test_a_lease_from_before_a_reboot_is_void(tmp_path: Path) -> None:
 
 
 def test_an_expired_lease_is_void(tmp_path: Path) -> None:
-    execute(make_job(tmp_path, sessions=[], release=False, lease_s=-1))
+    execute(make_job(tmp_path, sessions=[], lease_s=-1))
     assert execute(make_job(tmp_path, id="job-2", sessions=[]))["code"] == 0
 
 
