@@ -121,6 +121,12 @@ def onnx_specs(
             f"{', '.join(str(spec.shape) for spec in inputs)}: {str(exc).splitlines()[0][:300]}",
             hint="declare the right shapes under [[model.inputs]]",
         ) from exc
+    for value, result in zip(session.get_outputs(), results, strict=True):
+        if not isinstance(result, np.ndarray) or result.dtype.kind not in "biuf":
+            raise ArtifactError(
+                f"output {value.name!r} of {path} is a {value.type}, not a tensor of numbers",
+                hint="export it without that output, or with tensors only (skl2onnx: zipmap = False)",
+            )
     outputs = tuple(
         TensorSpec(value.name, result.shape, str(result.dtype), layouts.get(value.name, ""))
         for value, result in zip(session.get_outputs(), results, strict=True)

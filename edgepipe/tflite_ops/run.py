@@ -386,5 +386,7 @@ def _run_in_batches(
         pieces = [np.atleast_1d(part[index]) for part in parts]
         axis = _batch_axis(spec.layout)
         whole = np.concatenate(pieces, axis=axis) if len(pieces) > 1 else pieces[0]
-        results.append(np.take(whole, np.arange(min(total, whole.shape[axis])), axis=axis))
+        # a state of two layers has two rows a sample: keep what belongs to `total` samples
+        kept = total * pieces[0].shape[axis] // batch_size
+        results.append(np.take(whole, np.arange(kept), axis=axis))
     return results

@@ -44,12 +44,20 @@ def load_pt2(path: Path) -> ExportedProgram:
 
 
 def input_shapes(program: ExportedProgram) -> list[tuple[str, tuple[int | None, ...], str]]:
-    """(name, shape, dtype) of the user's inputs in call order; None marks a dynamic dimension."""
+    """(name, shape, dtype) of the user's inputs in call order; None marks a dynamic dimension.
+
+    Raises ArtifactError for an input that is no tensor.
+    """
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    inputs = []
+    inputs: list[tuple[str, tuple[int | None, ...], str]] = []
     for spec in program.graph_signature.input_specs:
         if spec.kind is InputKind.USER_INPUT:
             value = nodes[spec.arg.name].meta["val"]
+            if not isinstance(value, torch.Tensor):
+                raise ArtifactError(
+                    f"input {spec.arg.name!r} of the exported program is no tensor but {value!r}",
+                    hint="export with tensor inputs only: fix the others inside the module",
+                )
             shape = tuple(size if isinstance(size, int) else None for size in value.shape)
             inputs.append((spec.arg.name, shape, str(value.dtype).removeprefix("torch.")))
     return inputs

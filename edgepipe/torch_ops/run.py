@@ -45,25 +45,23 @@ def run_torch(path: Path, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
                 torch.from_numpy(np.ascontiguousarray(a)).to(dtype)
                 for a, dtype in zip(chunk, dtypes, strict=True)
             ]
-            parts.append([t.numpy()[:size] for t in flatten_outputs(call(tensors))])
+            outputs = [t.numpy() for t in call_model(call, tensors)]
+            # a state of two layers has two rows a sample: keep what belongs to `size` samples
+            parts.append([a[: len(a) * size // (batch or size)] for a in outputs])
     return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
 
 
 def _open(
     path: Path, arrays: Sequence[np.ndarray]
-) -> tuple[Callable[[list[torch.Tensor]], Any], list[torch.dtype], int | None]:
-    """What to call with a list of tensors, the dtypes it takes, and its batch where that is fixed."""
+) -> tuple[Callable[..., Any], list[torch.dtype], int | None]:
+    """What to call with one tensor for each input, the dtypes it takes, and its batch where that is fixed."""
     if path.is_dir():
         model = load_model(path)
-        return (
-            lambda tensors: model(*tensors),
-            [torch.from_numpy(a[:0]).dtype for a in arrays],
-            None,
-        )
+        return model, [torch.from_numpy(a[:0]).dtype for a in arrays], None
     program = load_pt2(path)
     module = program.module()
 
-    def call(tensors: list[torch.Tensor]) -> Any:
+    def call(*tensors: torch.Tensor) -> Any:
         args, kwargs = call_arguments(program, tensors)
         return module(*args, **kwargs)
 
@@ -73,17 +71,17 @@ def _open(
 
 
 def _is_batchable(
-    call: Callable[[list[torch.Tensor]], Any],
+    call: Callable[..., Any],
     arrays: Sequence[np.ndarray],
     dtypes: Sequence[torch.dtype],
 ) -> bool:
     """Whether two samples at once give what each gives alone, up to rounding."""
     pair = [torch.from_numpy(np.array(a[:2])).to(d) for a, d in zip(arrays, dtypes, strict=True)]
     with torch.no_grad():
-        single = [flatten_outputs(call([t[i : i + 1] for t in pair])) for i in range(2)]
+        single = [call_model(call, [t[i : i + 1] for t in pair]) for i in range(2)]
         try:
-            both = flatten_outputs(call(pair))
-        except RuntimeError:
+            both = call_model(call, pair)
+        except ArtifactError:
             return False
     return all(
         b.shape == (2, *one.shape[1:])
@@ -112,21 +110,26 @@ def flatten_outputs(value: Any) -> list[torch.Tensor]:
     )
 
 
-def output_shapes(
-    model: Callable[..., Any], inputs: Sequence[torch.Tensor]
-) -> list[tuple[tuple[int, ...], str]]:
-    """(shape, dtype) of each output for these inputs. Raises ArtifactError where the model fails."""
+def call_model(model: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The output tensors for these inputs. Whatever the model raises becomes an ArtifactError."""
     try:
-        with torch.no_grad():
-            outputs = flatten_outputs(model(*inputs))
+        return flatten_outputs(model(*inputs))
     except ArtifactError:
         raise
     except Exception as exc:
         shapes = ", ".join(str(tuple(t.shape)) for t in inputs)
         raise ArtifactError(
             f"the model fails on inputs of shape {shapes}: {type(exc).__name__}: {str(exc)[:300]}",
-            hint="check the shapes and dtypes under [[model.inputs]]",
+            hint="check the shapes and dtypes under [[model.inputs]], and the values in the data",
         ) from exc
+
+
+def output_shapes(
+    model: Callable[..., Any], inputs: Sequence[torch.Tensor]
+) -> list[tuple[tuple[int, ...], str]]:
+    """(shape, dtype) of each output for these inputs. Raises ArtifactError where the model fails."""
+    with torch.no_grad():
+        outputs = call_model(model, inputs)
     return [(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in outputs]
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from edgepipe.errors import DataError, StageError
-from edgepipe.torch_ops.run import flatten_outputs
+from edgepipe.torch_ops.run import call_model
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def train(
             for batch, start in enumerate(starts, 1):
                 chosen = shuffled[start : start + batch_size]
                 target = targets[chosen]
-                output = flatten_outputs(model(*(t[chosen] for t in tensors)))[0]
+                output = call_model(model, [t[chosen] for t in tensors])[0]
                 loss = functional.cross_entropy(output, target, label_smoothing=label_smoothing)
                 value = loss.item()
                 if not math.isfinite(value):
@@ -131,7 +131,7 @@ def _targets(
     """Labels as int64, checked against one output of the model."""
     model.eval()
     with torch.no_grad():
-        outputs = flatten_outputs(model(*(t[:1] for t in inputs)))
+        outputs = call_model(model, [t[:1] for t in inputs])
     if len(outputs) != 1:
         raise StageError(
             f"the model has {len(outputs)} outputs; cross-entropy needs one, of class scores",
@@ -161,7 +161,7 @@ def _accuracy(model: nn.Module, inputs: Sequence[torch.Tensor], targets: torch.T
     with torch.no_grad():
         for start in range(0, len(targets), EVALUATION_BATCH):
             part = slice(start, start + EVALUATION_BATCH)
-            output = flatten_outputs(model(*(t[part] for t in inputs)))[0]
+            output = call_model(model, [t[part] for t in inputs])[0]
             target = targets[part]
             right += (output.argmax(1) == target).float().mean().item() * len(target)
     return right / len(targets)

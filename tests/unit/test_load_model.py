@@ -141,6 +141,25 @@ def test_a_pt2_file_is_loaded_and_its_free_batch_is_one(root: Path) -> None:
     np.testing.assert_allclose(result["output_0"], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_inputs_and_outputs_that_are_no_tensors_are_refused_by_name(root: Path) -> None:
+    class Scale(nn.Module):
+        def forward(self, x: torch.Tensor, factor: int) -> torch.Tensor:
+            return x * factor
+
+    torch.export.save(torch.export.export(Scale(), (torch.zeros(1, 4), 3)), str(root / "m.pt2"))
+    with pytest.raises(ArtifactError, match=r"input 'factor' .* is no tensor but 3"):
+        load(root, file=Path("m.pt2"))
+    node = helper.make_node("SequenceConstruct", ["x", "x"], ["y"])
+    graph = helper.make_graph(
+        [node], "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4])],
+        [helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, None)],
+    )  # fmt: skip
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), root / "m.onnx")  # fmt: skip
+    with pytest.raises(ArtifactError, match=r"output 'y' .* is a seq\(tensor\(float\)\)"):
+        load(root, file=Path("m.onnx"))
+
+
 def test_an_onnx_file_is_loaded_with_its_own_names(root: Path) -> None:
     onnx_file(root / "m.onnx", batch="n")
     artifact = load(root, file=Path("m.onnx"))

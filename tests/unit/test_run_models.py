@@ -41,6 +41,16 @@ def test_any_number_of_samples_runs_through_any_batch(tmp_path: Path, batch: int
     np.testing.assert_array_equal(run_onnx(path, [x], [X], [Y])[0], 2 * x)
 
 
+def test_a_state_of_two_layers_keeps_both_rows_of_every_sample(tmp_path: Path) -> None:
+    node = helper.make_node("Concat", ["x", "x"], ["y"], axis=0)
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, 4]) for name, rows in (("x", 1), ("y", 2))]  # fmt: skip
+    graph = helper.make_graph([node], "g", info[:1], info[1:])
+    path = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)  # fmt: skip
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    np.testing.assert_array_equal(run_onnx(path, [x], [X], [Y])[0], x.repeat(2, axis=0))
+
+
 def test_a_tflite_of_batch_one_is_looped_over(tmp_path: Path) -> None:
     path = tmp_path / "m.tflite"
     path.write_bytes(tiny_tflite())

@@ -34,9 +34,21 @@ class OneOnly(nn.Module):
     def forward(self, x):
         return x.reshape(1, 3) * 2
 
+class Asserts(nn.Module):
+    def forward(self, x):
+        assert len(x) == 1, "one at a time"
+        return 2 * x
+
+class State(nn.Module):
+    def forward(self, x):
+        return torch.stack([x, 2 * x])
+
 def build(): return Two()
 def mixes(): return Mixes()
 def one_only(): return OneOnly()
+def asserts(): return Asserts()
+def state(): return State()
+def embedding(): return nn.Embedding(5, 3)
 """
 
 
@@ -58,11 +70,24 @@ def test_many_samples_give_what_each_gives_alone(tmp_path: Path) -> None:
             np.testing.assert_allclose(whole[i : i + 1], single, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("function", ["mixes", "one_only"])
+@pytest.mark.parametrize("function", ["mixes", "one_only", "asserts"])
 def test_a_model_that_cannot_take_a_batch_is_run_one_by_one(tmp_path: Path, function: str) -> None:
     x = np.arange(12, dtype=np.float32).reshape(4, 3)
     (result,) = run_torch(saved(tmp_path, function), [x])
     np.testing.assert_array_equal(result, np.zeros_like(x) if function == "mixes" else 2 * x)
+
+
+def test_a_state_of_two_layers_keeps_both_rows_of_every_sample(tmp_path: Path) -> None:
+    x = np.arange(9, dtype=np.float32).reshape(3, 3)
+    (result,) = run_torch(saved(tmp_path, "state"), [x])
+    rows = [row for sample in x for row in (sample, 2 * sample)]
+    np.testing.assert_array_equal(result, np.array(rows)[:, None])
+
+
+def test_what_a_model_raises_on_the_data_is_an_error_of_the_model(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"shape \(3, 1\): IndexError") as caught:
+        run_torch(saved(tmp_path, "embedding"), [np.array([[1], [2], [7]])])
+    assert "values in the data" in caught.value.hint
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
