@@ -655,6 +655,12 @@ def _raise_for(
         raise TransferError(f"the disk of {address} is full: {message}", hint=f"free some space there, for example rm -r {board.work_dir}/models", code="disk-full")  # fmt: skip
     if code == 124:
         raise _over_budget(board, options, message)
+    if code == 71:
+        raise CommandFailed(
+            f"the runner on {address} cannot use a file: {message}",
+            hint=f"is {board.work_dir} this user's own? mend its permissions, or choose another work_dir",
+            code="work-dir-unusable",
+        )
     if reply.get("error") == "bad-request":
         raise RequestError(
             f"{address} cannot measure as asked: {message}",

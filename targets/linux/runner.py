@@ -10,7 +10,7 @@ line of data ("runs_on_device": false), not the end of the measurement.
 
 Exit codes (sysexits.h where one fits); the JSON object is printed with every one of them:
     0 done          64 bad job or request 65 a file is missing, short or altered
-    69 no runtime   70 the worker failed  73 disk full
+    69 no runtime   70 the worker failed  71 a file cannot be used  73 disk full
     75 busy         124 time budget used up         1 a bug in here
 """
 
@@ -43,7 +43,7 @@ from itertools import repeat
 
 SCHEMA = 1
 EX_OK, EX_BUG, EX_BAD_JOB, EX_DATA, EX_NO_RUNTIME, EX_WORKER = 0, 1, 64, 65, 69, 70
-EX_DISK_FULL, EX_BUSY, EX_BUDGET = 73, 75, 124
+EX_OS, EX_DISK_FULL, EX_BUSY, EX_BUDGET = 71, 73, 75, 124
 
 # Tests point this at a made-up /sys and /proc.
 SYSROOT = os.environ.get("EDGEPIPE_SYSROOT", "")
@@ -1303,12 +1303,11 @@ def main(argv):
     except OSError as exc:
         full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
         reply.update(
-            code=EX_DISK_FULL if full else EX_BUG,
-            error="disk-full" if full else "bug",
+            code=EX_DISK_FULL if full else EX_OS,
+            error="disk-full" if full else "os-error",
             message=str(exc),
         )
-        if not full:
-            traceback.print_exc()
+        traceback.print_exc()
     except Exception as exc:
         traceback.print_exc()
         reply.update(code=EX_BUG, error="bug", message="%s: %s" % (type(exc).__name__, exc))

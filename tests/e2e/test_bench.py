@@ -382,6 +382,13 @@ def test_the_lease_of_another_job_is_not_taken_away(model: Artifact, tmp_path: P
     assert json.loads((work / "lock").read_text()) == owner
 
 
+def test_a_work_folder_of_somebody_else_is_no_bug_of_ours(model: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "w/lock").mkdir(parents=True)  # cannot be opened, not even by root
+    with pytest.raises(CommandFailed, match=r"cannot use a file: .*w/lock") as caught:
+        measure(model, LocalDevice(), profile(tmp_path / "w"), QUICK)
+    assert (caught.value.code, "work_dir" in caught.value.hint) == ("work-dir-unusable", True)
+
+
 def test_a_profile_of_another_machine_is_refused(model: Artifact, tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match="describes a armv7l board"):
         measure(model, LocalDevice(), profile(tmp_path / "w", machine="armv7l"), QUICK)
