@@ -233,7 +233,14 @@ class Run:
     def load_measurements(self, device: str) -> dict[str, Measurement]:
         """What `save_measurements` wrote, by metric; empty where nothing was measured."""
         folder = self.folder / "measurements" / device.replace("/", "_")
-        return {
-            path.stem: measurement_from_dict(json.loads(path.read_text(encoding="utf-8")))
-            for path in sorted(folder.glob("*.json"))
-        }
+        found = {}
+        for path in sorted(folder.glob("*.json")):
+            try:
+                data = json.loads(path.read_text(encoding="utf-8"))
+                found[path.stem] = measurement_from_dict(data)
+            except (ValueError, KeyError, TypeError, AttributeError) as exc:
+                raise RequestError(
+                    f"{path} is no record of a measurement: {type(exc).__name__}: {exc}",
+                    hint="it is damaged; run the recipe again",
+                ) from exc
+        return found

@@ -58,4 +58,12 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 def _gate(entry: dict[str, Any], registry: dict[str, type[Gate]]) -> Gate:
     """A gate as the run's record holds it: already in base units, so no checking of text."""
-    return registry[entry["gate"]](**{k: v for k, v in entry.items() if k != "gate"})
+    from edgepipe.errors import RecipeError
+
+    try:
+        return registry[entry["gate"]](**{k: v for k, v in entry.items() if k != "gate"})
+    except (KeyError, TypeError) as exc:
+        raise RecipeError(
+            f"this edgepipe has no gate like the run's {entry}",
+            hint="judge by the gates of a recipe: edgepipe gate --recipe FILE",
+        ) from exc

@@ -197,3 +197,22 @@ def test_a_damaged_store_is_made_again_and_never_shipped(
     assert second["again"] == [again]
     assert model.read_bytes() == tiny_tflite()
     assert run()["again"] == []
+
+
+def test_a_builder_that_ends_the_program_is_no_pass(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(folder / "net.py", "    return nn.Linear", "    raise SystemExit(0)\n    return nn.Linear")
+    assert cli.main(["run", "recipe.toml", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"] == "exit-called"
+    assert cli.main(["runs", "--json"]) == 0
+    assert [r["status"] for r in json.loads(capsys.readouterr().out)] == ["failed"]
+
+
+def test_a_run_stored_with_a_gate_that_is_gone_names_it(
+    folder: Path, run: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = folder / ".edgepipe" / "runs" / run()["run"] / "run.json"
+    edit(record, '"gate": "size"', '"gate": "elegance"')
+    assert cli.main(["gate"]) == 2
+    assert "'gate': 'elegance'" in capsys.readouterr().err

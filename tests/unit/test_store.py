@@ -164,3 +164,13 @@ def test_a_store_that_is_a_file_is_refused(tmp_path: Path) -> None:
             Store(root).new_run("a")
         with pytest.raises(RequestError, match="it is no folder"), Store(root).building("k"):
             pass
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"metric": "x"}', '{"schema": 1, "metric": 5}'])
+def test_a_damaged_measurement_is_named(tmp_path: Path, content: str) -> None:
+    run = Store(tmp_path).new_run("a")
+    folder = run.folder / "measurements" / "pi"
+    folder.mkdir(parents=True)
+    (folder / "load.json").write_text(content)
+    with pytest.raises(RequestError, match=r"load\.json is no record of a measurement"):
+        run.load_measurements("pi")
