@@ -1,4 +1,4 @@
-"""The table of metrics: their unit, which way is better, and what they mean exactly."""
+"""The table of metrics: their unit, and what they mean exactly."""
 
 from __future__ import annotations
 
@@ -8,29 +8,28 @@ import dataclasses
 @dataclasses.dataclass(frozen=True)
 class Metric:
     unit: str
-    lower_is_better: bool
     meaning: str
 
 
 METRICS: dict[str, Metric] = {
-    "latency_wall": Metric("s", True, "wall-clock time of one inference on the device, steady state"),
-    "latency_cpu": Metric("s", True, "CPU time of the calling thread for one inference; threads = 1 only"),
-    "load": Metric("s", True, "model load and compile in a fresh process, file in the page cache"),
-    "load_cold": Metric("s", True, "model load and compile after the file was dropped from the page cache"),
-    "first_inference": Metric("s", True, "wall-clock time of the first inference after loading"),
-    "memory_anon": Metric("B", True, "RssAnon growth from before loading to steady state: arena, packed weights"),
-    "memory_file": Metric("B", True, "resident part of the mapped model file"),
-    "memory_peak": Metric("B", True, "VmHWM growth from before loading, high-water mark reset first"),
-    "model_bytes": Metric("B", True, "size of the model file that ships"),
-    "task_metric": Metric("", False, "task metric of the shipped file on the evaluation set, 0 to 1"),
-    "task_metric_float": Metric("", False, "task metric of the model that was quantised, same samples"),
-    "task_metric_reference": Metric("", False, "task metric of the reference model, same samples"),
-    "accuracy_drop": Metric("points", True, "loss of the task metric against the reference model, in percentage points"),
-    "parity_sqnr": Metric("dB", False, "lowest signal to quantisation-noise ratio over outputs, shipped file against the float model it was made from"),
-    "parity_cosine": Metric("", False, "lowest cosine similarity over outputs, shipped file against the float model it was made from"),
-    "float_islands": Metric("", True, "operators of the shipped file that compute in floating point"),
-    "device_mismatch": Metric("", True, "share of output values that differ between device and host, same inputs"),
-    "runs_on_device": Metric("", False, "1 where the model loaded and ran on the device, 0 where it crashed"),
+    "latency_wall": Metric("s", "wall-clock time of one inference on the device, steady state"),
+    "latency_cpu": Metric("s", "CPU time of the calling thread for one inference; threads = 1 only"),
+    "load": Metric("s", "model load and compile in a fresh process, file in the page cache"),
+    "load_cold": Metric("s", "model load and compile after the file was dropped from the page cache"),
+    "first_inference": Metric("s", "wall-clock time of the first inference after loading"),
+    "memory_anon": Metric("B", "RssAnon growth from before loading to steady state: arena, packed weights"),
+    "memory_file": Metric("B", "resident part of the mapped model file"),
+    "memory_peak": Metric("B", "VmHWM growth from before loading, high-water mark reset first"),
+    "model_bytes": Metric("B", "size of the model file that ships"),
+    "task_metric": Metric("", "task metric of the shipped file on the evaluation set, 0 to 1"),
+    "task_metric_float": Metric("", "task metric of the model that was quantised, same samples"),
+    "task_metric_reference": Metric("", "task metric of the reference model, same samples"),
+    "accuracy_drop": Metric("points", "loss of the task metric against the reference model, in percentage points"),
+    "parity_sqnr": Metric("dB", "lowest signal to quantisation-noise ratio over outputs, shipped file against the float model it was made from"),
+    "parity_cosine": Metric("", "lowest cosine similarity over outputs, shipped file against the float model it was made from"),
+    "float_islands": Metric("", "operators of the shipped file that compute in floating point"),
+    "device_mismatch": Metric("", "share of output values that differ between device and host, same inputs"),
+    "runs_on_device": Metric("", "1 where the model loaded and ran on the device, 0 where it crashed"),
 }  # fmt: skip
 
 # Names of the built-in task metrics; array_ops.task_metrics computes them.

@@ -50,9 +50,6 @@ class Unit:
 
         return core_schema.no_info_before_validator_function(parse, core_schema.float_schema())
 
-    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> Any:
-        return {"type": "string", "description": f"a {self.dimension} with its unit"}
-
 
 @functools.cache
 def _adapter(cls: Any) -> Any:
@@ -117,11 +114,6 @@ def build(cls: type[T], data: object, *, where: str, error: type[RequestError]) 
         raise error(
             f"{where}: " + "; ".join(problems), hint="mend these keys and run again"
         ) from exc
-
-
-def json_schema(cls: type) -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a record, for editors."""
-    return _adapter(cls).json_schema()
 
 
 def read_toml(path: Path, *, error: type[RequestError]) -> dict[str, Any]:

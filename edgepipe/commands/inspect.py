@@ -10,6 +10,8 @@ from edgepipe.cli import Output
 from edgepipe.units import format_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from edgepipe.tflite_ops.flatbuffer import Subgraph, Tensor
     from edgepipe.tflite_ops.inspect import ModelDescription
 
@@ -50,7 +52,7 @@ def render(description: ModelDescription, path: Path, *, tensors: bool) -> str:
         lines.append(f"  signature    {signature.key}: {names}")
     lines += [
         f"  MACs         {description.macs:,}"
-        + _shares({k: v for k, v in description.macs_by_operator.items()}, description.macs),
+        + _shares(description.macs_by_operator, description.macs),
         f"  weights      {format_bytes(description.weight_bytes)}",
         f"  activations  {format_bytes(description.activation_bytes)} in all"
         " (the arena shares their space)",
@@ -80,14 +82,13 @@ def _integer_lines(description: ModelDescription) -> list[str]:
     return lines
 
 
-def _shares(parts: dict[str, int], total: int) -> str:
+def _shares(parts: Mapping[str, int], total: int) -> str:
     if not total:
         return ""
     return " (" + ", ".join(f"{k} {100 * v / total:.0f} %" for k, v in parts.items()) + ")"
 
 
-def _counts(counts: object) -> str:
-    assert isinstance(counts, dict)
+def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 

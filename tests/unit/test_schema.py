@@ -6,7 +6,7 @@ from typing import Annotated
 import pytest
 
 from edgepipe.errors import RequestError
-from edgepipe.schema import Unit, build, json_schema, record
+from edgepipe.schema import Unit, build, record
 
 
 @record
@@ -46,9 +46,3 @@ def test_a_wrong_key_is_named(data: object, named: str) -> None:
     with pytest.raises(RequestError) as caught:
         build(Outer, data, where="w", error=RequestError)
     assert named in caught.value.message
-
-
-def test_editors_get_a_json_schema_with_units_as_text() -> None:
-    schema = json_schema(Outer)
-    assert schema["properties"]["limit"]["type"] == "string"
-    assert schema["additionalProperties"] is False
