@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 # How many samples of noise `kind = "random"` makes where `limit` says nothing.
 RANDOM_SAMPLES = 100
+# What zipfile and numpy raise for damaged files; RuntimeError for one that seems to be encrypted.
+DAMAGED = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +236,7 @@ def _read_npz(source: DataSource, specs: Sequence[TensorSpec]) -> _Raw:
                     f"{near_miss(source.labels, names)} (arrays: {', '.join(names)})",
                     hint='set labels = "..." to one of them',
                 )
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as exc:
+    except DAMAGED as exc:
         raise _unreadable(path, ".npz", exc) from exc
     return _choose_arrays(source, arrays, labels)
 
@@ -244,7 +246,7 @@ def _read_npy(source: DataSource, specs: Sequence[TensorSpec]) -> _Raw:
     spec = _only(specs, source, "a .npy file")
     try:
         array = np.load(path, allow_pickle=False, mmap_mode="r")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as exc:
+    except DAMAGED as exc:
         raise _unreadable(path, ".npy", exc) from exc
     if not isinstance(array, np.ndarray):
         array.close()
@@ -418,10 +420,8 @@ def _opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], bytes]]]:
         def read_member(name: str) -> bytes:
             try:
                 return archive.read(name)
-            except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as exc:  # fmt: skip
+            except DAMAGED as exc:
                 raise DataError(f"cannot read {name} in {path}: {exc}") from exc
-            except zlib.error as exc:
-                raise DataError(f"cannot unpack {name} in {path}: {exc}") from exc
 
         yield [n for n in archive.namelist() if not n.endswith("/")], read_member
 

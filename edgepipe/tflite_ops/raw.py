@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from edgepipe.array_ops.layout import to_layout
+from edgepipe.array_ops.load import DAMAGED
 from edgepipe.artifact import TensorSpec
 from edgepipe.errors import DataError
 from edgepipe.tflite_ops.run import invoke_once, open_tflite, quantize
@@ -151,7 +151,7 @@ def read_samples(path: Path) -> dict[str, np.ndarray]:
             return {name: loaded[name] for name in loaded.files}
     except FileNotFoundError as exc:
         raise DataError(f"{path} does not exist", hint="check the path", code="no-such-file") from exc  # fmt: skip
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as exc:
+    except DAMAGED as exc:
         raise DataError(
             f"{path} holds no arrays: {exc}", hint="save them with numpy.savez or numpy.save"
         ) from exc
