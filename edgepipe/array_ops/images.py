@@ -27,6 +27,13 @@ def prepare_image(content: bytes, options: ImagePreprocess, *, where: str) -> np
     height, width = options.size
     try:
         with Image.open(io.BytesIO(content)) as picture:
+            if picture.mode.startswith(("I", "F")):
+                # Pillow would cut every value above 255 to white
+                raise DataError(
+                    f"{where} has more than 8 bits a channel (mode {picture.mode})",
+                    hint="save it with 8 bits, or give the values as they are: .npz or a function",
+                    code="unreadable-sample",
+                )
             converted = picture.convert("L" if options.color == "gray" else "RGB")
             resized = converted.resize((width, height), _FILTERS[options.resize])
     except (

@@ -6,7 +6,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -145,6 +145,8 @@ def test_a_truncated_npz_is_refused_by_name(tmp_path):
 
 
 @given(st.integers(0, 700), st.integers(0, 255))
+@example(447, 0x01)  # encrypted, says the archive
+@example(447, 0x20)  # patched data, which zipfile does not know
 @settings(max_examples=150, deadline=None)
 def test_a_damaged_npz_raises_only_our_error(tmp_path_factory, position, value):
     path = npz(tmp_path_factory.mktemp("npz"), x=grey(4))
@@ -245,6 +247,14 @@ def test_a_broken_image_is_named(tmp_path):
     text = refused(source, [TensorSpec("x", (1, 3, 4, 4))])
     assert "dog/3.png" in text
     assert "not a readable image" in text
+
+
+def test_an_image_of_more_than_8_bits_is_refused_rather_than_cut_to_white(tmp_path):
+    pixels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    source = DataSource(kind="images", path=tmp_path, image=ImagePreprocess(size=(8, 8), color="gray"))  # fmt: skip
+    with pytest.raises(DataError, match=r"x\.png has more than 8 bits"):
+        load_samples(source, [TensorSpec("x", (1, 1, 8, 8))])
 
 
 def test_images_without_preprocessing_or_of_an_unknown_class_are_refused(tmp_path):
