@@ -28,6 +28,8 @@ onnxruntime.disable_telemetry_events()
 
 # Samples run at once through a model whose batch is not fixed: bounds memory, nothing else.
 DYNAMIC_BATCH = 32
+# One inference of a model for small devices takes seconds even on a busy host.
+TRIAL_TIMEOUT_S = 300.0
 
 
 def run_onnx(
@@ -180,14 +182,22 @@ model.invoke()
 
 
 def refuse_crashing(path: Path) -> None:
-    """Raises ArtifactError for a file that kills the process which loads and runs it.
+    """Raises ArtifactError for a file that kills the process which loads and runs it, or hangs it.
 
     Tried in a child process, because LiteRT follows wrong indices in a damaged file. Errors that
     LiteRT reports are not looked at here: whoever runs the model gets them.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", _TRIAL, str(path)], capture_output=True, check=False
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _TRIAL, str(path)],
+            capture_output=True, check=False, timeout=TRIAL_TIMEOUT_S,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as exc:
+        raise ArtifactError(
+            f"{path} does not finish one inference within {TRIAL_TIMEOUT_S:.0f} s",
+            hint="does it hold a loop that never ends?",
+            code="crashes",
+        ) from exc
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         raise ArtifactError(

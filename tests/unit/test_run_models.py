@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 
 from edgepipe.artifact import TensorSpec
 from edgepipe.errors import ArtifactError, DataError
+from edgepipe.tflite_ops import run as ops
 from edgepipe.tflite_ops.run import dequantize, exact_cast, quantize, run_onnx, run_tflite
 from edgepipe.tflite_ops.tiny import stateful_tflite, tiny_tflite
 
@@ -109,3 +110,12 @@ def test_fractions_are_not_cut_off_for_an_integer_input() -> None:
     np.testing.assert_array_equal(exact_cast(np.array([1.0, 2.0]), np.int64, what="ids"), [1, 2])
     with pytest.raises(DataError, match="with fractions"):
         exact_cast(np.array([1.5]), np.int64, what="ids")
+
+
+def test_a_model_that_never_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    path = tmp_path / "m.tflite"
+    path.write_bytes(tiny_tflite())
+    ops.refuse_crashing(path)
+    monkeypatch.setattr(ops, "TRIAL_TIMEOUT_S", 0.001)  # shorter than Python takes to start
+    with pytest.raises(ArtifactError, match="does not finish one inference"):
+        ops.refuse_crashing(path)
