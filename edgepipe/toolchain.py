@@ -381,7 +381,6 @@ def call(
     timeout_s: float,
     log_path: Path,
     stage: str,
-    memory_limit_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Run a script of ``edgepipe/toolchains`` in a toolchain's environment; returns its answer.
 
@@ -400,8 +399,8 @@ def call(
             (work_dir / file_name).write_bytes(content)
         else:
             shutil.copyfile(content, work_dir / file_name)
-    limits = {"cpu_limit_s": int(timeout_s * (os.cpu_count() or 1)) + 1, "memory_limit_bytes": memory_limit_bytes}  # fmt: skip
-    (work_dir / "request.json").write_text(json.dumps({**request, "limits": limits}), encoding="utf-8")  # fmt: skip
+    cpu_limit_s = int(timeout_s * (os.cpu_count() or 1)) + 1
+    (work_dir / "request.json").write_text(json.dumps({**request, "cpu_limit_s": cpu_limit_s}), encoding="utf-8")  # fmt: skip
     answer = work_dir / "answer.json"
     argv = [str(target / "bin" / "python"), str(LOCKS / script), "request.json", "answer.json"]
     with _locked(target, fcntl.LOCK_SH, wait=True), log_path.open("ab") as output:

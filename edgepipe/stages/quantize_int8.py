@@ -162,7 +162,7 @@ class QuantizeInt8:
     ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
         """The float file's specs with the dtype, scale and zero point of the int8 file.
 
-        Names, order and layouts are checked to be the float file's: the quantizer keeps them.
+        Names, order and layouts are the float file's, which the quantizer keeps; `_parity` proves it.
         """
         from edgepipe.tflite_ops.flatbuffer import parse_model
         from edgepipe.tflite_ops.inspect import model_specs

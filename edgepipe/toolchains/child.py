@@ -22,7 +22,7 @@ def serve(convert) -> None:
     """Answer one request: ``convert(request)`` returns what the answer holds beside ``ok``."""
     request_path, answer_path = map(Path, sys.argv[1:3])
     request = json.loads(request_path.read_text(encoding="utf-8"))
-    _limit(request.pop("limits"))
+    _limit(request.pop("cpu_limit_s"))
     try:
         answer = {"ok": True, **convert(request)}
     except SystemExit as exc:  # onnx2tf's way to say that it cannot
@@ -46,10 +46,8 @@ def _explain(error):
     return {"reason": "converter-error", "message": f"{type(error).__name__}: {first_line[:300]}"}
 
 
-def _limit(limits) -> None:
-    """Die with the parent; no more CPU time or memory than allowed, children included."""
+def _limit(cpu_limit_s) -> None:
+    """Die with the parent; no more CPU time than allowed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of <sys/prctl.h>
-    resource.setrlimit(resource.RLIMIT_CPU, (limits["cpu_limit_s"],) * 2)
-    if limits["memory_limit_bytes"]:
-        resource.setrlimit(resource.RLIMIT_AS, (limits["memory_limit_bytes"],) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_limit_s,) * 2)
