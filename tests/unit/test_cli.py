@@ -201,7 +201,9 @@ def test_output_that_cannot_be_written_is_an_error() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_signal_cleans_up_like_ctrl_c(tmp_path: Path, number: signal.Signals) -> None:
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom edgepipe import cli\n"
+        "import signal, sys, time\nfrom pathlib import Path\nfrom edgepipe import cli\n"
+        # whoever started the tests may have had it ignored (nohup), which edgepipe respects
+        f"signal.signal({int(number)}, signal.SIG_DFL)\n"
         "from edgepipe.commands import runs\nfrom edgepipe.store import Store\n"
         "def work(args, out):\n"
         "    with Store(Path('store')).building('k') as work_dir:\n"
