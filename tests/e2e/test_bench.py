@@ -41,6 +41,8 @@ from edgepipe.profile import DeviceProfile, ThermalLimits
 from edgepipe.testing import LoopbackSshd, find_sshd
 from edgepipe.tflite_ops.tiny import crashing_tflite, stateful_tflite, tiny_tflite
 
+pytestmark = pytest.mark.slow
+
 QUICK = MeasureOptions(sessions=2, memory_sessions=1, warmup=0.02, session=0.05)
 
 

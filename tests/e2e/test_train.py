@@ -62,6 +62,7 @@ def test_digits_are_learned_survive_pruning_and_train_the_same_twice(tmp_path: P
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_published_keyword_weights_score_what_their_source_says(
     tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,6 +109,7 @@ STUBBORN = ["sh", "-c", 'trap "" TERM; echo $$; while :; do sleep 0.1; done']
 
 
 @pytest.mark.parametrize("argv", [SLEEPER, STUBBORN], ids=["sleeper", "ignores-sigterm"])
+@pytest.mark.slow
 def test_a_host_that_vanishes_stops_the_command(path: str, argv: list[str]) -> None:
     with running(path, argv) as process:
         pid = begun(process)
@@ -118,6 +119,7 @@ def test_a_host_that_vanishes_stops_the_command(path: str, argv: list[str]) -> N
 
 
 @pytest.mark.parametrize("argv", [SLEEPER, STUBBORN], ids=["sleeper", "ignores-sigterm"])
+@pytest.mark.slow
 def test_a_line_on_standard_input_stops_the_command(path: str, argv: list[str]) -> None:
     with running(path, argv) as process:
         pid = begun(process)
@@ -128,6 +130,7 @@ def test_a_line_on_standard_input_stops_the_command(path: str, argv: list[str]) 
 
 
 @pytest.mark.parametrize("argv", [SLEEPER, STUBBORN], ids=["sleeper", "ignores-sigterm"])
+@pytest.mark.slow
 def test_the_board_itself_stops_a_command_past_its_deadline(path: str, argv: list[str]) -> None:
     with running(path, argv, board_timeout_s=1) as process:
         assert_ends(begun(process))

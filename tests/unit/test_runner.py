@@ -304,6 +304,7 @@ def test_a_model_that_is_refused_is_data_with_the_runtimes_reason(tmp_path: Path
     assert "LiteRtCreateModelFromFile" in reply["message"]
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_data(tmp_path: Path, runner: ModuleType) -> None:
     # sessions run in a process that must not grow: the address space is limited by a wrapper
     job = make_job(tmp_path, tiny_tflite(size=2048), backend="litert-c")
@@ -561,6 +562,7 @@ def test_a_demanded_backend_is_not_replaced(tmp_path: Path) -> None:
     assert "litert-interpreter" not in reply["message"]
 
 
+@pytest.mark.slow
 def test_the_time_budget_is_kept_on_the_board(tmp_path: Path) -> None:
     reply = execute(make_job(tmp_path, sessions=["latency"], session_s=600, budget_s=3))
     assert (reply["code"], reply["error"]) == (124, "budget")

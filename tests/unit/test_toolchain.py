@@ -102,6 +102,7 @@ def test_two_at_once_make_it_once(tiny: str, monkeypatch: pytest.MonkeyPatch) ->
     assert toolchain.is_installed(tiny)
 
 
+@pytest.mark.slow
 def test_a_failed_install_says_why_and_leaves_nothing(tiny: str) -> None:
     TINY.lock.write_text("not a requirement !!!\n")
     with pytest.raises(MissingExtra) as caught:
@@ -141,6 +142,7 @@ def test_a_new_lock_is_a_new_environment_and_remove_takes_both(tiny: str) -> Non
     assert toolchain.installed() == ()
 
 
+@pytest.mark.slow
 def test_an_environment_in_use_is_not_removed(tiny: str, tmp_path: Path) -> None:
     folder = toolchain.install(tiny)
     log = tmp_path / "log.txt"
