@@ -36,9 +36,8 @@ def help_ratio() -> float:
 
 def second_run(recipe: str) -> None:
     with tempfile.TemporaryDirectory() as store:
-        subprocess.run(
-            [sys.executable, "-m", "edgepipe", "run", recipe, "--store", store], check=False
-        )
+        command = [sys.executable, "-m", "edgepipe", "run", recipe, "--store", store]
+        subprocess.run(command, capture_output=True, check=True)
         code = (
             "import sys; from edgepipe.cli import main\n"
             f"main(['run', {recipe!r}, '--store', {store!r}])\n"
