@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgepipe import pipeline
 from edgepipe.artifact import Artifact
 from edgepipe.bench import MeasureOptions
 from edgepipe.data import DataSource
@@ -18,7 +19,7 @@ from edgepipe.schema import build, read_toml
 from edgepipe.stage import Stage
 from edgepipe.stages import stage_class
 from edgepipe.stages.load import ModelSource, TensorOption
-from edgepipe.store import replacing
+from edgepipe.store import Store, replacing
 
 # The stages that lead from each kind of model to a float TFLite file.
 TO_FLOAT = {
@@ -98,6 +99,21 @@ def recipe_for(
         path=Path.cwd() / "adhoc", name="adhoc", seed=0, model=source, data={"calibration": data},
         stages=tuple(built), evaluate=None, devices=(), measure=MeasureOptions(), gates=(),
     )  # fmt: skip
+
+
+def make_model(
+    args: argparse.Namespace,
+    source: ModelSource,
+    stages: Sequence[tuple[str, Mapping[str, Any]]],
+    data: DataSource,
+    *,
+    suffix: str,
+) -> tuple[Artifact, Path]:
+    """Run the stages and write the model to ``--output``, or to NAME + ``suffix`` in this folder."""
+    model = pipeline.convert(recipe_for(source, stages, data), Store(Path(args.store)))
+    output = args.output or Path(Path(args.model.partition(":")[0]).stem + suffix)
+    write_model(model, output)
+    return model, output
 
 
 def write_model(artifact: Artifact, output: Path) -> None:

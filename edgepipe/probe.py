@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edgepipe.artifact import hash_path
 from edgepipe.device.base import Device
-from edgepipe.device.parse import Facts, parse_facts
+from edgepipe.device.parse import Facts, parse_facts, parse_home
 from edgepipe.errors import CommandFailed, NotReadyError, RequestError
 from edgepipe.profile import (
     MACHINES,
@@ -41,13 +41,7 @@ def probe(device: Device, *, target: str = "linux", work_dir: str = "~/.edgepipe
     # named by content, as all we push: another version of edgepipe has its own
     content = hashlib.sha256("".join(hash_path(folder / name) for name in names).encode())
     asked = device.run(["sh", "-c", 'printf %s "$HOME"'], timeout_s=PROBE_TIMEOUT_S)
-    home = os.fsdecode(asked.stdout)
-    if not home.startswith("/") or "\n" in home:
-        raise CommandFailed(
-            f"{device.address} did not say where its home folder is, but printed {home[:200]!r}",
-            hint="does a start-up file there (~/.bashrc) print something? it must not without a terminal",
-            code="unexpected-output",
-        )
+    home = parse_home(os.fsdecode(asked.stdout), device.address)
     remote = f"{absolute_work_dir(work_dir, home)}/probe/{content.hexdigest()}"
     for name in names:
         device.push(folder / name, f"{remote}/{name}")

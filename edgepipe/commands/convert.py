@@ -24,10 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: Output) -> int:
     import logging
 
-    from edgepipe import adhoc, pipeline
+    from edgepipe import adhoc
     from edgepipe.artifact import artifact_to_dict
     from edgepipe.errors import RequestError
-    from edgepipe.store import Store, check_output
+    from edgepipe.store import check_output
 
     check_output(args.output)
     source = adhoc.model_source(args)
@@ -38,11 +38,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if data.kind == "random":
         logging.getLogger("edgepipe").warning("parity is checked on random inputs; --data gives real ones")  # fmt: skip
     options = {"to_tflite": {"route": args.route}}
-    recipe = adhoc.recipe_for(source, [(n, options.get(n, {})) for n in names], data)
-    model = pipeline.convert(recipe, Store(Path(args.store)))
-    stem = Path(args.model.partition(":")[0]).stem
-    output = args.output or Path(f"{stem}.tflite")
-    adhoc.write_model(model, output)
+    stages = [(n, options.get(n, {})) for n in names]
+    model, output = adhoc.make_model(args, source, stages, data, suffix=".tflite")
     out.text(f"{output}: {model.size_bytes} bytes, sha256 {model.sha256}")
     out.text(adhoc.model_text(model))
     out.json({**artifact_to_dict(model), "output": str(output)})

@@ -25,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    from edgepipe import adhoc, pipeline
+    from edgepipe import adhoc
     from edgepipe.artifact import artifact_to_dict
-    from edgepipe.store import Store, check_output
+    from edgepipe.store import check_output
 
     check_output(args.output)
     source = adhoc.model_source(args)
@@ -41,11 +41,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
         }
     }
     data = adhoc.data_source(args.data)
-    recipe = adhoc.recipe_for(source, [(n, options.get(n, {})) for n in names], data)
-    model = pipeline.convert(recipe, Store(Path(args.store)))
-    stem = Path(args.model.partition(":")[0]).stem
-    output = args.output or Path(f"{stem}_int8.tflite")
-    adhoc.write_model(model, output)
+    stages = [(n, options.get(n, {})) for n in names]
+    model, output = adhoc.make_model(args, source, stages, data, suffix="_int8.tflite")
     out.text(f"{output}: {model.size_bytes} bytes, sha256 {model.sha256}")
     out.text(adhoc.model_text(model))
     islands = model.facts.get("float_islands", [])

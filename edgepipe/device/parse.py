@@ -144,6 +144,17 @@ def _clusters(cpus: Any) -> tuple[Cluster, ...]:
 _SHA256 = re.compile(r"^[0-9a-f]{64}(?=\s|$)")
 
 
+def parse_home(text: str, address: str) -> str:
+    """The home folder that ``printf %s "$HOME"`` printed on the board at ``address``."""
+    if not text.startswith("/") or "\n" in text:
+        raise CommandFailed(
+            f"{address} did not say where its home folder is, but printed {text[:200]!r}",
+            hint="does a start-up file there (~/.bashrc) print something? it must not without a terminal",
+            code="unexpected-output",
+        )
+    return text
+
+
 def parse_sha256(text: str) -> str:
     """The digest from what ``sha256sum`` prints: 64 hexadecimal digits, then anything."""
     match = _SHA256.match(text)

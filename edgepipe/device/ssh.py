@@ -38,10 +38,9 @@ from edgepipe.device.base import (
     shown,
     timeout_error,
 )
-from edgepipe.device.parse import parse_free_bytes, parse_sha256
+from edgepipe.device.parse import parse_free_bytes, parse_home, parse_sha256
 from edgepipe.errors import (
     AuthError,
-    CommandFailed,
     ConnectError,
     DeviceError,
     HostKeyError,
@@ -324,13 +323,7 @@ class SshDevice:
             return remote
         if not self._home:
             done = self.run(["sh", "-c", 'printf %s "$HOME"'], timeout_s=_HELPER_S)
-            home = os.fsdecode(done.stdout)
-            if not home.startswith("/") or "\n" in home:
-                raise CommandFailed(
-                    f"{self.address} did not say where its home folder is, but printed {home[:200]!r}",
-                    hint="a ~/.bashrc there must print nothing without a terminal",
-                    code="unexpected-output",
-                )
+            home = parse_home(os.fsdecode(done.stdout), self.address)
             self._home = home.rstrip("/")
         return f"{self._home}/{remote[2:]}"
 
