@@ -19,7 +19,7 @@ from edgepipe.errors import (
 TYPE_CHECKING = False  # typing itself would double the time of `edgepipe --help`
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from typing import Any, NoReturn, TextIO
 
 COMMANDS: dict[str, str] = {
@@ -99,11 +99,51 @@ def _say(text: str) -> None:
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM or SIGHUP: what holds for Ctrl-C holds for them."""
+    """SIGINT (Ctrl-C), SIGTERM or SIGHUP."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
         self.number = number
+
+
+class StopSignals:
+    """Turns the stop signals into `Stopped`, and remembers the first one.
+
+    Frameworks swallow exceptions at times (Python drops those of callbacks and of ``__del__``): what
+    was swallowed is raised again by `check`, and whatever it broke is not mistaken for a bug.
+    A signal that is ignored (nohup) stays so.
+    """
+
+    def __init__(self) -> None:
+        self.caught: Stopped | None = None
+        self._changed: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        import signal
+        import threading
+
+        if threading.current_thread() is threading.main_thread():
+            usual = (signal.SIG_DFL, signal.default_int_handler)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                handler = signal.getsignal(number)
+                if handler in usual:
+                    self._changed[number] = handler
+                    signal.signal(number, self._stop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import signal
+
+        for number, handler in self._changed.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: object) -> None:
+        self.caught = self.caught or Stopped(number)
+        raise self.caught
+
+    def check(self) -> None:
+        if self.caught is not None:
+            raise self.caught
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -175,42 +215,19 @@ def _run_command(name: str, arguments: list[str], out: Output) -> int:
         _write(sys.stdout, "")
         return 0
     out.as_json = args.json
-    progress = _show_progress(args)
-    restore = _stop_on_signals()
-    try:
-        return int(module.run(args, out))
-    except BaseException as exc:
-        progress.close()
-        if args.debug:
-            import traceback
+    with StopSignals() as signals:
+        progress = _show_progress(args, signals)
+        try:
+            return int(module.run(args, out))
+        except BaseException as exc:
+            progress.close()
+            if args.debug:
+                import traceback
 
-            _say("".join(traceback.format_exception(exc)).rstrip())
-        return _explain(exc, name, out, debug=args.debug)
-    finally:
-        restore()
-        progress.close()
-
-
-def _stop_on_signals() -> Callable[[], None]:
-    """Turn SIGTERM and SIGHUP into `Stopped`, unless ignored (nohup); returns what undoes it."""
-    import signal
-    import threading
-
-    def stop(number: int, frame: object) -> None:
-        raise Stopped(number)
-
-    changed: list[signal.Signals] = []
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_DFL:
-                signal.signal(number, stop)
-                changed.append(number)
-
-    def restore() -> None:
-        for number in changed:
-            signal.signal(number, signal.SIG_DFL)
-
-    return restore
+                _say("".join(traceback.format_exception(exc)).rstrip())
+            return _explain(signals.caught or exc, name, out, debug=args.debug)
+        finally:
+            progress.close()
 
 
 def _explain(exc: BaseException, name: str, out: Output, *, debug: bool) -> int:
@@ -303,7 +320,7 @@ def _bug(exc: BaseException, out: Output, *, debug: bool) -> int:
     return EXIT_BUG
 
 
-def _show_progress(args: argparse.Namespace) -> Any:
+def _show_progress(args: argparse.Namespace, signals: StopSignals) -> Any:
     """Send edgepipe's log records to stderr, and say every few seconds that work goes on."""
     import logging
     import threading
@@ -317,6 +334,7 @@ def _show_progress(args: argparse.Namespace) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.live = sys.stderr.isatty() and not args.quiet
+            self.shown_from = logging.DEBUG if args.debug else logging.WARNING if args.quiet else logging.INFO  # fmt: skip
             self.began = self.last = time.monotonic()
             self.line = ""
             self.done = threading.Event()
@@ -324,6 +342,13 @@ def _show_progress(args: argparse.Namespace) -> Any:
                 threading.Thread(target=self.beat, daemon=True).start()
 
         def emit(self, record: logging.LogRecord) -> None:
+            if (
+                record.levelno <= logging.INFO
+                and threading.current_thread() is threading.main_thread()
+            ):
+                signals.check()  # between two steps: a good place to stop
+            if record.levelno < self.shown_from:
+                return
             self.clear()
             prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
             _say(prefix + record.getMessage())
@@ -354,7 +379,6 @@ def _show_progress(args: argparse.Namespace) -> Any:
     logger = logging.getLogger("edgepipe")
     logger.propagate = False
     logger.setLevel(logging.DEBUG if args.debug else logging.INFO)
-    handler.setLevel(logging.DEBUG if args.debug else logging.WARNING if args.quiet else logging.INFO)  # fmt: skip
     logger.addHandler(handler)
     return handler
 

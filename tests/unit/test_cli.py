@@ -198,6 +198,44 @@ def test_output_that_cannot_be_written_is_an_error() -> None:
     assert "Traceback" not in done.stderr
 
 
+SWALLOWS = """
+import logging, signal, sys, time
+from edgepipe import cli
+from edgepipe.commands import runs
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def work(args, out):
+    class Framework:
+        def __del__(self):  # Python prints and drops what is raised here
+            print("ready", flush=True)
+            time.sleep(60)
+    framework = Framework()
+    del framework
+    {then}
+
+runs.run = work
+sys.exit(cli.main(["runs"{quiet}]))
+"""
+
+
+@pytest.mark.parametrize("quiet", ["", ", '--quiet'"])
+@pytest.mark.parametrize("then", ["logging.getLogger('edgepipe').info('next')", "raise ValueError"])
+def test_ctrl_c_that_a_framework_swallowed_still_stops(
+    tmp_path: Path, then: str, quiet: str
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SWALLOWS.format(then=then, quiet=quiet)],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130, err
+    assert "interrupted; finished steps are kept" in err
+    assert "bug" not in err
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_signal_cleans_up_like_ctrl_c(tmp_path: Path, number: signal.Signals) -> None:
     code = (
