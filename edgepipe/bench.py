@@ -37,10 +37,10 @@ from edgepipe.errors import (
 )
 from edgepipe.measurement import Measurement, single
 from edgepipe.metrics import METRICS
+from edgepipe.payload import push_payload
 from edgepipe.profile import DeviceProfile, absolute_work_dir
-from edgepipe.resources import target_dir
 from edgepipe.runtime import has_runtime_library, runtime_library
-from edgepipe.schema import Unit, read_toml, record
+from edgepipe.schema import Unit, record
 from edgepipe.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -251,23 +251,8 @@ def _prepare_board(device: Device, profile: DeviceProfile) -> _Board:
             code="no-python",
         )
     work_dir = absolute_work_dir(profile.work_dir, home)
-    runner = runner_path(profile.target)
-    sha256 = hash_path(runner)
-    remote = f"{work_dir}/agents/{sha256}.py"
-    device.push(runner, remote)
-    return _Board(device, work_dir, remote, sha256)
-
-
-def runner_path(target: str) -> Path:
-    """The payload's program on this host: ``entry`` in its target.toml."""
-    folder = target_dir(target)
-    entry = read_toml(folder / "target.toml", error=ProfileError).get("entry")
-    if not isinstance(entry, str) or not (folder / entry).is_file():
-        raise ProfileError(
-            f"{folder / 'target.toml'}: entry is {entry!r}, which is no file beside it",
-            hint='write entry = "runner.py"',
-        )
-    return folder / entry
+    payload = push_payload(device, profile.target, work_dir)
+    return _Board(device, work_dir, payload.entry, payload.sha256)
 
 
 def _cool_down(board: _Board, profile: DeviceProfile) -> dict[str, Any]:

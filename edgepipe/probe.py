@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from pathlib import Path
 
-from edgepipe.artifact import hash_path
 from edgepipe.device.base import Device
 from edgepipe.device.parse import Facts, parse_facts, parse_home
-from edgepipe.errors import CommandFailed, NotReadyError, RequestError
+from edgepipe.errors import CommandFailed, NotReadyError
+from edgepipe.payload import push_payload
 from edgepipe.profile import (
     MACHINES,
     SCHEMA,
@@ -20,9 +19,7 @@ from edgepipe.profile import (
     DeviceProfile,
     absolute_work_dir,
 )
-from edgepipe.resources import target_dir
 from edgepipe.runtime import DEFAULT_VERSION
-from edgepipe.schema import read_toml
 
 PROBE_TIMEOUT_S = 60.0
 # MemTotal is what the kernel and the GPU leave of the RAM that is soldered on: on a 512 MiB
@@ -36,16 +33,10 @@ def probe(device: Device, *, target: str = "linux", work_dir: str = "~/.edgepipe
 
     Raises NotReadyError where the board has no python3, CommandFailed where the probe fails.
     """
-    folder = target_dir(target)
-    program, names = _probe_files(folder)
-    # named by content, as all we push: another version of edgepipe has its own
-    content = hashlib.sha256("".join(hash_path(folder / name) for name in names).encode())
     asked = device.run(["sh", "-c", 'printf %s "$HOME"'], timeout_s=PROBE_TIMEOUT_S)
     home = parse_home(os.fsdecode(asked.stdout), device.address)
-    remote = f"{absolute_work_dir(work_dir, home)}/probe/{content.hexdigest()}"
-    for name in names:
-        device.push(folder / name, f"{remote}/{name}")
-    command = ["python3", f"{remote}/{program}", remote]
+    payload = push_payload(device, target, absolute_work_dir(work_dir, home))
+    command = ["python3", payload.probe, payload.folder]
     done = device.run(command, timeout_s=PROBE_TIMEOUT_S)
     if done.returncode in (126, 127):
         raise NotReadyError(
@@ -60,22 +51,6 @@ def probe(device: Device, *, target: str = "linux", work_dir: str = "~/.edgepipe
             hint="is python3 there 3.7 or newer?",
         )
     return parse_facts(done.stdout.decode(errors="replace"))
-
-
-def _probe_files(folder: Path) -> tuple[str, list[str]]:
-    """The probe of a target, and all the files it may need: ``probe`` and ``files``."""
-    path = folder / "target.toml"
-    data = read_toml(path, error=RequestError)
-    program, names = data.get("probe"), data.get("files")
-    if not isinstance(names, list) or program not in names:
-        raise RequestError(
-            f"{path}: probe is {program!r}, which is not among its files",
-            hint='write probe = "probe.py" and list it in files',
-        )
-    missing = [name for name in names if not (folder / str(name)).is_file()]
-    if missing:
-        raise RequestError(f"{path}: no such files: {', '.join(map(str, missing))}")
-    return str(program), [str(name) for name in names]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Facts of a Linux board, as one JSON object on stdout: ``python3 probe.py [WORK_DIR]``.
 
-Standard library, Python 3.7 or newer; lies beside runner.py, whose readings it uses. Raw readings
+Standard library, Python 3.7 or newer; lies beside board.py, whose readings it uses. Raw readings
 only: what they mean (names of cores, instruction sets) is decided on the host, in
 edgepipe/device/parse.py. ``null`` = this board does not say. EDGEPIPE_SYSROOT reads /proc, /sys
 and /etc below another folder.
@@ -14,7 +14,7 @@ import sys
 
 sys.dont_write_bytecode = True  # leaves nothing beside the files that were pushed
 
-import runner  # noqa: E402
+import board  # noqa: E402
 
 SCHEMA = 1
 
@@ -22,7 +22,7 @@ SCHEMA = 1
 def cpus():
     """One entry per CPU, in order. Frequencies in kHz, as the kernel gives them."""
     found = []
-    for block in re.split(r"\n\s*\n", runner.read("/proc/cpuinfo", "", limit=1 << 20)):
+    for block in re.split(r"\n\s*\n", board.read("/proc/cpuinfo", "", limit=1 << 20)):
         pairs = re.findall(r"^([^:\n]*?)\s*:[ \t]*(.*)$", block, re.M)
         values = {key.strip().lower(): value.strip() for key, value in pairs}
         if not values.get("processor", "").isdigit():
@@ -36,15 +36,15 @@ def cpus():
                 "part": values.get("cpu part"),
                 "name": values.get("model name"),
                 "features": (values.get("features") or values.get("flags") or "").split(),
-                "max_khz": runner.read_int(base + "cpuinfo_max_freq"),
-                "min_khz": runner.read_int(base + "cpuinfo_min_freq"),
+                "max_khz": board.read_int(base + "cpuinfo_max_freq"),
+                "min_khz": board.read_int(base + "cpuinfo_min_freq"),
             }
         )
     return found
 
 
 def memory():
-    meminfo = dict(re.findall(r"^(\w+):\s+(\d+) kB", runner.read("/proc/meminfo", ""), re.M))
+    meminfo = dict(re.findall(r"^(\w+):\s+(\d+) kB", board.read("/proc/meminfo", ""), re.M))
     return {
         "total_bytes": int(meminfo["MemTotal"]) * 1024 if "MemTotal" in meminfo else None,
         "swap_bytes": int(meminfo["SwapTotal"]) * 1024 if "SwapTotal" in meminfo else None,
@@ -52,7 +52,7 @@ def memory():
 
 
 def libc():
-    version = runner.glibc_version()
+    version = board.glibc_version()
     return "glibc " + version if version else None
 
 
@@ -60,14 +60,14 @@ def main(argv):
     folder = os.path.expanduser(argv[1] if len(argv) > 1 else "~")
     facts = {
         "schema": SCHEMA,
-        "device": runner.device_facts(),
+        "device": board.device_facts(),
         "libc": libc(),
-        "compatible": runner.read("/proc/device-tree/compatible", "").split(),
+        "compatible": board.read("/proc/device-tree/compatible", "").split(),
         "cpus": cpus(),
         "memory": memory(),
-        "health": runner.health(),
-        "free_bytes": runner.free_bytes(folder),
-        "packages": {name: item["version"] for name, item in runner.packages().items()},
+        "health": board.health(),
+        "free_bytes": board.free_bytes(folder),
+        "packages": {name: item["version"] for name, item in board.packages().items()},
     }
     sys.stdout.write(json.dumps(facts, sort_keys=True) + "\n")
     return 0

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgepipe.bench import MeasureOptions, exclusion, parse_reply, runner_path, to_measurements
+from edgepipe.bench import MeasureOptions, exclusion, parse_reply, to_measurements
 from edgepipe.errors import CommandFailed, EdgepipeError, RequestError
+from edgepipe.payload import payload_files
 from edgepipe.resources import profile_paths
 from edgepipe.schema import build
 
@@ -212,4 +213,4 @@ def test_every_profile_names_a_target_with_a_runner() -> None:
     from edgepipe.profile import load_profile
 
     for path in profile_paths().values():
-        assert runner_path(load_profile(path).target).name == "runner.py"
+        assert payload_files(load_profile(path).target)[0] == "agent.py"

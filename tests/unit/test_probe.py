@@ -110,7 +110,7 @@ def test_the_probe_has_the_syntax_of_python_3_7_and_imports_only_its_neighbour()
     source = (target_dir("linux") / "probe.py").read_text()
     module = ast.parse(source, feature_version=(3, 7))
     imported = {a.name for n in ast.walk(module) if isinstance(n, ast.Import) for a in n.names}
-    assert imported - set(sys.stdlib_module_names) == {"runner"}
+    assert imported - set(sys.stdlib_module_names) == {"board"}
     assert not [n for n in ast.walk(module) if isinstance(n, ast.ImportFrom)]
 
 
@@ -279,7 +279,7 @@ def test_the_work_folder_and_target_of_a_profile_are_used_and_passed_on(
     (here / "device_profiles/board.toml").write_text(changed)
     assert main(["probe", "local", "--profile", "board", "--write", "copy"]) == 0
     assert load_profile(here / "device_profiles/copy.toml").target == "mine"
-    assert (tmp_path / "elsewhere/probe").is_dir()
+    assert (tmp_path / "elsewhere/agents").is_dir()
     assert not (tmp_path / "home/.edgepipe").exists()
 
 

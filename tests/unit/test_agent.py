@@ -1,4 +1,4 @@
-"""The payload `targets/linux/runner.py`, as a process: real runtime, real models, real faults."""
+"""The payload `targets/linux/agent.py`, as a process: real runtime, real models, real faults."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from edgepipe.tflite_ops.tiny import (
     tiny_tflite,
 )
 
-RUNNER = target_dir("linux") / "runner.py"
+RUNNER = target_dir("linux") / "agent.py"
 
 
 @pytest.fixture(scope="module")

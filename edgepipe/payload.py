@@ -1,0 +1,55 @@
+"""What runs on a board: the files of ``targets/<platform>/``, pushed into a folder named by their content."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+from edgepipe.artifact import hash_path
+from edgepipe.device.base import Device
+from edgepipe.errors import ProfileError
+from edgepipe.resources import target_dir
+from edgepipe.schema import read_toml
+
+
+@dataclasses.dataclass(frozen=True)
+class Payload:
+    """A target's files on a board. ``entry`` and ``probe`` are absolute paths there."""
+
+    folder: str
+    entry: str
+    probe: str
+    sha256: str
+
+
+def payload_files(target: str) -> tuple[str, str, tuple[str, ...]]:
+    """(entry, probe, all files) of a target, names in its folder. Raises ProfileError."""
+    folder = target_dir(target)
+    path = folder / "target.toml"
+    data = read_toml(path, error=ProfileError)
+    names = data.get("files")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ProfileError(f"{path}: files is {names!r}", hint='write files = ["agent.py", ...]')
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ProfileError(f"{path}: no such files: {', '.join(missing)}")
+    for key in ("entry", "probe"):
+        if data.get(key) not in names:
+            raise ProfileError(
+                f"{path}: {key} is {data.get(key)!r}, which is not among its files",
+                hint=f'write {key} = "name.py" and list it in files',
+            )
+    return str(data["entry"]), str(data["probe"]), tuple(names)
+
+
+def push_payload(device: Device, target: str, work_dir: str) -> Payload:
+    """Push what is missing of a target's files below ``work_dir`` (absolute) on the board."""
+    entry, probe, names = payload_files(target)
+    folder = target_dir(target)
+    # named by content, as all we push: another version of edgepipe has its own
+    content = "".join(f"{name} {hash_path(folder / name)}\n" for name in names)
+    sha256 = hashlib.sha256(content.encode()).hexdigest()
+    remote = f"{work_dir}/agents/{sha256}"
+    for name in names:
+        device.push(folder / name, f"{remote}/{name}")
+    return Payload(remote, f"{remote}/{entry}", f"{remote}/{probe}", sha256)

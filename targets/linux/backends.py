@@ -1,0 +1,260 @@
+"""The ways to run a TFLite model, behind one shape: write, call, read. Only a worker loads one.
+
+Standard library only, Python 3.7 or newer; numpy comes with the interpreters that need it.
+"""
+
+import base64
+import ctypes
+import os
+import struct
+import time
+import zlib
+from ctypes import byref, sizeof
+
+
+class Unsupported(RuntimeError):
+    """This backend cannot run this model by design; another one may."""
+
+
+# TfLiteType numbers (tensorflow/compiler/mlir/lite/core/c/tflite_types.h) -> name, bytes per value
+ELEMENT_TYPES = {
+    1: ("float32", 4), 2: ("int32", 4), 3: ("uint8", 1), 4: ("int64", 8), 6: ("bool", 1),
+    7: ("int16", 2), 9: ("int8", 1), 10: ("float16", 2), 11: ("float64", 8), 13: ("uint64", 8),
+    16: ("uint32", 4), 17: ("uint16", 2),
+}  # fmt: skip
+# Builtin operators (tflite schema.fbs) that keep state from one inference to the next.
+STATEFUL_OPERATORS = {16, 24, 27, 35, 44, 46, 52, 129, 142, 143, 144}
+
+_VOID, _SIZE, _INT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+
+
+class Layout(ctypes.Structure):
+    _fields_ = [
+        ("bits", ctypes.c_uint32),
+        ("dims", ctypes.c_int32 * 8),
+        ("strides", ctypes.c_uint32 * 8),
+    ]
+
+
+class TensorType(ctypes.Structure):
+    _fields_ = [("element", _INT), ("layout", Layout)]
+
+
+class LiteRtAny(ctypes.Structure):
+    _fields_ = [("type", _INT), ("value", ctypes.c_int64)]
+
+
+class EnvironmentOption(ctypes.Structure):
+    _fields_ = [("tag", _INT), ("value", LiteRtAny)]
+
+
+class LiteRtC:
+    """libLiteRt.so through ctypes: the CompiledModel C API as of LiteRT 2.1.6 (litert/c/*.h).
+
+    Older libraries have the same symbols with other signatures, and a wrong guess is a segfault:
+    hence the version check in `library_fault`, the pinned sha256 and the separate process.
+    """
+
+    reset = None  # the C API has no way to reset variable tensors
+
+    def __init__(self, library, path, threads):
+        at = [time.perf_counter_ns()]
+        self.api = ctypes.CDLL(library, mode=os.RTLD_LAZY | os.RTLD_LOCAL)
+        at.append(time.perf_counter_ns())
+        self.environment, self.model, self.compiled = _VOID(), _VOID(), _VOID()
+        # tag 24: accelerators to register = CPU only (1); tag 25: log severity = errors (3);
+        # both are integers (LiteRtAny type 2). litert/c/litert_environment_options.h
+        wanted = (EnvironmentOption * 2)(
+            EnvironmentOption(24, LiteRtAny(2, 1)), EnvironmentOption(25, LiteRtAny(2, 3))
+        )
+        self.do("CreateEnvironment", _INT(2), wanted, byref(self.environment))
+        at.append(time.perf_counter_ns())
+        file = ctypes.c_char_p(os.fsencode(path))
+        self.do("CreateModelFromFile", self.environment, file, byref(self.model))
+        at.append(time.perf_counter_ns())
+        options = self._options(threads)
+        self.do("CreateCompiledModel", self.environment, self.model, options, byref(self.compiled))
+        at.append(time.perf_counter_ns())
+        signature = _VOID()
+        self.do("GetModelSignature", self.model, _SIZE(0), byref(signature))
+        self.inputs, inputs = self._buffers(signature, "Input")
+        self.outputs, outputs = self._buffers(signature, "Output")
+        at.append(time.perf_counter_ns())
+        steps = [after - before for before, after in zip(at, at[1:])]
+        self.runtime_load_ns = steps[0]
+        self.load_parts_ns = dict(zip(("environment", "model", "compile", "buffers"), steps[1:]))
+        self.stateful = self._is_stateful()
+        self._keep = (inputs, outputs)
+        run = self.api.LiteRtRunCompiledModel
+        run.argtypes, run.restype = [_VOID, _SIZE, _SIZE, _VOID, _SIZE, _VOID], _INT
+        arguments = (
+            self.compiled, 0, len(inputs), ctypes.addressof(inputs), len(outputs),
+            ctypes.addressof(outputs),
+        )  # fmt: skip
+
+        def call():
+            status = run(*arguments)
+            if status:
+                raise RuntimeError("LiteRtRunCompiledModel: status %d" % status)
+
+        self.call = call
+
+    def do(self, function, *arguments):
+        status = getattr(self.api, "LiteRt" + function)(*arguments)
+        if status == 2:  # kLiteRtStatusErrorMemoryAllocationFailure (litert/c/litert_common.h)
+            raise MemoryError
+        if status:
+            # kLiteRtStatusErrorUnsupported: variable tensors (LSTM, RNN, SVDF), for one
+            error = Unsupported if status == 5 else RuntimeError
+            raise error("LiteRt%s: status %d" % (function, status))
+
+    def _options(self, threads):
+        libc = ctypes.CDLL(None)
+        libc.strdup.restype, libc.strdup.argtypes = _VOID, [ctypes.c_char_p]
+        options, cpu = _VOID(), _VOID()
+        self.do("CreateOptions", byref(options))
+        self.do("SetOptionsHardwareAccelerators", options, _INT(1))  # CPU
+        toml = _VOID(libc.strdup(b"num_threads = %d\n" % threads))  # the library frees it
+        name = ctypes.c_char_p(b"xnnpack")
+        self.do("CreateOpaqueOptions", name, toml, ctypes.cast(libc.free, _VOID), byref(cpu))
+        self.do("AddOpaqueOptions", options, cpu)
+        return options
+
+    def _buffers(self, signature, kind):
+        """Buffers of all inputs or outputs -> (their descriptions, array of handles)."""
+        count = _SIZE()
+        self.do("GetNumSignature%ss" % kind, signature, byref(count))
+        layouts = (Layout * count.value)()
+        # the model's own layouts have -1 for a dynamic batch; the compiled model's do not
+        if kind == "Output":
+            arguments = (self.compiled, _SIZE(0), count, layouts, ctypes.c_bool(True))
+            self.do("GetCompiledModelOutputTensorLayouts", *arguments)
+        handles, tensors = (_VOID * count.value)(), []
+        for k in range(count.value):
+            tensor, tensor_type, needs, buffer = _VOID(), TensorType(), _VOID(), _VOID()
+            name, size = ctypes.c_char_p(), _SIZE()
+            if kind == "Input":
+                arguments = (self.compiled, _SIZE(0), _SIZE(k), byref(layouts, k * sizeof(Layout)))
+                self.do("GetCompiledModelInputTensorLayout", *arguments)
+            self.do("GetSignature%sTensorByIndex" % kind, signature, _SIZE(k), byref(tensor))
+            self.do("GetTensorName", tensor, byref(name))
+            self.do("GetRankedTensorType", tensor, byref(tensor_type))
+            tensor_type.layout = layouts[k]
+            arguments = (self.compiled, _SIZE(0), _SIZE(k), byref(needs))
+            self.do("GetCompiledModel%sBufferRequirements" % kind, *arguments)
+            arguments = (self.environment, byref(tensor_type), needs, byref(buffer))
+            self.do("CreateManagedTensorBufferFromRequirements", *arguments)
+            self.do("GetTensorBufferPackedSize", buffer, byref(size))
+            handles[k] = buffer.value
+            element = tensor_type.element
+            tensors.append(
+                {
+                    "name": (name.value or b"").decode("utf-8", "replace"),
+                    "dtype": ELEMENT_TYPES.get(element, ("type %d" % element, 0))[0],
+                    "shape": [int(n) for n in layouts[k].dims[: layouts[k].bits & 0x7F]],
+                    "bytes": int(size.value),
+                    "handle": buffer,
+                }
+            )
+        return tensors, handles
+
+    def _is_stateful(self):
+        graph, count = _VOID(), _SIZE()
+        self.do("GetNumModelSubgraphs", self.model, byref(count))
+        if count.value > 1:
+            return True  # control flow or CALL_ONCE: do not guess
+        self.do("GetModelSubgraph", self.model, _SIZE(0), byref(graph))
+        self.do("GetNumSubgraphOps", graph, byref(count))
+        for index in range(count.value):
+            operator, code = _VOID(), _INT()
+            self.do("GetSubgraphOp", graph, _SIZE(index), byref(operator))
+            self.do("GetOpCode", operator, byref(code))
+            if code.value in STATEFUL_OPERATORS:
+                return True
+        return False
+
+    def _locked(self, tensor, mode):
+        address = _VOID()
+        self.do("LockTensorBuffer", tensor["handle"], byref(address), _INT(mode))
+        return address.value
+
+    def write(self, tensor, offset, chunk):
+        # kLiteRtTensorBufferLockModeWrite = 1
+        ctypes.memmove(self._locked(tensor, 1) + offset, chunk, len(chunk))
+        self.do("UnlockTensorBuffer", tensor["handle"])
+
+    def read(self, tensor):
+        # kLiteRtTensorBufferLockModeRead = 0
+        raw = ctypes.string_at(self._locked(tensor, 0), tensor["bytes"])
+        self.do("UnlockTensorBuffer", tensor["handle"])
+        return raw
+
+
+class Interpreter:
+    """The Python interpreter of ai_edge_litert or tflite_runtime; needs numpy on the board."""
+
+    def __init__(self, module, path, threads):
+        started = time.perf_counter_ns()
+        if module == "ai_edge_litert":
+            from ai_edge_litert.interpreter import Interpreter as Implementation
+        else:
+            from tflite_runtime.interpreter import Interpreter as Implementation
+        import numpy
+
+        self.numpy = numpy
+        loaded = time.perf_counter_ns()
+        interpreter = self.interpreter = Implementation(model_path=path, num_threads=threads)
+        read_ns = time.perf_counter_ns()
+        interpreter.allocate_tensors()
+        self.runtime_load_ns = loaded - started
+        self.load_parts_ns = {
+            "model": read_ns - loaded,
+            "compile": time.perf_counter_ns() - read_ns,
+        }
+        self.inputs = [self._describe(d) for d in interpreter.get_input_details()]
+        self.outputs = [self._describe(d) for d in interpreter.get_output_details()]
+        # resource variables (tf.Variable) are not reset by reset_all_variables, only by loading anew
+        operators = {operator["op_name"] for operator in interpreter._get_ops_details()}
+        self.stateful = bool(operators & {"VAR_HANDLE", "CALL_ONCE"})
+        self.call, self.reset = interpreter.invoke, interpreter.reset_all_variables
+
+    def _describe(self, detail):
+        dtype = self.numpy.dtype(detail["dtype"])
+        shape = [int(n) for n in detail["shape"]]
+        count = 1
+        for n in shape:
+            count *= n
+        return {
+            "name": detail["name"],
+            "dtype": dtype.name,
+            "shape": shape,
+            "bytes": count * dtype.itemsize,
+            "handle": detail["index"],
+        }
+
+    def write(self, tensor, offset, chunk):
+        # no copy of the whole input, and no view left behind: invoke refuses while one is alive
+        flat = self.interpreter.tensor(tensor["handle"])().reshape(-1).view(self.numpy.uint8)
+        flat[offset : offset + len(chunk)] = self.numpy.frombuffer(chunk, self.numpy.uint8)
+
+    def read(self, tensor):
+        return self.interpreter.get_tensor(tensor["handle"]).tobytes()
+
+
+def open_model(runtime, path, threads):
+    if runtime["backend"] == "litert-c":
+        return LiteRtC(runtime["path"], path, threads)
+    return Interpreter(runtime["module"], path, threads)
+
+
+# A float32 model of one dense layer, y = 2 x + 1, (1, 4) -> (1, 4): edgepipe's tiny_tflite().
+SELF_TEST_MODEL = zlib.decompress(
+    base64.b64decode(
+        "eNqNkLEOAUEQhgeHE0uuuEKhUCoUl3gAKpVSqSEud5eIXJAgUSg9gEfwWCpP4A3Ov7Nz7Kns5cvOzv3/7sy4RDSb"
+        "TIeTLMt8xDdwB68SUYUMZzAADnhCp3eP9LqMitTIhaom2jFr8q2w/s5d8F4LQbiKwjRJw94+2ZxwRnnks6RNHUQe"
+        "KX67LfkuWIEYrIm4pmi7SOOg6PW5F0VNy4vlehI7/BlPPg+Sc9nKlyTvyAznoC/nK3pwsSvRnSyv/v/AfyU5/W4V"
+        "LJPFLrA0iqsk7lFZd2l9HRzCJIr3Ad/hfDx6JqYq4/36jj815HcpnsXX0zBtNd4vcyya"
+    )
+)  # fmt: skip
+SELF_TEST_INPUT = struct.pack("<4f", 0.0, 1.0, 2.0, 3.0)
+SELF_TEST_OUTPUT = struct.pack("<4f", 1.0, 3.0, 5.0, 7.0)

@@ -1,0 +1,227 @@
+"""What this board is and how it fares: facts, health, free space, installed runtimes.
+
+Standard library only, Python 3.7 or newer. Raw readings in SI units; None = this board does not say.
+"""
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import time
+
+# Tests point this at a made-up /sys and /proc.
+SYSROOT = os.environ.get("EDGEPIPE_SYSROOT", "")
+
+
+def log(text):
+    sys.stderr.write("agent: %s\n" % text)
+    sys.stderr.flush()
+
+
+def read(path, default=None, limit=65536):
+    try:
+        with open(SYSROOT + path, "rb") as stream:
+            raw = stream.read(limit)
+    except OSError:
+        return default
+    return raw.replace(b"\0", b" ").decode("utf-8", "replace").strip()
+
+
+def read_int(path):
+    try:
+        return int(read(path, ""))
+    except ValueError:
+        return None
+
+
+def names(path):
+    try:
+        return sorted(os.listdir(SYSROOT + path))
+    except OSError:
+        return []
+
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        for chunk in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------- health
+
+# Raspberry Pi firmware, "get_throttled" property: bits 0-3 now, 16-19 since boot.
+THROTTLE_BITS = {
+    0: "under_voltage", 1: "frequency_capped", 2: "throttled", 3: "soft_temperature_limit",
+    16: "under_voltage_occurred", 17: "frequency_capped_occurred", 18: "throttled_occurred",
+    19: "soft_temperature_limit_occurred",
+}  # fmt: skip
+
+
+def throttling():
+    """Firmware throttling as names; None where this board does not say."""
+    text = None
+    for platform_dir in ["/sys/devices/platform/soc/soc:firmware"] + [
+        "/sys/devices/platform/%s/%s" % (soc, firmware)
+        for soc in names("/sys/devices/platform")
+        if soc.startswith("soc")
+        for firmware in names("/sys/devices/platform/" + soc)
+        if "firmware" in firmware
+    ]:
+        text = text or read(platform_dir + "/get_throttled")
+    if text is None and not SYSROOT and shutil.which("vcgencmd"):
+        try:
+            done = subprocess.run(
+                ["vcgencmd", "get_throttled"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                timeout=5,
+            )  # fmt: skip
+            match = re.match(rb"throttled=(0x[0-9a-fA-F]+)", done.stdout)
+            text = match.group(1).decode() if match else None
+        except (OSError, subprocess.TimeoutExpired):
+            text = None
+    try:
+        bits = int(text or "", 16)
+    except ValueError:
+        return None
+    return [name for bit, name in sorted(THROTTLE_BITS.items()) if bits >> bit & 1]
+
+
+def health():
+    """One snapshot of everything that can disturb a measurement. SI units; None = not readable."""
+    temperatures, cooling, frequencies = {}, {}, {}
+    for zone in names("/sys/class/thermal"):
+        base = "/sys/class/thermal/%s/" % zone
+        kind = read(base + "type", "?")
+        if zone.startswith("thermal_zone"):
+            value = read_int(base + "temp")
+            if value is not None:
+                temperatures["%s:%s" % (zone, kind)] = value / 1000.0
+        elif zone.startswith("cooling_device"):
+            cooling["%s:%s" % (zone, kind)] = read_int(base + "cur_state")
+    for policy in names("/sys/devices/system/cpu/cpufreq"):
+        base = "/sys/devices/system/cpu/cpufreq/%s/" % policy
+        if policy.startswith("policy"):
+            frequencies[policy] = {
+                "cpus": read(base + "related_cpus"),
+                "governor": read(base + "scaling_governor"),
+                "current_khz": read_int(base + "scaling_cur_freq"),
+                "limit_khz": read_int(base + "scaling_max_freq"),
+                "hardware_limit_khz": read_int(base + "cpuinfo_max_freq"),
+            }
+    meminfo = dict(re.findall(r"^(\w+):\s+(\d+)", read("/proc/meminfo", ""), re.M))
+    vmstat = dict(re.findall(r"^(\w+) (\d+)$", read("/proc/vmstat", ""), re.M))
+    load = read("/proc/loadavg", "").split()
+    return {
+        "realtime_s": time.time(),
+        "monotonic_s": time.monotonic(),
+        "boot_id": read("/proc/sys/kernel/random/boot_id"),
+        "temperatures_c": temperatures,
+        "temperature_c": max(temperatures.values()) if temperatures else None,
+        "cooling": cooling,
+        "throttling": throttling(),
+        "frequencies": frequencies,
+        "governor": ",".join(sorted({f["governor"] for f in frequencies.values() if f["governor"]}))
+        or None,
+        "loadavg_1min": float(load[0]) if load else None,
+        "memory_available_bytes": int(meminfo["MemAvailable"]) * 1024
+        if "MemAvailable" in meminfo
+        else None,
+        "swap_used_bytes": (int(meminfo["SwapTotal"]) - int(meminfo["SwapFree"])) * 1024
+        if "SwapTotal" in meminfo and "SwapFree" in meminfo
+        else None,
+        "pages_swapped_in": int(vmstat["pswpin"]) if "pswpin" in vmstat else None,
+        "oom_kills": int(vmstat["oom_kill"]) if "oom_kill" in vmstat else None,
+    }
+
+
+def health_flags(before, after):
+    """What happened to the board between two snapshots, as a sorted list of flag names."""
+    flags = set()
+    was, now = before["throttling"] or [], after["throttling"] or []
+    if any(not name.endswith("_occurred") for name in now):
+        flags.add("throttled_now")
+    if set(now) - set(was):
+        flags.add("throttle_event")
+    for name, state in after["cooling"].items():
+        # a fan that spins faster is not throttling
+        if "fan" not in name.lower() and (state or 0) > (before["cooling"].get(name) or 0):
+            flags.add("cooling_rose")
+    for policy, now_at in after["frequencies"].items():
+        limit, hardware = now_at["limit_khz"], now_at["hardware_limit_khz"]
+        if limit and hardware and limit < hardware:
+            flags.add("frequency_capped")
+    real = after["realtime_s"] - before["realtime_s"]
+    if abs(real - (after["monotonic_s"] - before["monotonic_s"])) > 1.0:
+        flags.add("clock_jump")
+    if (after["pages_swapped_in"] or 0) > (before["pages_swapped_in"] or 0):
+        flags.add("swapped_in")
+    if before["boot_id"] != after["boot_id"]:
+        flags.add("rebooted")
+    return sorted(flags)
+
+
+def machine():
+    """Architecture of this *process*: a 32-bit userland on a 64-bit kernel is armv7l."""
+    name = platform.machine()
+    if struct.calcsize("P") == 4:
+        return {"aarch64": "armv7l", "armv8l": "armv7l", "x86_64": "i686"}.get(name, name)
+    return name
+
+
+def glibc_version():
+    try:
+        name, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
+    except (AttributeError, ValueError, OSError):
+        return None
+    return version if name == "glibc" else None
+
+
+def device_facts():
+    cpuinfo = read("/proc/cpuinfo", "")
+    release = read("/etc/os-release", "")
+    match = re.search(r'^PRETTY_NAME="?([^"\n]*)', release, re.M)
+    cpus = sorted(set(re.findall(r"^(?:model name|CPU part)\s*:\s*(.*)$", cpuinfo, re.M)))
+    identity = read("/proc/device-tree/serial-number") or read("/etc/machine-id") or ""
+    return {
+        "model": read("/proc/device-tree/model") or read("/sys/class/dmi/id/product_name"),
+        "machine": machine(),
+        "bits": struct.calcsize("P") * 8,
+        "cpu": cpus,
+        "cpus": os.cpu_count(),
+        "kernel": platform.release(),
+        "os": match.group(1) if match else None,
+        "glibc": glibc_version(),
+        "python": platform.python_version(),
+        "page_size_bytes": os.sysconf("SC_PAGE_SIZE"),
+        "boot_id": read("/proc/sys/kernel/random/boot_id"),
+        # tells two boards of one kind apart without naming either
+        "identity": hashlib.sha256(identity.encode()).hexdigest()[:16] if identity else None,
+    }
+
+
+def free_bytes(folder):
+    folder = os.path.abspath(folder)
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
+def packages():
+    """Runtimes installed for this Python, found by path: importing a broken wheel could crash."""
+    found = {}
+    for folder in sys.path:
+        for package in ("ai_edge_litert", "tflite_runtime"):
+            path = os.path.join(folder or ".", package)
+            if package not in found and os.path.isdir(path):
+                found[package] = {"version": None, "path": path}
+                for name in os.listdir(folder or "."):
+                    match = re.match(package + r"-([^-]+)\.(?:dist|egg)-info$", name)
+                    if match:
+                        found[package]["version"] = match.group(1)
+    return found
