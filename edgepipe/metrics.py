@@ -29,6 +29,9 @@ METRICS: dict[str, Metric] = {
     "parity_cosine": Metric("", "lowest cosine similarity over outputs, shipped file against the float model it was made from"),
     "float_islands": Metric("", "operators of the shipped file that compute in floating point"),
     "device_mismatch": Metric("", "share of output values that differ between device and host, same inputs"),
+    "device_task_metric": Metric("", "task metric of the device's own outputs, 0 to 1"),
+    "device_accuracy_drop": Metric("points", "loss of the task metric of the device's own outputs against the reference model, same samples, in percentage points"),
+    "device_flips": Metric("", "share of samples whose prediction differs between device and host"),
     "runs_on_device": Metric("", "1 where the model loaded and ran on the device, 0 where it crashed"),
 }  # fmt: skip
 

@@ -27,6 +27,9 @@ SCHEMA = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # part of a folder's name
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 TABLES = ("schema", "name", "seed", "devices", "model", "data", "stages", "evaluate", "measure", "gates")  # fmt: skip
+NEEDS_EVALUATION = (
+    "accuracy_drop", "task_metric", "parity", "device_agreement", "device_task_metric", "device_accuracy_drop",
+)  # fmt: skip
 SOURCE_KINDS = {".onnx": "onnx", ".tflite": "tflite", ".pt2": "pt2"}
 
 
@@ -279,11 +282,7 @@ def _check_evaluation(
     evaluate: EvaluateOptions | None, known_data: set[str], stages: list[Any],
     gates: list[Any], root: Path, problems: list[str],
 ) -> None:  # fmt: skip
-    needed = [
-        g.name
-        for g in gates
-        if g and g.name in ("accuracy_drop", "task_metric", "parity", "device_agreement")
-    ]
+    needed = [g.name for g in gates if g and g.name in NEEDS_EVALUATION]
     if evaluate is None:
         if needed:
             problems.append(f"[evaluate]: is missing; gate {needed[0]} needs data and metric")

@@ -104,7 +104,8 @@ def test_no_evidence_never_passes(name: str) -> None:
     options = {
         "latency": {"max": "1 s"}, "memory": {"max": "1 GB"}, "size": {"max": "1 GB"},
         "task_metric": {"min": 0.0}, "accuracy_drop": {"max": "100 points"},
-        "parity": {"min_sqnr": "0 dB"},
+        "parity": {"min_sqnr": "0 dB"}, "device_task_metric": {"min": 0.0},
+        "device_accuracy_drop": {"max": "100 points"},
     }.get(name, {})  # fmt: skip
     gate = build(GATES[name], options, where=name, error=RequestError)
     assert gate.judge(Evidence("m1", "pi", {})).status is Status.INCONCLUSIVE
