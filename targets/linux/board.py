@@ -13,36 +13,12 @@ import subprocess
 import sys
 import time
 
-# Tests point this at a made-up /sys and /proc.
-SYSROOT = os.environ.get("EDGEPIPE_SYSROOT", "")
+from sysfs import SYSROOT, names, read, read_int
 
 
 def log(text):
     sys.stderr.write("agent: %s\n" % text)
     sys.stderr.flush()
-
-
-def read(path, default=None, limit=65536):
-    try:
-        with open(SYSROOT + path, "rb") as stream:
-            raw = stream.read(limit)
-    except OSError:
-        return default
-    return raw.replace(b"\0", b" ").decode("utf-8", "replace").strip()
-
-
-def read_int(path):
-    try:
-        return int(read(path, ""))
-    except ValueError:
-        return None
-
-
-def names(path):
-    try:
-        return sorted(os.listdir(SYSROOT + path))
-    except OSError:
-        return []
 
 
 def sha256_of(path):

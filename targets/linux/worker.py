@@ -25,7 +25,7 @@ from array import array
 from itertools import repeat
 
 from backends import ELEMENT_TYPES, SELF_TEST_INPUT, SELF_TEST_OUTPUT, Unsupported, open_model
-from board import read, read_int
+from sysfs import read, read_int
 
 # Below this one sample is a batch of inferences: the call itself costs 1 to 3 us here and a clock
 # read 0.1 us, which would be part of what is measured.
