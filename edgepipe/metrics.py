@@ -32,6 +32,18 @@ METRICS: dict[str, Metric] = {
     "device_task_metric": Metric("", "task metric of the device's own outputs, 0 to 1"),
     "device_accuracy_drop": Metric("points", "loss of the task metric of the device's own outputs against the reference model, same samples, in percentage points"),
     "device_flips": Metric("", "share of samples whose prediction differs between device and host"),
+    "latency_ratio_wall": Metric("", "wall-clock time of the candidate over that of the baseline, round by round in one process"),
+    "latency_ratio_cpu": Metric("", "CPU time of the candidate over that of the baseline, round by round; threads = 1 only"),
+    "latency_wall_baseline": Metric("s", "latency_wall of the baseline, measured in the candidate's sessions"),
+    "latency_cpu_baseline": Metric("s", "latency_cpu of the baseline, measured in the candidate's sessions"),
+    "memory_anon_baseline": Metric("B", "memory_anon of the baseline, on the same board in the same run"),
+    "memory_file_baseline": Metric("B", "memory_file of the baseline, on the same board in the same run"),
+    "memory_peak_baseline": Metric("B", "memory_peak of the baseline, on the same board in the same run"),
+    "measuring_overhead": Metric("B", "resident memory of the measuring process before it loaded the runtime"),
+    "op_time": Metric("s", "sum over the operators of their median time, from a profiled pass of its own"),
+    "op_time_baseline": Metric("s", "op_time of the baseline"),
+    "sustained_latency": Metric("s", "median latency_wall of each window of a long run, from its steady state on"),
+    "energy": Metric("J", "energy of one inference above idle, as the board's own power sensors tell it"),
     "runs_on_device": Metric("", "1 where the model loaded and ran on the device, 0 where it crashed"),
 }  # fmt: skip
 
