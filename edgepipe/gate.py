@@ -23,7 +23,10 @@ class Status(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What a gate decided and why. ``value`` and ``limit`` are in ``unit`` (a base unit)."""
+    """What a gate decided and why. ``value`` and ``limit`` are in ``unit`` (a base unit).
+
+    ``details`` are lines for a person: what the figure is made of, or what to change.
+    """
 
     gate: str
     status: Status
@@ -32,6 +35,7 @@ class Verdict:
     value: float | None = None
     limit: float | None = None
     unit: str = ""
+    details: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
