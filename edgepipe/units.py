@@ -1,4 +1,4 @@
-"""Quantities with units, as people write them in recipes: ``"33 ms"``, ``"50 MiB"``, ``"1 point"``.
+"""Quantities with units, as people write them in recipes: ``"33 ms"``, ``"50 MiB"``, ``"3 %"``.
 
 Inside edgepipe everything is SI base units (seconds, bytes) or plain ratios. kB and MB are powers
 of ten, KiB and MiB powers of two.
@@ -19,6 +19,8 @@ UNITS: dict[str, dict[str, float]] = {
     # accuracy differences, as percentage points of the task metric
     "points": {"point": 1.0, "points": 1.0, "pp": 1.0},
     "level": {"dB": 1.0},
+    # how much one quantity differs from another
+    "ratio": {"%": 0.01},
     "temperature": {"C": 1.0, "°C": 1.0},
 }  # fmt: skip
 
@@ -71,11 +73,13 @@ def format_bytes(value_bytes: float) -> str:
 
 
 def format_value(value: float, unit: str) -> str:
-    """A value in a base unit (``s``, ``B``, ``points``, ``dB``, ...) as a person reads it."""
+    """A value in a base unit (``s``, ``B``, ``points``, ``dB``, ``ratio``, ...) as a person reads it."""
     if unit == "s":
         return format_seconds(value)
     if unit == "B":
         return format_bytes(value)
+    if unit == "ratio":
+        return f"{100 * value:.3g} %"
     if unit == "":
         return f"{value:.4g}"
     return f"{value:.4g} {unit}"

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgepipe.errors import RequestError
-from edgepipe.units import UNITS, format_bytes, format_seconds, parse_quantity
+from edgepipe.units import UNITS, format_bytes, format_seconds, format_value, parse_quantity
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,8 @@ from edgepipe.units import UNITS, format_bytes, format_seconds, parse_quantity
         ("50 MB", "size", 50e6),
         ("-2 points", "points", -2.0),
         ("25 dB", "level", 25.0),
+        ("3 %", "ratio", 0.03),
+        ("2.5%", "ratio", 0.025),
     ],
 )
 def test_quantities_are_read_in_base_units(text: str, dimension: str, value: float) -> None:
@@ -61,3 +63,8 @@ def test_formatted_seconds_read_back_within_three_digits(value_s: float) -> None
 @given(st.integers(0, 10**12))
 def test_formatted_bytes_read_back_within_three_digits(value: int) -> None:
     assert parse_quantity(format_bytes(value), "size") == pytest.approx(value, rel=5.1e-3)
+
+
+@given(st.floats(0.001, 10))
+def test_formatted_ratios_read_back_within_three_digits(value: float) -> None:
+    assert parse_quantity(format_value(value, "ratio"), "ratio") == pytest.approx(value, rel=5.1e-3)
