@@ -137,22 +137,28 @@ def open_ssh(
     )
     endpoint = _resolve(address, options)
     log.debug("connecting to %s (%s port %d)", address, endpoint.host, endpoint.port)
-    with contextlib.ExitStack() as stack:
-        client = _connect(endpoint, options, stack, jumps=0)
-        return SshDevice(address, client, stack.pop_all())
+    return SshDevice(address, endpoint, options)
 
 
 class SshDevice:
-    """See `Device` for the four methods. One connection, opened by `open_ssh`."""
+    """See `Device` for the four methods. Opened by `open_ssh`; connects again when its link broke.
 
-    def __init__(
-        self, address: str, client: paramiko.SSHClient, resources: contextlib.ExitStack
-    ) -> None:
+    The call during which the link breaks fails with the code ``connection-lost``; the next one
+    makes a new connection, with all that `open_ssh` may raise.
+    """
+
+    def __init__(self, address: str, endpoint: _Endpoint, options: _Options) -> None:
         self.address = address
-        self._client = client
-        self._resources = resources
+        self._endpoint, self._options = endpoint, options
         self._sftp_client: paramiko.SFTPClient | None = None
         self._home = ""
+        self._is_closed = False
+        self._connect()
+
+    def _connect(self) -> None:
+        with contextlib.ExitStack() as stack:
+            self._client = _connect(self._endpoint, self._options, stack, jumps=0)
+            self._resources = stack.pop_all()
 
     def run(self, argv: Sequence[str], *, timeout_s: float) -> Completed:
         """See `Device.run`. Starts in the user's home; `~` and variables are not expanded."""
@@ -170,7 +176,8 @@ class SshDevice:
                 channel.exec_command(line.encode(errors="surrogateescape"))
                 return self._collect(channel, words, deadline_s, timeout_s)
             except BaseException:
-                _stop(channel)
+                if not _stop(channel):  # no answer at all: the link is dead, whatever TCP thinks
+                    self._client.close()
                 raise
             finally:
                 channel.close()
@@ -185,8 +192,9 @@ class SshDevice:
             ):
                 return False
         except _LINK_ERRORS as exc:
+            failure = self._transfer_error("push", local, path, exc)
             self._drop_sftp()
-            raise self._transfer_error("push", local, path, exc) from exc
+            raise failure from exc
         self._make_room(path, size_bytes)
         part = f"{path}.part.{secrets.token_hex(4)}"
         log.debug("pushing %s to %s on %s", local, path, self.address)
@@ -196,11 +204,12 @@ class SshDevice:
                 raise OSError("what arrived differs from what was sent")
             self._sftp().posix_rename(part, path)
         except BaseException as exc:
+            failure = self._transfer_error("push", local, path, exc)  # before connecting again
             self._drop_sftp()
             with contextlib.suppress(DeviceError):
                 self.run(["rm", "-f", "--", part], timeout_s=_HELPER_S)
             if isinstance(exc, _LINK_ERRORS):
-                raise self._push_error(local, path, size_bytes, exc) from exc
+                raise self._full_disk(path, size_bytes) or failure from exc
             raise
         return True
 
@@ -224,19 +233,21 @@ class SshDevice:
                 raise OSError("what arrived differs from what lies there")
             part.replace(local)
         except BaseException as exc:
+            failure = self._transfer_error("pull", path, local, exc)
             self._drop_sftp()
             if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:  # here: SFTP has no errno
                 raise disk_full_error(
                     f"pull of {path} from {self.address} to {local}", needed_bytes=size_bytes
                 ) from exc
             if isinstance(exc, _LINK_ERRORS):
-                raise self._transfer_error("pull", path, local, exc) from exc
+                raise failure from exc
             raise
         finally:
             part.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close the connection. Closing twice is allowed."""
+        """Close the connection for good. Closing twice is allowed."""
+        self._is_closed = True
         self._drop_sftp()
         self._resources.close()
 
@@ -250,12 +261,24 @@ class SshDevice:
         return f"SshDevice({self.address!r})"
 
     def _transport(self) -> paramiko.Transport:
+        """The live connection; a new one where the last has died."""
+        if not self._is_alive():
+            if self._is_closed:
+                raise ConnectError(
+                    f"the connection to {self.address} is closed", hint="open the device again"
+                )
+            log.debug("connecting to %s again", self.address)
+            self._drop_sftp()
+            self._resources.close()
+            self._connect()
         transport = self._client.get_transport()
-        if transport is None or not transport.is_active():
-            raise ConnectError(
-                f"the connection to {self.address} is closed", hint="open the device again"
-            )
+        if transport is None:
+            raise EOFError("the connection was closed at once")
         return transport
+
+    def _is_alive(self) -> bool:
+        transport = self._client.get_transport()
+        return transport is not None and bool(transport.is_active())
 
     @contextlib.contextmanager
     def _connection_errors(self, doing: str) -> Iterator[None]:
@@ -275,9 +298,8 @@ class SshDevice:
         try:
             yield
         except (EOFError, paramiko.SSHException, paramiko.SFTPError) as exc:
-            self._transport()  # raises where the whole connection is gone
-            if isinstance(exc, paramiko.ChannelException):
-                raise  # no further session is allowed
+            if not self._is_alive() or isinstance(exc, paramiko.ChannelException):
+                raise  # the whole connection is gone, or no further session is allowed
             raise ConnectError(
                 f"{self.address} lets us in, but its SFTP server does not answer: {_reason(exc)}",
                 hint="on the board: sudo apt-get install openssh-sftp-server, `Subsystem sftp` in "
@@ -390,9 +412,7 @@ class SshDevice:
             finally:
                 stop.set()
 
-    def _push_error(
-        self, local: Path, path: str, size_bytes: int, exc: BaseException
-    ) -> TransferError:
+    def _full_disk(self, path: str, size_bytes: int) -> TransferError | None:
         # SFTP (protocol 3) has no code for a full disk, only "Failure"
         with contextlib.suppress(DeviceError):
             free_bytes = self._free_bytes(os.path.dirname(path) or ".")  # noqa: PTH120
@@ -402,7 +422,7 @@ class SshDevice:
                     needed_bytes=size_bytes,
                     free_bytes=free_bytes,
                 )
-        return self._transfer_error("push", local, path, exc)
+        return None
 
     def _transfer_error(
         self, verb: str, source: str | Path, target: str | Path, exc: BaseException
@@ -410,9 +430,11 @@ class SshDevice:
         reason = getattr(exc, "strerror", None) or str(exc) or "the connection was closed"
         if isinstance(exc, TimeoutError):
             reason = f"nothing moved for {_STALL_S:g} s"
+            self._client.close()
         return TransferError(
             f"{verb} of {source} to {target} on {self.address} failed: {reason}",
             hint="check both paths, their permissions and the link",
+            code="" if self._is_alive() else "connection-lost",
         )
 
 
@@ -891,12 +913,15 @@ def _wait(channel: paramiko.Channel, left_s: float) -> None:
         select.select([channel], [], [], min(left_s, 1.0))
 
 
-def _stop(channel: paramiko.Channel) -> None:
-    """Stop the command on the board and wait until it is gone, at most ``_STOP_GRACE_S``."""
+def _stop(channel: paramiko.Channel) -> bool:
+    """Stop the command on the board and wait until it is gone, at most ``_STOP_GRACE_S``.
+
+    False where the board did not answer in that time.
+    """
     deadline_s = time.monotonic() + _STOP_GRACE_S
     with contextlib.suppress(*_LINK_ERRORS):
         if channel.closed or channel.exit_status_ready():
-            return  # gone already; what it left in the background is not ours to find
+            return True  # gone already; what it left in the background is not ours to find
         channel.settimeout(1.0)
         channel.sendall(b"stop\n")
         rest = bytearray()
@@ -904,6 +929,8 @@ def _stop(channel: paramiko.Channel) -> None:
             if not _read_available(channel, rest, rest):
                 _wait(channel, left_s)
             rest.clear()
+        return _finished(channel)
+    return False
 
 
 __all__ = ["HostKey", "SshDevice", "command_line", "open_ssh", "scan_host_key", "trust_host_key"]

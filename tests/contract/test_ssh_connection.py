@@ -437,6 +437,8 @@ def test_a_link_that_breaks_under_a_command_is_a_connect_error_and_the_command_e
     assert caught.value.code == "connection-lost"
     pid = int(pid_file.read_text())
     wait_until(lambda: is_gone(pid), "the command is gone")
+    assert device.run(["echo", "again"], timeout_s=10).stdout == b"again\n"  # a new connection
+    device.close()
     with pytest.raises(ConnectError, match="is closed"):
         device.run(["true"], timeout_s=10)
 
