@@ -30,13 +30,13 @@ ALLOWED = {
 # Layers: a module imports only from its own layer or one further right.
 LAYERS = (
     ("edgepipe.cli", "edgepipe.commands", "edgepipe.__main__"),
-    ("edgepipe.pipeline", "edgepipe.report", "edgepipe.recipe", "edgepipe.adhoc"),
-    ("edgepipe.bench", "edgepipe.evaluate", "edgepipe.inventory", "edgepipe.testing", "edgepipe.probe"),
+    ("edgepipe.pipeline", "edgepipe.judge", "edgepipe.report", "edgepipe.ci_output", "edgepipe.recipe", "edgepipe.adhoc"),
+    ("edgepipe.bench", "edgepipe.evaluate", "edgepipe.inventory", "edgepipe.baseline", "edgepipe.explain", "edgepipe.testing", "edgepipe.probe"),
     ("edgepipe.stages", "edgepipe.device", "edgepipe.store", "edgepipe.runtime", "edgepipe.parity", "edgepipe.payload"),
     ("edgepipe.predict", "edgepipe.toolchain", "edgepipe.toolchains"),
     ("edgepipe.torch_ops", "edgepipe.tflite_ops"),
     ("edgepipe.array_ops",),
-    ("edgepipe.stage", "edgepipe.gate", "edgepipe.profile", "edgepipe.resources"),
+    ("edgepipe.stage", "edgepipe.training", "edgepipe.gate", "edgepipe.profile", "edgepipe.resources"),
     ("edgepipe.data", "edgepipe.artifact", "edgepipe.measurement", "edgepipe.metrics", "edgepipe.stats"),
     ("edgepipe.schema",),
     ("edgepipe.units",),

@@ -1,0 +1,263 @@
+"""Why a verdict is what it is, in lines for a person: ops that grew, memory by stage, classes, what to change.
+
+Reads only what the measurements hold; says nothing where they hold nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edgepipe import stats
+from edgepipe.gate import Gate, Status, Verdict
+from edgepipe.measurement import Measurement
+from edgepipe.units import format_bytes, format_seconds
+
+SHOWN = 5  # lines of one kind; who wants all finds them in the record
+# What a process does up to each reading of its memory (targets/linux/worker.py, work_memory).
+MEMORY_STAGES = {
+    "after_load": "loading and compiling (packed weights, arena)",
+    "after_first": "the first inference",
+    "steady": "later inferences",
+}
+MEMORY_QUANTITIES = {
+    "anon": "anonymous memory (arena and packed weights)",
+    "file": "resident part of the mapped model file",
+    "peak": "peak resident memory",
+    "size": "size of the model file",
+}
+# What to do about the causes that exclude sessions (bench.DISQUALIFYING).
+REMEDIES = {
+    "throttled": "the board throttled: cool it (heat sink, fan), check its power supply, or measure shorter sessions",
+    "swap-in": "the board swapped: stop what else uses its memory",
+    "reboot": "the board rebooted: check its power supply",
+    "clock jump": "the board's clock was set in mid-run: wait for its time synchronisation to settle",
+}
+
+
+def explain(gate: Gate, verdict: Verdict, measurements: Mapping[str, Measurement]) -> tuple[str, ...]:  # fmt: skip
+    """Lines to add to ``verdict``, which ``gate`` gave on ``measurements``. None for a PASS."""
+    if verdict.status is Status.PASS:
+        return ()
+    if verdict.status is Status.INCONCLUSIVE:
+        return what_to_change(measurements) if gate.scope == "device" else ()
+    name = verdict.gate
+    if name == "slowdown":
+        return ops_that_grew(measurements) or most_expensive_ops(measurements)
+    if name == "latency":
+        return most_expensive_ops(measurements)
+    if name in ("memory", "growth"):
+        return memory_by_stage(measurements, getattr(gate, "quantity", ""))
+    if name in ("accuracy_drop", "device_accuracy_drop", "task_metric", "device_task_metric", "parity"):  # fmt: skip
+        return (*classes_that_lost(measurements), *layers_that_lost(measurements))
+    if name == "full_integer":
+        return float_islands(measurements)
+    return ()
+
+
+# ----------------------------------------------------------------------------------------- ops
+
+
+@dataclasses.dataclass(frozen=True)
+class OpChange:
+    """One op of the base, of the candidate, or the same op of both. Times in seconds."""
+
+    name: str
+    base_index: int | None
+    base_s: float
+    candidate_index: int | None
+    candidate_s: float
+
+    @property
+    def growth_s(self) -> float:
+        return self.candidate_s - self.base_s
+
+
+def match_ops(base: Sequence[Mapping[str, Any]], candidate: Sequence[Mapping[str, Any]]) -> list[OpChange]:  # fmt: skip
+    """Pair the ops of two models, in order, so that the least time has changed in all.
+
+    Ops are dicts with ``index``, ``name`` and ``seconds``. Only ops of one name pair; a pair costs
+    the difference of their times, an op without a partner its own (the edit distance of Wagner &
+    Fischer, 1974, with times as weights). Names alone would not do: most ops of a network have the
+    same name, and a new one would shift all after it.
+
+    Example: base conv 5, conv 1; candidate conv 5, conv 3, conv 1 -> conv 3 is new.
+    """
+    rows, columns = len(base), len(candidate)
+    times_b, times_c = ([float(op["seconds"]) for op in ops] for ops in (base, candidate))
+    cost = [[0.0] * (columns + 1) for _ in range(rows + 1)]  # of what is left from (i, j) on
+    for i in range(rows, -1, -1):
+        for j in range(columns, -1, -1):
+            ways = []
+            if i < rows:
+                ways.append(cost[i + 1][j] + times_b[i])
+            if j < columns:
+                ways.append(cost[i][j + 1] + times_c[j])
+            if i < rows and j < columns and base[i]["name"] == candidate[j]["name"]:
+                ways.append(cost[i + 1][j + 1] + abs(times_b[i] - times_c[j]))
+            cost[i][j] = min(ways, default=0.0)
+    found: list[OpChange] = []
+    i = j = 0
+    while i < rows or j < columns:
+        both = i < rows and j < columns and base[i]["name"] == candidate[j]["name"]
+        if both and cost[i][j] == cost[i + 1][j + 1] + abs(times_b[i] - times_c[j]):
+            found.append(OpChange(str(base[i]["name"]), base[i]["index"], times_b[i], candidate[j]["index"], times_c[j]))  # fmt: skip
+            i, j = i + 1, j + 1
+        elif i < rows and cost[i][j] == cost[i + 1][j] + times_b[i]:
+            found.append(OpChange(str(base[i]["name"]), base[i]["index"], times_b[i], None, 0.0))
+            i += 1
+        else:
+            found.append(OpChange(str(candidate[j]["name"]), None, 0.0, candidate[j]["index"], times_c[j]))  # fmt: skip
+            j += 1
+    return found
+
+
+def ops_that_grew(measurements: Mapping[str, Measurement]) -> tuple[str, ...]:
+    """The ops that cost most more than in the baseline, and how much of the slowdown they are."""
+    base, candidate = _ops(measurements, "op_time_baseline"), _ops(measurements, "op_time")
+    if not base or not candidate:
+        return ()
+    changed = match_ops(base, candidate)
+    total = sum(op.growth_s for op in changed)
+    before, after = (sum(float(op["seconds"]) for op in ops) for ops in (base, candidate))
+    grew = sorted((op for op in changed if op.growth_s > 0), key=lambda op: -op.growth_s)[:SHOWN]
+    lines = [f"all ops together: {format_seconds(before)} -> {format_seconds(after)} ({_signed(total)})"]  # fmt: skip
+    for op in grew:
+        if op.base_index is None:
+            lines.append(f"new: op {op.candidate_index} {op.name}: {_signed(op.growth_s)}")
+        else:
+            lines.append(f"op {op.candidate_index} {op.name}: {format_seconds(op.base_s)} -> {format_seconds(op.candidate_s)} ({_signed(op.growth_s)})")  # fmt: skip
+    gone = sum(op.base_s for op in changed if op.candidate_index is None)
+    return (*lines, *([f"gone with ops of the baseline: {format_seconds(gone)}"] if gone else []))
+
+
+def most_expensive_ops(measurements: Mapping[str, Measurement]) -> tuple[str, ...]:
+    """The ops that cost most, with their share of all."""
+    ops = _ops(measurements, "op_time")
+    total = sum(float(op["seconds"]) for op in ops)
+    if not total:
+        return ()
+    first = sorted(ops, key=lambda op: -float(op["seconds"]))[:SHOWN]
+    lines = [f"op {op['index']} {op['name']}: {format_seconds(float(op['seconds']))} ({float(op['seconds']) / total:.0%} of all ops)" for op in first]  # fmt: skip
+    on_builtin = [op for op in ops if op.get("where") == "builtin"]
+    share = sum(float(op["seconds"]) for op in on_builtin) / total
+    if share >= 0.01:
+        lines.append(f"{len(on_builtin)} of {len(ops)} ops ({share:.0%} of the time) are not delegated to XNNPACK")  # fmt: skip
+    return tuple(lines)
+
+
+def _ops(measurements: Mapping[str, Measurement], metric: str) -> Sequence[Mapping[str, Any]]:
+    found = measurements.get(metric)
+    return found.context.get("ops") or () if found else ()
+
+
+def _signed(seconds: float) -> str:
+    return ("+" if seconds >= 0 else "-") + format_seconds(abs(seconds))
+
+
+# -------------------------------------------------------------------------------------- memory
+
+
+def memory_by_stage(measurements: Mapping[str, Measurement], quantity: str) -> tuple[str, ...]:
+    """Which quantity grew, and at which stage of a process's life."""
+    if quantity not in MEMORY_QUANTITIES:
+        return ()
+    lines = [f"the quantity is {quantity}: {MEMORY_QUANTITIES[quantity]}"]
+    now = _stages(measurements.get(f"memory_{quantity}"), quantity)
+    before = _stages(measurements.get(f"memory_{quantity}_baseline"), quantity)
+    for stage, meaning in MEMORY_STAGES.items():
+        if stage not in now:
+            continue
+        text = f"{stage}, {meaning}: {_signed_bytes(now[stage])}"
+        if stage in before:
+            text += f" (baseline {_signed_bytes(before[stage])}, {_signed_bytes(now[stage] - before[stage])} more)"  # fmt: skip
+        lines.append(text)
+    return tuple(lines)
+
+
+def _stages(found: Measurement | None, quantity: str) -> dict[str, float]:
+    """Bytes that each stage added, from the first session that read them all."""
+    for stages in found.context.get("stages") or () if found else ():
+        readings = [(name, (stages.get(name) or {}).get(quantity)) for name in ("before_load", *MEMORY_STAGES)]  # fmt: skip
+        if all(value is not None for _, value in readings):
+            return {
+                name: value - before for (_, before), (name, value) in itertools.pairwise(readings)
+            }
+    return {}
+
+
+def _signed_bytes(value: float) -> str:
+    return ("+" if value >= 0 else "-") + format_bytes(abs(value))
+
+
+# ------------------------------------------------------------------------------------ accuracy
+
+
+def classes_that_lost(measurements: Mapping[str, Measurement]) -> tuple[str, ...]:
+    """The classes in which the shipped file is right less often than the reference."""
+    for metric in ("device_accuracy_drop", "accuracy_drop"):
+        found = measurements.get(metric)
+        rows = [r for r in (found.context.get("by_class") or () if found else ()) if r["reference_right"] > r["right"]]  # fmt: skip
+        if rows:
+            rows.sort(key=lambda r: r["right"] - r["reference_right"])
+            more = [f"and {len(rows) - SHOWN} more classes"] if len(rows) > SHOWN else []
+            return (
+                *(f"class {r['class']}: {r['right']} of {r['n']} right, the reference {r['reference_right']}" for r in rows[:SHOWN]),
+                *more,
+            )  # fmt: skip
+    return ()
+
+
+def layers_that_lost(measurements: Mapping[str, Measurement]) -> tuple[str, ...]:
+    """The layers with the largest quantisation error, where they were looked at."""
+    for found in measurements.values():
+        layers = found.context.get("layers")
+        if layers:
+            worst = sorted(layers, key=lambda layer: layer["sqnr_db"])[:SHOWN]
+            return tuple(f"layer {layer['layer']}: {layer['sqnr_db']:.1f} dB SQNR against its float twin" for layer in worst)  # fmt: skip
+    return ()
+
+
+def float_islands(measurements: Mapping[str, Measurement]) -> tuple[str, ...]:
+    """The operators that compute in floating point."""
+    found = measurements.get("float_islands")
+    islands = found.context.get("islands") or () if found else ()
+    return tuple(f"{', '.join(i['computing'] or i['names'])} in floating point, up to tensor {i['output']}" for i in islands[:SHOWN])  # fmt: skip
+
+
+# -------------------------------------------------------------------------------- inconclusive
+
+
+def what_to_change(measurements: Mapping[str, Measurement]) -> tuple[str, ...]:
+    """What would let an undecided verdict be decided, from the causes and flags in the record."""
+    lines = []
+    contexts = [m.context for m in measurements.values()]
+    if any(c.get("simulated") for c in contexts):
+        lines.append("the null device simulates a board and proves nothing: measure on a real one")
+    excluded = sorted({part for m in measurements.values() for cause in m.excluded.values() for part in cause.split(", ")})  # fmt: skip
+    lines += [REMEDIES[cause] for cause in excluded if cause in REMEDIES]
+    timed = measurements.get("latency_wall") or measurements.get("latency_ratio_wall")
+    if timed is None:
+        return tuple(lines)
+    sessions = [s for s in timed.context.get("sessions") or () if isinstance(s, Mapping)]
+    busy = sum(bool(s.get("contended")) for s in sessions)
+    if busy:
+        lines.append(f"other work ran on the device in {busy} of {len(sessions)} sessions: stop it, or judge CPU time with threads = 1")  # fmt: skip
+    governor = timed.context.get("governor")
+    governors = {str(g) for g in (governor if isinstance(governor, (list, tuple)) else [governor]) if g}  # fmt: skip
+    if governors - {"performance"}:
+        lines.append(f"the CPU governor is {', '.join(sorted(governors))}; a fixed clock is steadier: echo performance | sudo tee /sys/devices/system/cpu/cpufreq/policy*/scaling_governor")  # fmt: skip
+    if timed.valid_sessions:
+        spread = _session_spread(timed)
+        size = f"{len(timed.valid_sessions)} sessions of {min(map(len, timed.valid_sessions))} samples"  # fmt: skip
+        apart = f" whose medians lie {spread:.1%} apart" if spread else ""
+        lines.append(f"there are {size}{apart}: more or longer ones tell more ([measure] sessions, session)")  # fmt: skip
+    return tuple(lines)
+
+
+def _session_spread(found: Measurement) -> float:
+    """(largest - smallest) / smallest median of a session."""
+    medians = [stats.percentile(s, 0.5) for s in found.valid_sessions]
+    return (max(medians) - min(medians)) / min(medians) if min(medians) > 0 else 0.0

@@ -1,0 +1,57 @@
+"""Judge evidence: every gate, then what bears on the baseline, then why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from edgepipe.baseline import (
+    GATES_ON_BASELINE,
+    Baseline,
+    load_baseline,
+    refuse_incomparable,
+)
+from edgepipe.explain import explain
+from edgepipe.gate import Evidence, Gate, RunsOnDeviceGate, Verdict, judge_all
+
+
+def needs_baseline(gates: Sequence[Gate]) -> bool:
+    return any(gate.name in GATES_ON_BASELINE for gate in gates)
+
+
+def load_baselines(
+    gates: Sequence[Gate], folder: Path, profiles: Sequence[str], recipe: str
+) -> dict[str, Baseline | None]:
+    """The baseline of each profile, None where there is none; empty where no gate asks for one."""
+    if not needs_baseline(gates):
+        return {}
+    return {profile: load_baseline(folder, profile, recipe) for profile in profiles}
+
+
+def judge(
+    gates: Sequence[Gate],
+    model: Evidence,
+    devices: Sequence[Evidence],
+    *,
+    baselines: Mapping[str, Baseline | None],
+    measured_against: Mapping[str, str],
+    run_id: str,
+) -> tuple[Verdict, ...]:
+    """Every gate's verdict with its explanation; `RunsOnDeviceGate` is judged for every device.
+
+    ``baselines`` and ``measured_against`` are those of `refuse_incomparable`.
+    """
+    verdicts = list(judge_all([], model, devices))
+    for gate in gates:
+        if gate.name == RunsOnDeviceGate.name and devices:
+            continue  # among them already
+        given = [v for v in judge_all([gate], model, devices) if v.gate == gate.name]
+        standing = refuse_incomparable(given, devices, baselines, measured_against, run_id=run_id)
+        for verdict, kept in zip(given, standing, strict=True):
+            if kept is verdict:
+                found = next((d for d in devices if d.device == verdict.device), model)
+                lines = explain(gate, verdict, found.measurements)
+                kept = dataclasses.replace(verdict, details=(*verdict.details, *lines))
+            verdicts.append(kept)
+    return tuple(verdicts)
