@@ -150,8 +150,10 @@ class LatencyGate:
         what = f"{self.statistic} {metric} {format_value(value, 's')}"
         size = f"{len(sessions)} sessions, n >= {n}"
 
+        details: tuple[str, ...] = ()
+
         def verdict(status: Status, reason: str) -> Verdict:
-            return Verdict(self.name, status, reason, evidence.device, value, self.max, "s")
+            return Verdict(self.name, status, reason, evidence.device, value, self.max, "s", details)  # fmt: skip
 
         if upper is None or lower is None:
             return verdict(
@@ -159,6 +161,7 @@ class LatencyGate:
                 f"{what}: too few samples for a {self.confidence:.0%} bound ({size}); raise [measure] session",
             )
         bounds = f"{self.confidence:.0%} bounds {format_value(lower, 's')} to {format_value(upper, 's')}, {size}"  # fmt: skip
+        details = (f"from these samples a limit below {format_value(lower, 's')} would FAIL, one from {format_value(upper, 's')} PASS",)  # fmt: skip
         if upper <= self.max:
             return verdict(Status.PASS, f"{what} <= {limit} ({bounds})")
         if lower > self.max and self.clock == "wall" and found.context.get("contended"):
@@ -191,6 +194,167 @@ class MemoryGate:
     def judge(self, evidence: Evidence) -> Verdict:
         metric = f"memory_{self.quantity}"
         return _limit(self, evidence, metric, self.max, at_most=True, required=REQUIRED_CONTEXT)
+
+
+@record
+class SlowdownGate:
+    """The model is at most ``max`` slower than the baseline, measured beside it on the device.
+
+    The rule is `stats.decide_ratio` on the ratios of every round both models ran in. ``clock``
+    ``auto`` is the policy of MEASUREMENT 5.4: with one thread CPU time decides, which other work on
+    the device hardly moves, and a PASS also needs that wall time does not FAIL; with more threads
+    wall time decides, and a busy device gives no FAIL. ``cpu`` and ``wall`` use that clock alone.
+    """
+
+    name: ClassVar[str] = "slowdown"
+    title: ClassVar[str] = "the model is hardly slower on the device than the baseline beside it"
+    scope: ClassVar[Literal["model", "device"]] = "device"
+
+    max: Annotated[float, Unit("ratio")]
+    clock: Literal["auto", "cpu", "wall"] = "auto"
+
+    def __post_init__(self) -> None:
+        _check_option("max", self.max, 0, 10, "from 0 % to 1000 %, like 3 %")
+
+    def judge(self, evidence: Evidence) -> Verdict:
+        wall = evidence.measurements.get("latency_ratio_wall")
+        if wall is None:
+            return _no_baseline(self, evidence, "latency_ratio_wall")
+        threads = wall.context.get("threads")
+        clock = self.clock
+        if clock == "auto":
+            clock = "cpu" if threads == 1 else "wall"
+        found = _evidence(self, evidence, f"latency_ratio_{clock}", REQUIRED_CONTEXT)
+        if isinstance(found, Verdict):
+            return found
+        if clock == "cpu" and threads != 1:
+            reason = f"CPU time says nothing of the latency of {threads} threads: judge wall time"
+            return Verdict(self.name, Status.INCONCLUSIVE, reason, evidence.device)
+        decision = decide_sessions(found, self.max)
+        details: tuple[str, ...] = ()
+        status, but = Status(decision.status), ""
+        if clock == "wall" and status is Status.FAIL and found.context.get("contended"):
+            status, but = Status.INCONCLUSIVE, ", but the device was busy with other work: stop it and measure again"  # fmt: skip
+        if clock == "cpu" and self.clock == "auto":
+            other = _evidence(self, evidence, "latency_ratio_wall", REQUIRED_CONTEXT)
+            if isinstance(other, Verdict):
+                return other
+            second = decide_sessions(other, self.max)
+            details = (f"wall time: {ratio_text(second)}",)
+            if status is Status.PASS and second.status == "FAIL":
+                status, but = Status.INCONCLUSIVE, f", but by wall time it is {ratio_text(second)}: what does it wait for?"  # fmt: skip
+        details += tuple(
+            f"session {number + 1} does not count: {cause}"
+            for number, cause in sorted(found.excluded.items())
+        )
+        reason = f"{_slowdown_text(decision, found, clock)}, tolerance {format_value(self.max, 'ratio')}"  # fmt: skip
+        if math.isfinite(decision.minimum_detectable):
+            reason += f", detectable from {format_value(decision.minimum_detectable - 1, 'ratio')}"
+        reason += _noise_text(found, clock) + but
+        if not but and status is Status.INCONCLUSIVE:
+            reason += f": {_why_open(decision)}"
+        value = decision.estimate - 1 if math.isfinite(decision.estimate) else None
+        return Verdict(self.name, status, reason, evidence.device, value, self.max, "ratio", details)  # fmt: skip
+
+
+def decide_sessions(ratios: Measurement, tolerance: float) -> stats.RatioDecision:
+    """`stats.decide_ratio` on the valid sessions of ``latency_ratio_cpu`` or ``latency_ratio_wall``."""
+    return stats.decide_ratio([stats.session_log_ratio(s) for s in ratios.valid_sessions], tolerance)  # fmt: skip
+
+
+def ratio_text(decision: stats.RatioDecision, more: str = "") -> str:
+    """``"6.2 % slower (95 % CI 6.0 to 6.5 %)"``, with ``more`` in the same parentheses."""
+    if not math.isfinite(decision.estimate):
+        return f"not comparable ({decision.sessions} sessions{more})"
+    digits = 2 if decision.high - decision.low < 0.001 else 1
+    change, low, high = (100 * (x - 1) for x in (decision.estimate, decision.low, decision.high))
+    text = f"{abs(change):.{digits}f} % {'slower' if change >= 0 else 'faster'}"
+    if not math.isfinite(high):
+        return f"{text} (no interval{more})"
+    sign = "" if low >= 0 else "+"
+    return f"{text} (95 % CI {low:{sign}.{digits}f} to {high:{sign}.{digits}f} %{more})"
+
+
+def _slowdown_text(decision: stats.RatioDecision, found: Measurement, clock: str) -> str:
+    threads = found.context["threads"]
+    rounds = min(len(s) for s in found.valid_sessions)
+    size = f"{decision.sessions} sessions x {rounds} rounds, {threads} thread{'s' * (threads != 1)}"
+    return ratio_text(decision, f", {size}, {'CPU' if clock == 'cpu' else 'wall'} time")
+
+
+def _noise_text(found: Measurement, clock: str) -> str:
+    """What `edgepipe calibrate` found on this very board, where it is known."""
+    noise = found.context.get("noise")
+    if not noise:
+        return ""
+    return f", noise of this board {format_value(noise[f'sd_{clock}'], 'ratio')} per session ({noise['measured'][:10]})"  # fmt: skip
+
+
+def _why_open(decision: stats.RatioDecision) -> str:
+    if decision.sessions < min(stats.LOOKS):
+        return f"a verdict needs {min(stats.LOOKS)} valid sessions"
+    if not math.isfinite(decision.high):
+        return "the device's clock is too coarse for this model, its rounds repeat or have no ratio"
+    return "cannot tell; take more sessions, or measure on a quieter device"
+
+
+def _no_baseline(gate: Gate, evidence: Evidence, metric: str) -> Verdict:
+    return Verdict(
+        gate.name,
+        Status.INCONCLUSIVE,
+        f"no measurement of {metric}: no baseline was measured beside the model",
+        evidence.device,
+        details=("promote a run that may be the baseline: edgepipe gate --promote",),
+    )
+
+
+@record
+class GrowthGate:
+    """A quantity grows against the baseline by at most the larger of ``max`` and ``max_share`` of it.
+
+    ``quantity``: ``anon`` (arena and packed weights), ``file`` (mapped weights), ``peak``, or
+    ``size`` of the model file. These hardly vary (MEASUREMENT 4: anon 0 to 4 kB, peak 1 %), so the
+    rule is exact: PASS when every session of the model is within the limit of every session of
+    the baseline, FAIL when none is, INCONCLUSIVE between.
+    """
+
+    name: ClassVar[str] = "growth"
+    title: ClassVar[str] = "memory or file size hardly grows against the baseline"
+    scope: ClassVar[Literal["model", "device"]] = "device"
+
+    quantity: Literal["anon", "file", "peak", "size"] = "anon"
+    # 32 pages of 4 KiB, and MEASUREMENT 4
+    max: Annotated[float, Unit("size")] = 131072.0
+    max_share: Annotated[float, Unit("ratio")] = 0.02
+
+    def __post_init__(self) -> None:
+        _check_option("max", self.max, 0, math.inf, "0 or more")
+        _check_option("max_share", self.max_share, 0, math.inf, "0 % or more")
+
+    def judge(self, evidence: Evidence) -> Verdict:
+        metric = "model_bytes" if self.quantity == "size" else f"memory_{self.quantity}"
+        required = ("model_sha256",) if self.quantity == "size" else REQUIRED_CONTEXT
+        base = evidence.measurements.get(f"{metric}_baseline")
+        if base is None:
+            return _no_baseline(self, evidence, f"{metric}_baseline")
+        found = _evidence(self, evidence, metric, required)
+        if isinstance(found, Verdict):
+            return found
+        if len(base.valid_sessions) * 2 < len(base.samples) or not base.valid_sessions:
+            return Verdict(self.name, Status.INCONCLUSIVE, f"device unfit: too few sessions of {metric}_baseline count", evidence.device)  # fmt: skip
+        before = sorted(x for s in base.valid_sessions for x in s)
+        now = sorted(x for s in found.valid_sessions for x in s)
+        low, high = (x + max(self.max, self.max_share * x) for x in (before[0], before[-1]))
+        status = Status.PASS if now[-1] <= low else Status.FAIL if now[0] > high else Status.INCONCLUSIVE  # fmt: skip
+        value, limit = stats.percentile(now, 0.5), stats.percentile([low, high], 0.5)
+        growth = value - stats.percentile(before, 0.5)
+        reason = (
+            f"{metric} {format_value(value, 'B')}, {'+' if growth >= 0 else '-'}{format_value(abs(growth), 'B')} "
+            f"against the baseline's {format_value(value - growth, 'B')}; up to {format_value(limit, 'B')} is allowed"
+        )
+        if status is Status.INCONCLUSIVE:
+            reason += f": cannot tell, sessions differ by up to {format_value(max(now[-1] - now[0], before[-1] - before[0]), 'B')}"  # fmt: skip
+        return Verdict(self.name, status, reason, evidence.device, value, limit, "B")
 
 
 @record
@@ -380,7 +544,9 @@ GATES: dict[str, type[Gate]] = {
     gate.name: gate
     for gate in (
         LatencyGate,
+        SlowdownGate,
         MemoryGate,
+        GrowthGate,
         SizeGate,
         TaskMetricGate,
         AccuracyDropGate,
@@ -399,19 +565,29 @@ def judge_all(
 ) -> tuple[Verdict, ...]:
     """Every gate once per thing it looks at; `RunsOnDeviceGate` is added for every device.
 
-    A device gate with no device measured is INCONCLUSIVE.
+    A device gate with no device measured is INCONCLUSIVE, and so is a PASS whose evidence comes
+    from the null device: what is scripted can show that a gate fails, never that a model is fit.
     """
-    verdicts = [RunsOnDeviceGate().judge(device) for device in devices]
+    verdicts = [_judge(RunsOnDeviceGate(), device) for device in devices]
     for gate in gates:
         if gate.name == RunsOnDeviceGate.name and devices:
             continue
         if gate.scope == "model":
-            verdicts.append(gate.judge(model))
+            verdicts.append(_judge(gate, model))
         elif not devices:
             verdicts.append(Verdict(gate.name, Status.INCONCLUSIVE, "no device was measured"))
         else:
-            verdicts += [gate.judge(device) for device in devices]
+            verdicts += [_judge(gate, device) for device in devices]
     return tuple(verdicts)
+
+
+def _judge(gate: Gate, evidence: Evidence) -> Verdict:
+    verdict = gate.judge(evidence)
+    simulated = any(m.context.get("simulated") for m in evidence.measurements.values())
+    if simulated and verdict.status is Status.PASS:
+        reason = f"{verdict.reason}; but on the null device, which is no board"
+        return dataclasses.replace(verdict, status=Status.INCONCLUSIVE, reason=reason)
+    return verdict
 
 
 def overall(verdicts: Sequence[Verdict]) -> Status:

@@ -39,6 +39,7 @@ METRICS: dict[str, Metric] = {
     "memory_anon_baseline": Metric("B", "memory_anon of the baseline, on the same board in the same run"),
     "memory_file_baseline": Metric("B", "memory_file of the baseline, on the same board in the same run"),
     "memory_peak_baseline": Metric("B", "memory_peak of the baseline, on the same board in the same run"),
+    "model_bytes_baseline": Metric("B", "size of the baseline's model file"),
     "measuring_overhead": Metric("B", "resident memory of the measuring process before it loaded the runtime"),
     "op_time": Metric("s", "sum over the operators of their median time, from a profiled pass of its own"),
     "op_time_baseline": Metric("s", "op_time of the baseline"),

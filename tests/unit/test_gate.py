@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from edgepipe.gate import (
     REQUIRED_CONTEXT,
     AccuracyDropGate,
     Evidence,
+    GrowthGate,
     LatencyGate,
     MemoryGate,
     RunsOnDeviceGate,
+    SlowdownGate,
     Status,
     Verdict,
     judge_all,
@@ -104,7 +107,7 @@ def test_no_evidence_never_passes(name: str) -> None:
     options = {
         "latency": {"max": "1 s"}, "memory": {"max": "1 GB"}, "size": {"max": "1 GB"},
         "task_metric": {"min": 0.0}, "accuracy_drop": {"max": "100 points"},
-        "parity": {"min_sqnr": "0 dB"}, "device_task_metric": {"min": 0.0},
+        "parity": {"min_sqnr": "0 dB"}, "slowdown": {"max": "3 %"}, "device_task_metric": {"min": 0.0},
         "device_accuracy_drop": {"max": "100 points"},
     }.get(name, {})  # fmt: skip
     gate = build(GATES[name], options, where=name, error=RequestError)
@@ -164,3 +167,179 @@ def test_a_hard_maximum_passes_only_with_an_interval_that_excludes_more(
     measured = {"accuracy_drop": single("accuracy_drop", "points", 0.0, context)}
     gate = AccuracyDropGate(max=1.0, hard_max=2.0)
     assert gate.judge(Evidence("m1", "", measured)).status is expected
+
+
+def ratios(
+    slowdown: float, *, sessions: int = 5, spread: float = 0.003, rounds: int = 100, seed: int = 0
+) -> tuple[tuple[float, ...], ...]:
+    """Rounds of sessions whose true ratio is ``1 + slowdown``; ``spread`` is the SD of a session."""
+    generator = random.Random(seed)
+    return tuple(
+        tuple((1 + slowdown) * (1 + shift) * generator.uniform(0.99, 1.01) for _ in range(rounds))
+        for shift in (generator.gauss(0, spread) for _ in range(sessions))
+    )
+
+
+def beside_baseline(
+    cpu: tuple[tuple[float, ...], ...] | None,
+    wall: tuple[tuple[float, ...], ...],
+    excluded: dict[int, str] | None = None,
+    **context: Any,
+) -> Evidence:
+    context = CONTEXT | {"threads": 1} | context
+    measured = {
+        f"latency_ratio_{clock}": Measurement(f"latency_ratio_{clock}", "", samples, (), excluded or {}, context)
+        for clock, samples in (("cpu", cpu), ("wall", wall)) if samples is not None
+    }  # fmt: skip
+    return Evidence("m1", "pi", measured)
+
+
+def test_a_slowdown_verdict_says_what_it_rests_on() -> None:
+    noise = {"sd_cpu": 0.0031, "sd_wall": 0.02, "sessions": 12, "measured": "2026-11-22T10:00:00+00:00"}  # fmt: skip
+    evidence = beside_baseline(ratios(0.062), ratios(0.06, spread=0.02), noise=noise)
+    verdict = SlowdownGate(max=0.03).judge(evidence)
+    assert verdict.status is Status.FAIL
+    assert verdict.value == pytest.approx(0.062, abs=0.006)
+    assert verdict.unit == "ratio"
+    for part in (
+        "% slower (95 % CI ", "5 sessions x 100 rounds", "1 thread, CPU time", "tolerance 3 %",
+        "detectable from ", "noise of this board 0.31 % per session (2026-11-22)",
+    ):  # fmt: skip
+        assert part in verdict.reason
+    assert verdict.details[0].startswith("wall time: ")
+
+
+def test_an_unchanged_model_is_not_slower() -> None:
+    verdict = SlowdownGate(max=0.03).judge(beside_baseline(ratios(0.0), ratios(0.0)))
+    assert verdict.status is Status.PASS
+    assert "noise of this board" not in verdict.reason
+
+
+def test_with_one_thread_cpu_time_decides_even_on_a_busy_device() -> None:
+    noisy = ratios(0.0, spread=0.1)
+    verdict = SlowdownGate(max=0.03).judge(beside_baseline(ratios(0.0), noisy, contended=True))
+    assert verdict.status is Status.PASS
+    slower = SlowdownGate(max=0.03).judge(beside_baseline(ratios(0.06), noisy, contended=True))
+    assert slower.status is Status.FAIL
+
+
+def test_wall_time_that_contradicts_a_pass_by_cpu_time_is_inconclusive() -> None:
+    evidence = beside_baseline(ratios(0.0), ratios(0.2))
+    verdict = SlowdownGate(max=0.03).judge(evidence)
+    assert verdict.status is Status.INCONCLUSIVE
+    assert "by wall time it is 20" in verdict.reason
+    # whoever asks for CPU time alone gets CPU time alone
+    assert SlowdownGate(max=0.03, clock="cpu").judge(evidence).status is Status.PASS
+    assert SlowdownGate(max=0.03, clock="wall").judge(evidence).status is Status.FAIL
+
+
+def test_a_pass_by_cpu_time_needs_wall_time_to_be_there() -> None:
+    evidence = beside_baseline(ratios(0.0), ((),))
+    assert SlowdownGate(max=0.03).judge(evidence).status is Status.INCONCLUSIVE
+
+
+def test_with_more_threads_wall_time_decides_and_a_busy_device_cannot_fail() -> None:
+    gate = SlowdownGate(max=0.03)
+    quiet = beside_baseline(None, ratios(0.06), threads=4)
+    assert gate.judge(quiet).status is Status.FAIL
+    assert "4 threads, wall time" in gate.judge(quiet).reason
+    busy = gate.judge(beside_baseline(None, ratios(0.06), threads=4, contended=True))
+    assert busy.status is Status.INCONCLUSIVE
+    assert "busy" in busy.reason
+    fast = beside_baseline(None, ratios(0.0), threads=4, contended=True)
+    assert gate.judge(fast).status is Status.PASS
+    cpu_alone = beside_baseline(ratios(0.0), ratios(0.0), threads=4)
+    assert SlowdownGate(max=0.03, clock="cpu").judge(cpu_alone).status is Status.INCONCLUSIVE
+
+
+@pytest.mark.parametrize(
+    ("samples", "why"),
+    [
+        (ratios(0.06, sessions=2), "a verdict needs 3 valid sessions"),
+        (((1.0,) * 100,) * 5, "clock is too coarse"),
+        ((*ratios(0.0, sessions=4), (1.0, 0.0)), "clock is too coarse"),
+        (ratios(0.03, spread=0.02), "cannot tell"),
+    ],
+)
+def test_a_slowdown_that_cannot_be_told_is_inconclusive(
+    samples: tuple[tuple[float, ...], ...], why: str
+) -> None:
+    verdict = SlowdownGate(max=0.03).judge(beside_baseline(samples, ratios(0.0)))
+    assert verdict.status is Status.INCONCLUSIVE
+    assert why in verdict.reason
+
+
+def test_sessions_are_excluded_for_a_cause_and_too_many_make_the_device_unfit() -> None:
+    samples = (*ratios(0.0, sessions=4), (1.5,) * 100)
+    one = SlowdownGate(max=0.03).judge(beside_baseline(samples, samples, {4: "throttled"}))
+    assert one.status is Status.PASS
+    assert "4 sessions" in one.reason
+    assert "session 5 does not count: throttled" in one.details
+    unfit = dict.fromkeys(range(3), "throttled")
+    verdict = SlowdownGate(max=0.03).judge(beside_baseline(samples, samples, unfit))
+    assert verdict.status is Status.INCONCLUSIVE
+    assert "device unfit" in verdict.reason
+
+
+@pytest.mark.parametrize("gate", [SlowdownGate(max=0.03), GrowthGate(), GrowthGate(quantity="size")])  # fmt: skip
+def test_without_a_baseline_nothing_is_judged_and_the_way_to_one_is_named(gate: Any) -> None:
+    evidence = Evidence("m1", "pi", {"memory_anon": single("memory_anon", "B", 1, CONTEXT), "model_bytes": single("model_bytes", "B", 1, CONTEXT)})  # fmt: skip
+    verdict = gate.judge(evidence)
+    assert verdict.status is Status.INCONCLUSIVE
+    assert "--promote" in verdict.details[0]
+
+
+def grown(before: tuple[float, ...], now: tuple[float, ...]) -> Evidence:
+    made = {
+        name: Measurement(name, "B", tuple((x,) for x in values), context=CONTEXT)
+        for name, values in (("memory_anon_baseline", before), ("memory_anon", now))
+    }
+    return Evidence("m1", "pi", made)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "expected"),
+    [
+        # small models may grow by 32 pages, large ones by 2 %
+        ((1e6, 1e6), (1e6 + 131072, 1e6), Status.PASS),
+        ((1e6, 1e6), (1e6 + 131073, 1.2e6), Status.FAIL),
+        ((100e6,), (102e6,), Status.PASS),
+        ((100e6,), (102e6 + 1,), Status.FAIL),
+        ((1e6, 1e6), (0.5e6, 0.5e6), Status.PASS),
+        # one session of the model fits, the other does not
+        ((1e6, 1e6), (1.1e6, 1.2e6), Status.INCONCLUSIVE),
+        # fits the one session of the baseline, not the other
+        ((1e6, 1.1e6), (1.2e6, 1.2e6), Status.INCONCLUSIVE),
+    ],
+)
+def test_growth_allows_the_larger_of_pages_and_share(
+    before: tuple[float, ...], now: tuple[float, ...], expected: Status
+) -> None:
+    verdict = GrowthGate().judge(grown(before, now))
+    assert verdict.status is expected
+    assert "against the baseline's" in verdict.reason
+
+
+def test_growth_of_the_file_is_judged_like_memory() -> None:
+    made = {"model_bytes": single("model_bytes", "B", 3e6, CONTEXT), "model_bytes_baseline": single("model_bytes_baseline", "B", 2e6, CONTEXT)}  # fmt: skip
+    verdict = GrowthGate(quantity="size").judge(Evidence("m1", "pi", made))
+    assert verdict.status is Status.FAIL
+    assert "model_bytes 3 MB, +1 MB against the baseline's 2 MB" in verdict.reason
+
+
+def test_the_null_device_can_fail_a_gate_and_never_pass_one() -> None:
+    gates = [SlowdownGate(max=0.03)]
+    fine = beside_baseline(ratios(0.0), ratios(0.0), simulated=True)
+    (passed,) = [v for v in judge_all(gates, Evidence("m1", "", {}), [fine]) if v.gate == "slowdown"]  # fmt: skip
+    assert passed.status is Status.INCONCLUSIVE
+    assert "null device" in passed.reason
+    slow = beside_baseline(ratios(0.06), ratios(0.06), simulated=True)
+    verdicts = judge_all(gates, Evidence("m1", "", {}), [slow])
+    assert Status.FAIL in {v.status for v in verdicts}
+    assert Status.PASS not in {v.status for v in verdicts}
+
+
+def test_a_latency_verdict_names_the_limits_it_could_tell() -> None:
+    split = tuple(0.010 if i % 10 else 0.014 for i in range(100))
+    verdict = LatencyGate(max=0.012).judge(latency(split, split))
+    assert verdict.details == ("from these samples a limit below 10 ms would FAIL, one from 14 ms PASS",)  # fmt: skip
