@@ -62,11 +62,14 @@ class DataSource:
                 returns arrays: inputs, or (inputs, labels), inputs an array or a dict by name.
                 What it reads should be named in ``args``: those files decide whether a cached
                 result is still good
+    ``dataset`` ``function`` as above; returns a map-style ``torch.utils.data.Dataset`` whose items are
+                (input, label). Stages that train read it batch by batch, so it may be larger than
+                memory
     ``random``  standard normal noise of the model's input shape: only for smoke tests, and the
                 record says so
     """
 
-    kind: Literal["npz", "npy", "images", "wavs", "python", "random"]
+    kind: Literal["npz", "npy", "images", "wavs", "python", "dataset", "random"]
     path: Path | None = None
     function: str = ""
     args: dict[str, Any] = dataclasses.field(default_factory=dict)

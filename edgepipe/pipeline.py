@@ -23,12 +23,14 @@ from edgepipe.artifact import (
     load_artifact,
     save_artifact,
 )
+from edgepipe.baseline import DEFAULT_FOLDER, Baseline, baseline_path, model_inputs
 from edgepipe.data import DataSource, fingerprint, named_files, source_hash
 from edgepipe.device import open_device
 from edgepipe.errors import EdgepipeError, StageError
 from edgepipe.evaluate import evaluate
-from edgepipe.gate import Evidence, Gate, Status, Verdict, judge_all, overall
+from edgepipe.gate import Evidence, Gate, SlowdownGate, Status, Verdict, overall
 from edgepipe.inventory import Target
+from edgepipe.judge import judge, load_baselines
 from edgepipe.measurement import (
     Measurement,
     measurement_from_dict,
@@ -56,14 +58,25 @@ class RunResult:
 
 
 def run(
-    recipe: Recipe, store: Store, *, targets: Sequence[Target] = (), remeasure: bool = False
+    recipe: Recipe,
+    store: Store,
+    *,
+    targets: Sequence[Target] = (),
+    remeasure: bool = False,
+    baselines: Path | None = None,
 ) -> RunResult:
     """Run a recipe and judge it. Every finished step is kept, so running again resumes.
 
     A measurement of the same file on the same device with the same options is used again until it
-    is older than ``[measure] max_age``; ``remeasure`` takes a new one. Raises EdgepipeError where
-    a step could not be done; a failed gate is a result, not an error.
+    is older than ``[measure] max_age``; ``remeasure`` takes a new one. Where a gate compares with
+    the baseline, the baseline's model is measured beside the new one; ``baselines`` is the folder
+    they lie in (default: the recipe's, else ``ci/baselines`` in the working folder).
+
+    Raises EdgepipeError where a step could not be done; a failed gate is a result, not an error.
     """
+    folder = (baselines or recipe.baselines or DEFAULT_FOLDER).resolve()
+    # before any long work: a damaged baseline is refused
+    found = load_baselines(recipe.gates, folder, [t.profile.name for t in targets], recipe.name)
     record = store.new_run(recipe.name)
     record.update(
         edgepipe=edgepipe.__version__,
@@ -71,10 +84,13 @@ def run(
         recipe_text=recipe.path.read_text(encoding="utf-8"),
         steps=[],
         gates=_gates_to_list(recipe.gates),
+        baselines=str(folder),
     )
     with _log_to(record.folder / "log.txt"):
         try:
-            return _run(recipe, store, record, targets, remeasure)
+            for profile, baseline in found.items():
+                _say_baseline(baseline, baseline_path(folder, profile, recipe.name))
+            return _run(recipe, store, record, targets, remeasure, found)
         except KeyboardInterrupt:
             record.update(status="interrupted")
             raise
@@ -87,8 +103,20 @@ def run(
             raise
 
 
+def _say_baseline(baseline: Baseline | None, path: Path) -> None:
+    if baseline is None:
+        log.info("no baseline at %s: gates that compare with it will be INCONCLUSIVE", path)
+    else:
+        log.info("baseline: %s of %s, promoted %s", baseline.model.sha256[:12], path, baseline.promoted[:10])  # fmt: skip
+
+
 def _run(
-    recipe: Recipe, store: Store, record: Run, targets: Sequence[Target], remeasure: bool
+    recipe: Recipe,
+    store: Store,
+    record: Run,
+    targets: Sequence[Target],
+    remeasure: bool,
+    baselines: Mapping[str, Baseline | None],
 ) -> RunResult:
     steps = _Steps(store, record, total=len(recipe.stages) + 2 + len(targets))
     models = run_stages(recipe, steps)
@@ -96,18 +124,30 @@ def _run(
     measured = _model_measurements(recipe, steps, models)
     record.save_measurements("model", measured)
     record.update(shipped=artifact_to_dict(shipped))
-    evidence = []
+    evidence, measured_against = [], {}
     for target in targets:
-        found = _measure(recipe, steps, models, target, remeasure)
-        record.save_measurements(target.profile.name, found)
-        evidence.append(Evidence(shipped.sha256, target.profile.name, found))
-    verdicts = judge_all(recipe.gates, Evidence(shipped.sha256, "", measured), evidence)
+        profile = target.profile.name
+        beside = _measurable(baselines.get(profile), shipped)
+        found = _measure(recipe, steps, models, target, remeasure, beside)
+        record.save_measurements(profile, found)
+        evidence.append(Evidence(shipped.sha256, profile, found))
+        if beside:
+            measured_against[profile] = beside.sha256
+    verdicts = judge(
+        recipe.gates,
+        Evidence(shipped.sha256, "", measured),
+        evidence,
+        baselines=baselines,
+        measured_against=measured_against,
+        run_id=record.id,
+    )
     status = overall(verdicts) if recipe.gates or targets else Status.PASS
     record.update(
         status="complete",
         verdict=status.value,
         verdicts=[dataclasses.asdict(v) for v in verdicts],
         devices=[{"profile": t.profile.name, "address": t.address} for t in targets],
+        measured_against=measured_against,
     )
     return RunResult(record, shipped, status, verdicts)
 
@@ -211,6 +251,7 @@ def _build(
                 data=recipe.data,
                 seed=recipe.seed,
                 log_path=steps.log_path(name),
+                checkpoint=steps.store.root / "checkpoints" / key,
             )
             try:
                 made = stage.run(context) if parent is None else stage.run(parent, context)
@@ -218,6 +259,7 @@ def _build(
                 exc.log_path = exc.log_path or str(context.log_path)
                 raise
             save_artifact(made, work_dir)
+    (steps.store.root / "checkpoints" / key).unlink(missing_ok=True)
     artifact = load_artifact(steps.store.root / "cache" / key)
     steps.lineage[-1]["artifact"] = artifact_to_dict(artifact)
     return artifact
@@ -299,11 +341,14 @@ def _model_measurements(
 
     def make(work_dir: Path) -> list[Measurement]:
         context = {"model_sha256": shipped.sha256}
+        if options:
+            data = fingerprint(recipe.data[options.data])
+            context["data_sha256"] = hashlib.sha256(data.encode()).hexdigest()
         measured = [single("model_bytes", "B", shipped.size_bytes, context)]
         if shipped.kind == "tflite":
             measured.append(_float_islands(shipped, context))
         if options:
-            measured += evaluate(
+            found = evaluate(
                 shipped=shipped,
                 float_model=float_model,
                 reference=reference,
@@ -312,6 +357,7 @@ def _model_measurements(
                 metric=options.metric,
                 root=recipe.path.parent,
             )
+            measured += (dataclasses.replace(m, context={**m.context, **context}) for m in found)
         return measured
 
     return _measuring_step(steps, "evaluate", key, make)
@@ -369,11 +415,26 @@ def _measuring_step(
     return found
 
 
+def _measurable(baseline: Baseline | None, shipped: Artifact) -> Artifact | None:
+    """The baseline's model, if the two can be fed the same."""
+    if baseline is None or model_inputs(baseline.model) != model_inputs(shipped):
+        return None
+    return baseline.model
+
+
 def _measure(
-    recipe: Recipe, steps: _Steps, models: Sequence[Artifact], target: Target, remeasure: bool
+    recipe: Recipe,
+    steps: _Steps,
+    models: Sequence[Artifact],
+    target: Target,
+    remeasure: bool,
+    baseline: Artifact | None,
 ) -> dict[str, Measurement]:
-    """Measure the shipped file on one device, or use a measurement that is still good."""
-    shipped, options = models[-1], recipe.measure
+    """Measure the shipped file on one device, or use a measurement that is still good.
+
+    With ``baseline`` both are measured, side by side.
+    """
+    shipped, options = models[-1], _measure_options(recipe)
     sample_source = recipe.data.get(recipe.evaluate.data) if recipe.evaluate else None
     key = step_key(
         "measure",
@@ -386,6 +447,7 @@ def _measure(
             repr(target.profile),
             hash_path(target_dir(target.profile.target)),
             fingerprint(sample_source) if sample_source else "",
+            baseline.sha256 if baseline else "",
         ],
     )
 
@@ -405,14 +467,30 @@ def _measure(
                 target.profile,
                 options,
                 samples=_agreement_samples(sample_source, models[0]),
+                **({"baseline": baseline} if baseline else {}),
             )
         finally:
             device.close()
         write_json(work_dir / "raw.json", result.raw)
-        return result.measurements
+        return (*result.measurements, *_sizes(shipped, baseline))
 
     name = f"measure on {target.profile.name} ({target.address})"
     return _measuring_step(steps, name, key, make, is_fresh)
+
+
+def _sizes(shipped: Artifact, baseline: Artifact | None) -> tuple[Measurement, ...]:
+    """Both models' file sizes, as evidence beside what was measured on the device."""
+    if baseline is None:
+        return ()
+    context = {"model_sha256": shipped.sha256, "baseline_sha256": baseline.sha256}
+    named = (("model_bytes", shipped), ("model_bytes_baseline", baseline))
+    return tuple(single(metric, "B", model.size_bytes, context) for metric, model in named)
+
+
+def _measure_options(recipe: Recipe) -> bench.MeasureOptions:
+    """``[measure]``, with sessions enough for the strictest slowdown that a gate tolerates."""
+    limits = [gate.max for gate in recipe.gates if isinstance(gate, SlowdownGate)]
+    return dataclasses.replace(recipe.measure, tolerance=min(limits)) if limits else recipe.measure
 
 
 def _agreement_samples(source: DataSource | None, model: Artifact) -> dict[str, Any] | None:

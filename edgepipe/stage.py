@@ -21,12 +21,15 @@ class StageContext:
 
     Files are written under ``work_dir``, which becomes the cache entry when `run` returns and is
     removed when it raises. ``log_path`` is for long tool output; it is kept either way.
+    ``checkpoint`` is a file (not there at first) in which long work may save its state: it outlives
+    Ctrl-C and a kill, and is removed once the stage has its result.
     """
 
     work_dir: Path
     data: Mapping[str, DataSource]
     seed: int
     log_path: Path
+    checkpoint: Path | None = None
 
 
 class Stage(Protocol):

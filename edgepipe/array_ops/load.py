@@ -456,6 +456,65 @@ def _read_python(source: DataSource, specs: Sequence[TensorSpec]) -> _Raw:
     )
 
 
+class LazyDataset:
+    """A map-style dataset (``torch.utils.data.Dataset`` or a list) read sample by sample.
+
+    Its items are (input, label), (input, input, ..., label), or without the label only an input.
+    ``len`` is what fold, not_fold and limit leave of it; `read` prepares and checks like `load_samples`.
+    """
+
+    def __init__(self, source: DataSource, specs: Sequence[TensorSpec]) -> None:
+        if not source.function:
+            raise DataError(
+                'data of kind "dataset" needs a function', hint='function = "file.py:name"'
+            )
+        self.items = call_function(source.function, source.root, **source.args)
+        if not (hasattr(self.items, "__getitem__") and hasattr(self.items, "__len__")):
+            raise DataError(
+                f"{source.function} returned a {type(self.items).__name__}, not a dataset",
+                hint="return something with __len__ and __getitem__; an iterable dataset is not enough",
+            )
+        self.source, self.specs = source, tuple(specs)
+        self.rows = _choose(len(self.items), source)
+        self.origin = _origin(source, len(self.rows), len(self.items))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, numbers: Sequence[int]) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+        """Inputs by name (len(numbers), ...), and labels (or None) of the samples ``numbers``."""
+        columns: list[tuple[Any, ...]] = []
+        for number in numbers:
+            row = int(self.rows[number])
+            try:
+                item = self.items[row]
+            except Exception as exc:
+                raise _user_error(exc, f"reading item {row} of {self.source.function}", "") from exc
+            columns.append(tuple(item) if isinstance(item, (tuple, list)) else (item,))
+        widths = {len(item) for item in columns}
+        if len(widths) != 1 or widths.pop() not in (len(self.specs), len(self.specs) + 1):
+            raise DataError(
+                f"items of {self.source.function} hold {sorted({len(c) for c in columns})} values, the "
+                f"model has {len(self.specs)} inputs",
+                hint="return the inputs in the model's order, then the label",
+            )
+        arrays = [_as_array([np.asarray(v) for v in column], self.source) for column in zip(*columns, strict=True)]  # fmt: skip
+        where = _where(self.source)
+        inputs = {
+            spec.name: _fit(array, spec, self.source, where=where)
+            for spec, array in zip(self.specs, arrays, strict=False)
+        }
+        return inputs, arrays[-1] if len(arrays) > len(self.specs) else None
+
+
+def _read_dataset(source: DataSource, specs: Sequence[TensorSpec]) -> _Raw:
+    # `load_samples` prepares what is read here, so it must not be prepared yet
+    plain = dataclasses.replace(source, scale=1.0, mean=(), std=())
+    dataset = LazyDataset(plain, specs)
+    inputs, labels = dataset.read(range(len(dataset)))
+    return _Raw(inputs, labels, source.classes, dataset.origin)
+
+
 def _as_array(value: Any, source: DataSource, what: str = "inputs") -> np.ndarray:
     try:
         array = np.asarray(value)
@@ -492,6 +551,7 @@ _READERS: dict[str, Callable[[DataSource, Sequence[TensorSpec]], _Raw]] = {
     "images": _read_images,
     "wavs": _read_wavs,
     "python": _read_python,
+    "dataset": _read_dataset,
     "random": _read_random,
 }
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,8 @@ from edgepipe.stage import StageContext
 from edgepipe.stages.finetune import Finetune
 from edgepipe.stages.load import LoadModel
 from edgepipe.stages.prune import Prune
+
+from .conftest import EdgepipeRunner
 
 RECIPES = Path(__file__).parents[2] / "ci/recipes"
 
@@ -73,3 +78,28 @@ def test_published_keyword_weights_score_what_their_source_says(
     recipe = dataclasses.replace(recipe, data={"test": every})
     # 848 of the 1,000 keyword clips; rounding in the front end may move a few
     assert accuracy(recipe, model) == pytest.approx(0.848, abs=0.005)
+
+
+def test_training_that_was_killed_goes_on_where_it_was(
+    project: Path, edgepipe: EdgepipeRunner
+) -> None:
+    recipe = project / "recipe.toml"
+    text = recipe.read_text().replace("epochs = 3", 'epochs = 150\ncheckpoint_every = "1 ms"')
+    recipe.write_text(text)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgepipe", "run", "recipe.toml", "--no-devices"],
+        cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    folder = project / ".edgepipe" / "checkpoints"
+    try:
+        for _ in range(600):
+            if folder.is_dir() and any(".part." not in p.name for p in folder.iterdir()):
+                break
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.communicate()
+    (kept,) = [p for p in folder.iterdir() if ".part." not in p.name]
+    done = edgepipe("run", "recipe.toml", "--no-devices")
+    assert "going on at epoch" in done.stderr, done.stderr
+    assert not kept.exists()

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import zipfile
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from edgepipe.array_ops.load import load_samples
+from edgepipe.array_ops.load import LazyDataset, load_samples
 from edgepipe.artifact import TensorSpec
 from edgepipe.data import AudioPreprocess, DataSource, ImagePreprocess
 from edgepipe.errors import DataError
@@ -336,3 +338,71 @@ def test_the_sign_language_zip_loads_with_its_ten_labels(data_dir):
     assert samples.classes == tuple("0123456789")
     assert samples.inputs["x"].shape == (40, 3, 64, 64)
     assert 0.2 < samples.inputs["x"].mean() < 0.9
+
+
+DATASET = """
+import numpy as np
+
+class Squares:
+    def __init__(self, count):
+        self.count, self.read = count, []
+    def __len__(self):
+        return self.count
+    def __getitem__(self, row):
+        if row == 13:
+            raise OSError("disk broke")
+        self.read.append(row)
+        return np.full((1, 2, 2), row, np.float32), row % 3
+
+def make(count=10):
+    return Squares(count)
+
+def bare(count=10):
+    return [np.full((1, 2, 2), row, np.float32) for row in range(count)]
+
+def stream():
+    return iter([1])
+"""
+
+
+def dataset_source(folder: Path, **options: Any) -> DataSource:
+    (folder / "sets.py").write_text(DATASET)
+    return DataSource(**{"kind": "dataset", "function": "sets.py:make", "root": folder, **options})
+
+
+def test_a_dataset_is_read_sample_by_sample(tmp_path: Path) -> None:
+    spec = TensorSpec("x", (1, 1, 2, 2))
+    source = dataset_source(tmp_path, args={"count": 10}, not_fold=(0, 2), mean=(1.0,), std=(2.0,))
+    lazy = LazyDataset(source, [spec])
+    assert len(lazy) == 5
+    inputs, labels = lazy.read([0, 4])
+    assert lazy.items.read == [1, 9]
+    assert labels is not None
+    assert labels.tolist() == [1, 0]
+    assert inputs["x"][:, 0, 0, 0].tolist() == [0.0, 4.0]  # (1 - 1) / 2, (9 - 1) / 2
+    whole = load_samples(source, [spec])
+    np.testing.assert_array_equal(whole.inputs["x"][[0, 4]], inputs["x"])
+    assert whole.labels is not None
+    assert whole.labels.tolist() == [1, 0, 2, 1, 0]
+
+
+def test_a_dataset_without_labels_gives_inputs(tmp_path: Path) -> None:
+    spec = TensorSpec("x", (1, 1, 2, 2))
+    found = load_samples(dataset_source(tmp_path, function="sets.py:bare"), [spec])
+    assert found.labels is None
+    assert found.inputs["x"].shape == (10, 1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"args": {"count": 20}}, "reading item 13"),
+        ({"function": "sets.py:stream"}, "not a dataset"),
+        ({"function": ""}, "needs a function"),
+    ],
+)
+def test_a_dataset_that_cannot_be_read_is_named(
+    options: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=told):
+        load_samples(dataset_source(tmp_path, **options), [TensorSpec("x", (1, 1, 2, 2))])
