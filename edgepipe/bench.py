@@ -35,6 +35,7 @@ from edgepipe.errors import (
     RequestError,
     TransferError,
 )
+from edgepipe.evaluate import device_measurements
 from edgepipe.measurement import Measurement, single
 from edgepipe.metrics import METRICS
 from edgepipe.payload import push_payload
@@ -829,14 +830,10 @@ def _device_mismatch(
     address: str,
 ) -> Measurement:
     """Share of output values that differ between the board and this host, bit for bit."""
-    from edgepipe.tflite_ops.raw import mismatch
-
     data = next(s["data"] for s in sessions if s["kind"] == "outputs")
     try:
         answers = [[base64.b64decode(raw, validate=True) for raw in one] for one in data["samples"]]
-        names = [str(output["name"]) for output in data["outputs"]]
     except (binascii.Error, KeyError, TypeError) as exc:
         raise _garbage(f"outputs cannot be decoded ({exc})", b"", b"", address) from exc
-    found = mismatch(model.path, samples, names, answers)
-    details = {"values": found.values, "max_abs": found.max_abs, "inferences": samples.count}
-    return single("device_mismatch", "", found.share, {**context, **details})
+    raw = b"".join(part for one in answers for part in one)
+    return device_measurements(model, samples, data["outputs"], raw, context)[0]

@@ -1,19 +1,36 @@
-"""Task metric of the shipped file, and how far it is from its reference, on this host."""
+"""Task metric of the shipped file and how far it is from its reference: on this host, and on a board."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgepipe import stats
 from edgepipe.artifact import Artifact, TensorSpec
 from edgepipe.data import DataSource
+from edgepipe.errors import ArtifactError, TransferError
 from edgepipe.measurement import Measurement, single
 from edgepipe.predict import predict
+from edgepipe.units import format_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from edgepipe.array_ops.load import Samples
+    from edgepipe.tflite_ops.raw import RawSamples
 
 log = logging.getLogger(__name__)
+
+# How many samples layers are compared on, and how many of the noisiest layers are kept.
+LAYER_SAMPLES = 8
+LAYERS_KEPT = 10
+# Samples whose answer differs between board and host are listed up to this many.
+FLIPS_KEPT = 20
 
 
 def evaluate(
@@ -24,11 +41,16 @@ def evaluate(
 
     ``shipped`` is the file that goes out, ``float_model`` the one it was quantised from (parity is
     taken against it) and ``reference`` the model the accuracy drop is counted from. ``inputs`` are
-    those of the source model, which samples are prepared for. The drop comes with a paired 95 % interval where the metric judges each sample.
+    those of the source model, which samples are prepared for.
+
+    The drop comes with a paired 95 % interval and the right answers by class (``by_class``) where
+    the metric judges each sample. Drop and parity of a quantised file name the layers that add most
+    noise (``layers``), measured on a few samples whether or not a gate will fail: it takes no longer
+    than evaluating those.
     """
     from edgepipe.array_ops.compare import compare
     from edgepipe.array_ops.load import load_samples
-    from edgepipe.array_ops.task_metrics import correct, task_metric
+    from edgepipe.array_ops.task_metrics import task_metric
 
     started = time.monotonic()
     samples = load_samples(source, inputs)
@@ -48,9 +70,11 @@ def evaluate(
         "metric": metric,
         "seconds": round(time.monotonic() - started, 2),
     }
+    layers = {"layers": _noisiest_layers(shipped, float_model, samples)}
     measured = []
     errors = compare(outputs[float_model.sha256], outputs[shipped.sha256])
-    measured.append(single("parity_sqnr", "dB", min(e.sqnr_db for e in errors.values()), context))
+    worst = min(e.sqnr_db for e in errors.values())
+    measured.append(single("parity_sqnr", "dB", worst, {**context, **layers}))
     measured.append(single("parity_cosine", "", min(e.cosine for e in errors.values()), context))
     if samples.labels is None:
         log.info("the evaluation data has no labels: no task metric")
@@ -62,12 +86,200 @@ def evaluate(
     measured.append(single("task_metric", "", value(shipped), context))
     measured.append(single("task_metric_float", "", value(float_model), context))
     measured.append(single("task_metric_reference", "", value(reference), context))
-    drop_context = dict(context)
-    was_right = correct(metric, outputs[reference.sha256], samples.labels, root=root)
-    is_right = correct(metric, outputs[shipped.sha256], samples.labels, root=root)
-    if was_right is not None and is_right is not None:
-        _, low, high = stats.paired_difference_interval(was_right.tolist(), is_right.tolist())
-        drop_context["interval_points"] = [100 * low, 100 * high]
+    paired = _paired(
+        metric, outputs[reference.sha256], outputs[shipped.sha256], samples.labels, samples.classes, root
+    )  # fmt: skip
     drop = 100 * (value(reference) - value(shipped))
-    measured.append(single("accuracy_drop", "points", drop, drop_context))
+    measured.append(single("accuracy_drop", "points", drop, {**context, **layers, **paired}))
     return tuple(measured)
+
+
+def _paired(
+    metric: str, reference: Mapping[str, np.ndarray], candidate: Mapping[str, np.ndarray],
+    labels: np.ndarray, classes: Sequence[str], root: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """``interval_points`` of the drop and ``by_class``; nothing where the metric counts no samples."""
+    from edgepipe.array_ops.task_metrics import by_class, correct
+
+    was_right = correct(metric, reference, labels, root=root)
+    is_right = correct(metric, candidate, labels, root=root)
+    if was_right is None or is_right is None:
+        return {}
+    _, low, high = stats.paired_difference_interval(was_right.tolist(), is_right.tolist())
+    return {
+        "interval_points": [100 * low, 100 * high],
+        "by_class": by_class(labels, was_right, is_right, classes),
+    }
+
+
+def _noisiest_layers(
+    shipped: Artifact, float_model: Artifact, samples: Samples
+) -> list[dict[str, Any]]:
+    """What `noisiest_layers` finds in a TFLite file quantised from another; else an empty list."""
+    if {shipped.kind, float_model.kind} != {"tflite"} or shipped.sha256 == float_model.sha256:
+        return []
+    from edgepipe.array_ops.calibration import file_batches
+    from edgepipe.tflite_ops.quantize import noisiest_layers
+
+    inputs = {name: array[:LAYER_SAMPLES] for name, array in samples.inputs.items()}
+    few = dataclasses.replace(samples, inputs=inputs)
+    try:
+        return noisiest_layers(
+            float_model.path.read_bytes(),
+            shipped.path.read_bytes(),
+            file_batches(few, float_model.inputs),
+            count=LAYERS_KEPT,
+        )
+    except ArtifactError as exc:  # an explanation less; the evaluation itself stands
+        log.warning("the layers of the shipped file cannot be compared: %s", exc.message)
+        return []
+
+
+# ------------------------------------------------------------------------------------ on a board
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceEvaluation:
+    """Samples that a board shall answer, and what its answers are judged by.
+
+    ``inputs`` by input name, (n, ...) in the source layout; ``labels`` (n, ...) or None; ``indices``
+    (n,) are their numbers in the evaluation set. ``reference`` is the model the accuracy drop is
+    counted from. ``context`` goes into the record: how many of how many, how chosen, metric, data.
+    """
+
+    inputs: Mapping[str, Any]
+    labels: Any
+    indices: Any
+    classes: tuple[str, ...]
+    metric: str
+    root: Path
+    reference: Artifact
+    context: Mapping[str, Any]
+
+
+def choose_evaluation(
+    *, shipped: Artifact, reference: Artifact, inputs: tuple[TensorSpec, ...], source: DataSource,
+    metric: str, root: Path, count: int, seed: int,
+) -> DeviceEvaluation:  # fmt: skip
+    """A seeded sample of ``count`` from the evaluation data, classes in proportion; 0 means all.
+
+    The count is rounded up to whole batches of ``shipped``, as far as there are samples. Arguments
+    as for `evaluate`, which judges the whole set on this host by the same metric.
+    """
+    from edgepipe.array_ops.load import load_samples
+    from edgepipe.array_ops.sampling import stratified_sample
+
+    samples = load_samples(source, inputs)
+    batch = max((s.shape[max(s.layout.find("N"), 0)] for s in shipped.inputs if s.shape), default=1)
+    wanted = math.ceil(count / max(batch, 1)) * max(batch, 1)
+    chosen, is_stratified = stratified_sample(wanted, len(samples), samples.labels, seed=seed)
+    return DeviceEvaluation(
+        inputs={name: array[chosen] for name, array in samples.inputs.items()},
+        labels=None if samples.labels is None else samples.labels[chosen],
+        indices=chosen,
+        classes=samples.classes,
+        metric=metric,
+        root=root,
+        reference=reference,
+        context={
+            "reference_sha256": reference.sha256,
+            "samples": len(chosen),
+            "samples_total": len(samples),
+            "samples_seed": seed,
+            "stratified": is_stratified,
+            "data": samples.origin,
+            "random_data": samples.is_random,
+            "metric": metric,
+        },
+    )
+
+
+def check_fits(
+    model: Artifact, samples: RawSamples, *, free_bytes: int | None, reserve_bytes: int, address: str
+) -> None:  # fmt: skip
+    """Refuse samples that the board's free disk cannot hold with their answers.
+
+    To be called before anything is pushed. ``free_bytes`` is what the board said, ``reserve_bytes``
+    what must stay free. Raises TransferError (``disk-full``) with the numbers.
+    """
+    from edgepipe.tflite_ops.raw import output_bytes
+
+    answers = samples.count * output_bytes(model.path)
+    needed = len(samples.data) + answers + reserve_bytes
+    if free_bytes is None or needed <= free_bytes:
+        return
+    raise TransferError(
+        f"the disk of {address} is too small for the samples: {format_bytes(free_bytes)} are free; "
+        f"{samples.count * samples.batch} samples need {format_bytes(len(samples.data))}, their "
+        f"outputs {format_bytes(answers)}, and {format_bytes(reserve_bytes)} stay free",
+        hint="free some space there, or give fewer samples ([measure] evaluate_samples)",
+        code="disk-full",
+    )
+
+
+def device_measurements(
+    model: Artifact, samples: RawSamples, described: Sequence[Mapping[str, Any]], answers: bytes,
+    context: Mapping[str, Any], evaluation: DeviceEvaluation | None = None,
+) -> tuple[Measurement, ...]:  # fmt: skip
+    """What a board's answers are worth, computed on this host.
+
+    ``answers`` is the outputs file of a board that was given ``samples``: inference after inference,
+    in each the tensors of ``described`` (``name``, ``dtype``, ``shape``, ``bytes``). ``context`` is
+    that of the measurement they belong to. Gives ``device_mismatch`` (values that are not this
+    host's, bit for bit) and with an ``evaluation`` of the same samples ``device_flips``,
+    ``device_task_metric`` and ``device_accuracy_drop`` (with paired 95 % interval and classes), as
+    far as its metric and labels allow. Raises DataError where the answers are not this file's.
+    """
+    from edgepipe.array_ops.task_metrics import predictions, task_metric
+    from edgepipe.tflite_ops.raw import mismatch, read_outputs, real_outputs, stored_outputs
+
+    on_device = read_outputs(model.path, answers, described, samples.count)
+    log.info("running the same %d samples on this host", samples.count * samples.batch)
+    on_host = stored_outputs(model.path, samples)
+    found = mismatch(on_host, on_device)
+    details = {"values": found.values, "max_abs": found.max_abs, "inferences": samples.count}
+    measured = [single("device_mismatch", "", found.share, {**context, **details})]
+    if evaluation is None:
+        return tuple(measured)
+    n = samples.count * samples.batch  # the rest of the last batch was not run
+    facts = {**context, **evaluation.context, "samples": n}
+    metric, root = evaluation.metric, evaluation.root
+    device = real_outputs(model.path, on_device, model.outputs)
+    host = real_outputs(model.path, on_host, model.outputs)
+    labels = None if evaluation.labels is None else evaluation.labels[:n]
+
+    device_says, host_says = predictions(metric, device), predictions(metric, host)
+    if device_says is not None and host_says is not None:
+        moved = (device_says != host_says).reshape(n, -1).any(axis=1)
+        listed = [
+            _flip(evaluation, i, host_says, device_says)
+            for i in moved.nonzero()[0][:FLIPS_KEPT].tolist()
+        ]
+        flips = {**facts, "flips": listed, "flipped": int(moved.sum())}
+        measured.append(single("device_flips", "", float(moved.mean()), flips))
+    if labels is None:
+        log.info("the evaluation data has no labels: no task metric of the device")
+        return tuple(measured)
+
+    log.info("running the reference model on %d samples", n)
+    reference = predict(evaluation.reference, {k: v[:n] for k, v in evaluation.inputs.items()})
+    value = task_metric(metric, device, labels, root=root)
+    was = task_metric(metric, reference, labels, root=root)
+    facts["task_metric_host"] = task_metric(metric, host, labels, root=root)
+    facts["task_metric_reference"] = was
+    measured.append(single("device_task_metric", "", value, facts))
+    paired = _paired(metric, reference, device, labels, evaluation.classes, root)
+    measured.append(single("device_accuracy_drop", "points", 100 * (was - value), {**facts, **paired}))  # fmt: skip
+    return tuple(measured)
+
+
+def _flip(
+    evaluation: DeviceEvaluation, row: int, host: np.ndarray, device: np.ndarray
+) -> dict[str, Any]:
+    """One sample that board and host answer differently; classes only where there is one a sample."""
+    entry: dict[str, Any] = {"sample": int(evaluation.indices[row])}
+    if host.ndim == 1:
+        entry |= {"host": int(host[row]), "device": int(device[row])}
+        if evaluation.labels is not None and evaluation.labels.ndim == 1:
+            entry["label"] = evaluation.labels[row].item()
+    return entry

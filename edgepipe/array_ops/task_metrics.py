@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,17 +14,20 @@ from edgepipe.errors import DataError
 from edgepipe.schema import near_miss
 
 Score = Callable[[np.ndarray, np.ndarray], float]
+Predict = Callable[[np.ndarray], np.ndarray]
 PerSample = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskMetric:
     """``score(output, labels)`` -> 0..1. ``correct(output, labels)`` -> (N,) bool, for metrics
-    that count samples: their score is its mean, and paired statistics can be made from it."""
+    that count samples: their score is its mean, and paired statistics can be made from it.
+    ``predict(output)`` -> (N, ...) class numbers, for metrics of classes."""
 
     meaning: str
     score: Score
     correct: PerSample | None = None
+    predict: Predict | None = None
 
 
 def _top_k(k: int) -> PerSample:
@@ -121,13 +125,34 @@ def _mean_iou(output: np.ndarray, labels: np.ndarray) -> float:
 
 _top1, _top5 = _top_k(1), _top_k(5)
 
+
+def _best_class(output: np.ndarray) -> np.ndarray:
+    """(N, classes) or (N, 1, ..., classes, ..., 1) -> (N,); among equals the lowest, as in `_top_k`."""
+    return np.asarray(output.reshape(len(output), -1).argmax(axis=1))
+
+
+def _best_class_per_pixel(output: np.ndarray) -> np.ndarray:
+    """(N, C, ...) -> (N, ...)"""
+    return np.asarray(output.argmax(axis=1))
+
+
 TASK_METRICS: dict[str, TaskMetric] = {
-    "top1": TaskMetric("share of samples whose best class is the label", _mean_of(_top1), _top1),
-    "top5": TaskMetric("share whose label is among the five best", _mean_of(_top5), _top5),
+    "top1": TaskMetric(
+        "share of samples whose best class is the label", _mean_of(_top1), _top1, _best_class
+    ),
+    "top5": TaskMetric(
+        "share whose label is among the five best", _mean_of(_top5), _top5, _best_class
+    ),
     "r2": TaskMetric("explained variance, 1 - squared error / variance, at least 0", _r2),
     "mse": TaskMetric("1 / (1 + mean squared error)", _mse),
-    "pixel_accuracy": TaskMetric("share of pixels of the right class", _pixel_accuracy),
-    "mean_iou": TaskMetric("mean intersection over union of the classes present", _mean_iou),
+    "pixel_accuracy": TaskMetric(
+        "share of pixels of the right class", _pixel_accuracy, predict=_best_class_per_pixel
+    ),
+    "mean_iou": TaskMetric(
+        "mean intersection over union of the classes present",
+        _mean_iou,
+        predict=_best_class_per_pixel,
+    ),
 }
 
 
@@ -175,6 +200,44 @@ def correct(
     output, known = _checked(name, outputs, labels)
     per_sample = TASK_METRICS[name].correct
     return None if per_sample is None else per_sample(output, known)
+
+
+def predictions(name: str, outputs: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """The classes that a built-in metric reads from N answers: (N, ...) int64.
+
+    None for metrics that know no classes (regression, functions of the user's own), and for
+    answers they do not fit. Arguments as `task_metric`; no labels are needed.
+    """
+    metric = TASK_METRICS.get(name)
+    output = next(iter(outputs.values()))
+    if metric is None or metric.predict is None or len(outputs) != 1 or output.ndim < 2:
+        return None
+    return metric.predict(output)
+
+
+def by_class(
+    labels: np.ndarray, was_right: np.ndarray, is_right: np.ndarray, classes: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Right answers of a reference and of a candidate for every class that has samples.
+
+    ``labels`` (N,) integers, the others (N,) bool. Empty where labels are no class numbers.
+    ``classes`` are their names; a class without one is called by its number.
+    """
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        return []
+    rows = []
+    for number in np.unique(labels).tolist():
+        own = labels == number
+        name = classes[number] if 0 <= number < len(classes) else ""
+        rows.append(
+            {
+                "class": name or str(number),
+                "n": int(own.sum()),
+                "reference_right": int(was_right[own].sum()),
+                "right": int(is_right[own].sum()),
+            }
+        )
+    return rows
 
 
 def _checked(

@@ -514,6 +514,38 @@ def departures(
     ]
 
 
+def noisiest_layers(
+    float_content: bytes,
+    integer_content: bytes,
+    batches: Iterable[Sequence[np.ndarray]],
+    *,
+    count: int,
+) -> list[dict[str, Any]]:
+    """The ``count`` layers that add most noise: ``layer``, ``operator``, ``sqnr_db``, worst first.
+
+    ``sqnr_db`` of a tensor includes what its inputs brought along, so it falls along the graph and
+    the last layer would always be blamed. Ranked is what each layer adds: its noise-to-signal ratio
+    less the largest of its inputs'. Example: 30 dB in, 20 dB out adds 0.01 - 0.001 = 0.009; a later
+    layer that goes from 20 to 19 dB adds 0.0026. ``batches`` as for `departures`.
+    """
+    graph = parse_model(integer_content, where="the int8 model").subgraphs[0]
+    rows = departures(float_content, integer_content, batches)
+    noise = {tensor: 10 ** (-db / 10) for tensor, _, db in rows}
+    carried: dict[int, float] = {}  # tensors that only one file names hand on what they were given
+    added = {}
+    for operator in graph.operators:
+        inherited = max((carried.get(i, 0.0) for i in operator.inputs), default=0.0)
+        for index in operator.outputs:
+            name = graph.tensors[index].name if index >= 0 else ""
+            carried[index] = noise.get(name, inherited)
+            added[name] = carried[index] - inherited
+    ranked = sorted(rows, key=lambda row: -added[row[0]])
+    return [
+        {"layer": tensor, "operator": operator, "sqnr_db": round(db, 2)}
+        for tensor, operator, db in ranked[:count]
+    ]
+
+
 def _stored(array: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:
     scale, zero_point = detail["quantization"]
     if not scale:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,17 +15,23 @@ from edgepipe.array_ops.layout import to_layout
 from edgepipe.array_ops.load import DAMAGED
 from edgepipe.artifact import TensorSpec
 from edgepipe.errors import DataError
-from edgepipe.tflite_ops.run import invoke_once, open_tflite, quantize
+from edgepipe.tflite_ops.run import dequantize, invoke_once, open_tflite, quantize
+
+log = logging.getLogger(__name__)
+
+# How often a long run on this host says how far it is.
+PROGRESS_S = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
 class RawSamples:
-    """Input bytes for ``count`` inferences: for each, the tensors one after another in the order of
-    ``tensors`` (names in the file), C order, in the file's dtype."""
+    """Input bytes for ``count`` inferences of ``batch`` samples: for each, the tensors one after
+    another in the order of ``tensors`` (names in the file), C order, in the file's dtype."""
 
     data: bytes
     count: int
     tensors: tuple[str, ...]
+    batch: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +55,7 @@ def encode_samples(
     """
     interpreter = open_tflite(path)
     details = interpreter.get_input_details()
-    arrays = []
+    arrays, batch = [], 1
     for index, detail in enumerate(details):
         shape = tuple(int(n) for n in detail["shape"])
         spec = specs[index] if specs else TensorSpec(detail["name"], shape)
@@ -71,6 +80,7 @@ def encode_samples(
                 hint="the first number is the batch; the rest must be equal",
             )
         stored = quantize(array, detail)
+        batch = shape[axis]
         runs = array.shape[axis] // shape[axis]
         rows = [range(k * shape[axis], (k + 1) * shape[axis]) for k in range(runs)]
         arrays.append([np.ascontiguousarray(np.take(stored, row, axis=axis)) for row in rows])
@@ -78,19 +88,19 @@ def encode_samples(
     if count == 0:
         raise DataError(f"too few samples for one inference of {path.name}")
     data = b"".join(runs_of[k].tobytes() for k in range(count) for runs_of in arrays)
-    return RawSamples(data, count, tuple(d["name"] for d in details))
+    return RawSamples(data, count, tuple(d["name"] for d in details), batch)
 
 
-def host_outputs(path: Path, samples: RawSamples) -> tuple[dict[str, str], list[dict[str, bytes]]]:
-    """(dtype of each output, output bytes by tensor name for each inference) on this host."""
+def stored_outputs(path: Path, samples: RawSamples) -> dict[str, np.ndarray]:
+    """What this host computes: output tensor name -> (inferences, *shape) as the file stores it."""
     interpreter = open_tflite(path)
     inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
     # resource variables (tf.Variable) outlive reset_all_variables: only loading anew clears them
     has_resources = any(op["op_name"] == "VAR_HANDLE" for op in interpreter._get_ops_details())
-    results: list[dict[str, bytes]] = []
-    at = 0
-    for _ in range(samples.count):
-        if has_resources and results:
+    results: dict[str, list[np.ndarray]] = {d["name"]: [] for d in outputs}
+    at, shown = 0, time.monotonic()
+    for done in range(samples.count):
+        if has_resources and done:
             interpreter = open_tflite(path)
         for detail in inputs:
             shape, dtype = tuple(detail["shape"]), np.dtype(detail["dtype"])
@@ -99,42 +109,96 @@ def host_outputs(path: Path, samples: RawSamples) -> tuple[dict[str, str], list[
             interpreter.set_tensor(detail["index"], np.frombuffer(piece, dtype).reshape(shape))
             at += size
         invoke_once(interpreter, where=str(path))
-        results.append({d["name"]: interpreter.get_tensor(d["index"]).tobytes() for d in outputs})
-    return {d["name"]: np.dtype(d["dtype"]).name for d in outputs}, results
+        for detail in outputs:
+            results[detail["name"]].append(interpreter.get_tensor(detail["index"]))
+        if time.monotonic() - shown > PROGRESS_S:
+            shown = time.monotonic()
+            log.info("running on this host: %d of %d inferences", done + 1, samples.count)
+    return {name: np.stack(rows) for name, rows in results.items()}
 
 
-def mismatch(
-    path: Path, samples: RawSamples, names: Sequence[str], device: Sequence[Sequence[bytes]]
-) -> Mismatch:
-    """Compare a board's outputs with this host's for the same input bytes.
+def output_bytes(path: Path) -> int:
+    """Bytes of all outputs of one inference."""
+    details = open_tflite(path).get_output_details()
+    return sum(int(np.prod(d["shape"])) * np.dtype(d["dtype"]).itemsize for d in details)
 
-    ``device[k][i]`` is output ``names[i]`` of inference *k*. Two NaN count as equal. Raises
-    DataError where the outputs are not those of this file.
+
+def read_outputs(
+    path: Path, data: bytes, described: Sequence[Mapping[str, Any]], count: int
+) -> dict[str, np.ndarray]:
+    """A board's outputs file -> as `stored_outputs`, keyed and ordered like the model file.
+
+    ``data`` holds ``count`` inferences, in each the tensors in the order of ``described`` (``name``,
+    ``dtype``, ``shape``, ``bytes``). Raises DataError where it is not what this model file puts out.
     """
-    dtypes, host = host_outputs(path, samples)
-    if len(names) == len(dtypes) == 1:
-        names = list(dtypes)
-    if sorted(names) != sorted(dtypes) or len(device) != len(host):
-        raise DataError(f"the device answered with outputs {list(names)}, the file has {list(dtypes)}")  # fmt: skip
+    details = {d["name"]: d for d in open_tflite(path).get_output_details()}
+    names = [str(one.get("name")) for one in described]
+    if len(names) == len(details) == 1:
+        names = list(details)  # one output needs no name: a runtime may use the signature's
+    if sorted(names) != sorted(details):
+        raise DataError(
+            f"the device answered with outputs {names}, {path.name} has {list(details)}",
+            hint="the board ran another file than the one here",
+        )
+    sizes = [int(np.prod(details[n]["shape"])) * np.dtype(details[n]["dtype"]).itemsize for n in names]  # fmt: skip
+    for name, size, one in zip(names, sizes, described, strict=True):
+        dtype = np.dtype(details[name]["dtype"]).name
+        if one.get("bytes") != size or one.get("dtype") != dtype:
+            raise DataError(
+                f"output {name!r} is {one.get('dtype')} of {one.get('bytes')} bytes on the device, "
+                f"{dtype} of {size} in {path.name}",
+                hint="the board ran another file than the one here",
+            )
+    if len(data) != count * sum(sizes):
+        raise DataError(
+            f"the device's outputs are {len(data)} bytes; {count} inferences of {path.name} give "
+            f"{count * sum(sizes)}",
+            hint="measure again; if it happens twice, check the board's storage",
+        )
+    rows = np.frombuffer(data, np.uint8).reshape(count, sum(sizes))
+    found, at = {}, 0
+    for name, size in zip(names, sizes, strict=True):
+        column = np.ascontiguousarray(rows[:, at : at + size])
+        shape = tuple(int(n) for n in details[name]["shape"])
+        found[name] = column.view(details[name]["dtype"]).reshape(count, *shape)
+        at += size
+    return {name: found[name] for name in details}
+
+
+def real_outputs(
+    path: Path, stored: Mapping[str, np.ndarray], specs: Sequence[TensorSpec]
+) -> dict[str, np.ndarray]:
+    """Stored outputs -> real values by output name, (N, ...) in the source model's layout.
+
+    Worked example: 5 inferences of batch 2, stored (5, 2, 4, 4, 3) int8, layout NHWC -> dequantised
+    (10, 3, 4, 4) for a source layout NCHW. ``specs`` are the artifact's outputs in the file's order.
+    """
+    details = {d["name"]: d for d in open_tflite(path).get_output_details()}
+    found = {}
+    for (name, rows), spec in zip(stored.items(), specs, strict=True):
+        axis = max(spec.layout.find("N"), 0)
+        values = dequantize(rows, details[name])
+        # (inferences, ..., batch, ...) -> (..., inferences * batch, ...)
+        whole = np.concatenate([np.atleast_1d(row) for row in values], axis=axis)
+        found[spec.name] = to_layout(whole, spec.layout, spec.source_layout)
+    return found
+
+
+def mismatch(host: Mapping[str, np.ndarray], device: Mapping[str, np.ndarray]) -> Mismatch:
+    """Compare stored outputs bit for bit. Two NaN count as equal, and so do 0.0 and -0.0."""
     different, total, largest = 0, 0, 0.0
-    for ours, theirs in zip(host, device, strict=True):
-        for name, raw in zip(names, theirs, strict=True):
-            if len(raw) != len(ours[name]):
-                raise DataError(
-                    f"output {name!r} has {len(raw)} bytes on the device, {len(ours[name])} here"
-                )
-            here = np.frombuffer(ours[name], dtypes[name])
-            there = np.frombuffer(raw, dtypes[name])
-            if np.issubdtype(here.dtype, np.floating):
-                here, there = here.astype(np.float64), there.astype(np.float64)
-                unequal = ~((here == there) | (np.isnan(here) & np.isnan(there)))
-            else:
-                here, there = here.astype(np.int64), there.astype(np.int64)
-                unequal = here != there
-            total += here.size
-            different += int(unequal.sum())
-            if unequal.any():
-                largest = max(largest, float(np.abs(here[unequal] - there[unequal]).max()))
+    for name, ours in host.items():
+        here, there = ours, device[name]
+        if np.issubdtype(here.dtype, np.floating):
+            here, there = here.astype(np.float64), there.astype(np.float64)
+            unequal = ~((here == there) | (np.isnan(here) & np.isnan(there)))
+        else:
+            here, there = here.astype(np.int64), there.astype(np.int64)
+            unequal = here != there
+        total += here.size
+        different += int(unequal.sum())
+        if unequal.any():
+            largest = max(largest, float(np.abs(here[unequal] - there[unequal]).max()))
     return Mismatch(different / total if total else 0.0, total, largest)
 
 
