@@ -26,7 +26,7 @@ from edgepipe.stages.load import ModelSource, check_source
 SCHEMA = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # part of a folder's name
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
-TABLES = ("schema", "name", "seed", "devices", "model", "data", "stages", "evaluate", "measure", "gates")  # fmt: skip
+TABLES = ("schema", "name", "seed", "devices", "baselines", "model", "data", "stages", "evaluate", "measure", "gates")  # fmt: skip
 NEEDS_EVALUATION = (
     "accuracy_drop", "task_metric", "parity", "device_agreement", "device_task_metric", "device_accuracy_drop",
 )  # fmt: skip
@@ -62,6 +62,7 @@ class Recipe:
     devices: tuple[str, ...]
     measure: MeasureOptions
     gates: tuple[Gate, ...]
+    baselines: Path | None = None
 
     @property
     def reference_stage(self) -> int:
@@ -129,6 +130,11 @@ def load_recipe(path: Path) -> Recipe:
         elif not isinstance(device, str) or device not in known_profiles:
             problems.append(f"devices: unknown profile {device!r}{near_miss(str(device), list(known_profiles))} (`edgepipe devices list` shows them)")  # fmt: skip
 
+    baselines = raw.get("baselines")
+    if baselines is not None and (not isinstance(baselines, str) or not baselines):
+        problems.append(f"baselines: {baselines!r} is not the name of a folder")
+        baselines = None
+
     if model is not None:
         model = dataclasses.replace(model, root=root)
         kind = _check_model(model, problems)
@@ -151,6 +157,7 @@ def load_recipe(path: Path) -> Recipe:
     return Recipe(
         path=path, name=name, seed=seed, model=model, data=data, stages=tuple(stages),
         evaluate=evaluate, devices=tuple(devices), measure=measure, gates=tuple(gates),
+        baselines=user_path(Path(baselines), root) if baselines else None,
     )  # fmt: skip
 
 
