@@ -33,7 +33,7 @@ def resolve_targets(
 ) -> list[Target]:
     """Addresses for the profiles a recipe names, or the one device the command line names.
 
-    ``localhost`` needs no address. Raises RequestError where a profile has none.
+    ``localhost`` needs no address, and neither ``local`` nor a null device a profile. Raises RequestError where a profile has none.
     """
     for option, value in (("--device", address), ("--profile", profile)):
         if value == "":  # "$BOARD" of a script must not become this machine
@@ -42,7 +42,8 @@ def resolve_targets(
     if profile:
         names = [profile]
     elif address and len(profiles) != 1:
-        default = "localhost" if address == "local" else ""
+        # neither this machine nor a simulated board is of a kind that a profile describes
+        default = "localhost" if address == "local" or address.startswith("null://") else ""
         if not default:
             raise RequestError(
                 f"which profile describes {address}?",

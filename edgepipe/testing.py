@@ -1,6 +1,8 @@
 """Parts that help to test and to show what is built on edgepipe. Public: use them in your own tests.
 
 `LoopbackSshd` is a real OpenSSH server on this machine, for as long as a ``with`` block lasts.
+`NullDevice` is a board that is not there: noise, drift and faults as its `Scenario` says, in virtual
+time, for gates and CI without hardware. No release gate passes on what it measures.
 """
 
 from __future__ import annotations
@@ -16,7 +18,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from edgepipe.device.null import NullDevice
+from edgepipe.device.scenario import Scenario, parse_scenario
 from edgepipe.errors import NotReadyError
+
+__all__ = ["LoopbackSshd", "NullDevice", "Scenario", "find_sshd", "parse_scenario"]
 
 _START_TIMEOUT_S = 10.0
 _SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")  # where systems keep sshd, often not on PATH

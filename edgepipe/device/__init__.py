@@ -15,14 +15,17 @@ __all__ = ["SCHEMES", "Completed", "Device", "open_device"]
 # scheme -> (module, function); the function takes the whole address and the options of its scheme
 SCHEMES: dict[str, tuple[str, str]] = {
     "local": ("edgepipe.device.local", "open_local"),
+    "null": ("edgepipe.device.null", "open_null"),
     "ssh": ("edgepipe.device.ssh", "open_ssh"),
 }
 
-ADDRESS_HINT = "write `local` or `ssh://[user@]host[:port]`"
+ADDRESS_HINT = (
+    "write `local` or `ssh://[user@]host[:port]`, or `null://quiet` for a simulated board"
+)
 
 
 def open_device(address: str, **options: Any) -> Device:
-    """Open the board at ``address``: ``local`` or ``ssh://[user@]host[:port]``.
+    """Open the board at ``address``: ``local``, ``ssh://[user@]host[:port]`` or ``null://scenario``.
 
     ``options`` are the keyword arguments of the scheme's own function (`edgepipe.device.ssh.open_ssh`).
     Raises RequestError for an address of no known scheme, and the ConnectError, HostKeyError or
