@@ -211,12 +211,11 @@ def classes_that_lost(measurements: Mapping[str, Measurement]) -> tuple[str, ...
 
 
 def layers_that_lost(measurements: Mapping[str, Measurement]) -> tuple[str, ...]:
-    """The layers with the largest quantisation error, where they were looked at."""
+    """The layers that add most quantisation noise, worst first, where they were looked at."""
     for found in measurements.values():
         layers = found.context.get("layers")
         if layers:
-            worst = sorted(layers, key=lambda layer: layer["sqnr_db"])[:SHOWN]
-            return tuple(f"layer {layer['layer']}: {layer['sqnr_db']:.1f} dB SQNR against its float twin" for layer in worst)  # fmt: skip
+            return tuple(f"layer {layer['layer']} ({layer['operator']}): {layer['sqnr_db']:.1f} dB SQNR against its float twin" for layer in layers[:SHOWN])  # fmt: skip
     return ()
 
 
