@@ -17,8 +17,11 @@ from sysfs import SYSROOT, names, read, read_int
 
 
 def log(text):
-    sys.stderr.write("agent: %s\n" % text)
-    sys.stderr.flush()
+    try:
+        sys.stderr.write("agent: %s\n" % text)
+        sys.stderr.flush()
+    except OSError:
+        pass  # the log may lie on the disk that is full
 
 
 def sha256_of(path):
@@ -39,8 +42,11 @@ THROTTLE_BITS = {
 }  # fmt: skip
 
 
-def throttling():
-    """Firmware throttling as names; None where this board does not say."""
+def throttling(ask_firmware=True):
+    """Firmware throttling as names; None where this board does not say.
+
+    Without ``ask_firmware`` only files are read, which costs no process.
+    """
     text = None
     for platform_dir in ["/sys/devices/platform/soc/soc:firmware"] + [
         "/sys/devices/platform/%s/%s" % (soc, firmware)
@@ -50,7 +56,7 @@ def throttling():
         if "firmware" in firmware
     ]:
         text = text or read(platform_dir + "/get_throttled")
-    if text is None and not SYSROOT and shutil.which("vcgencmd"):
+    if text is None and ask_firmware and not SYSROOT and shutil.which("vcgencmd"):
         try:
             done = subprocess.run(
                 ["vcgencmd", "get_throttled"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -67,18 +73,61 @@ def throttling():
     return [name for bit, name in sorted(THROTTLE_BITS.items()) if bits >> bit & 1]
 
 
+def throttled_now(bits):
+    """The flag for what `throttling` says of this moment, in a set."""
+    now = [name for name in bits or [] if not name.endswith("_occurred")]
+    return {"throttled_now"} if now else set()
+
+
+def temperatures():
+    """Degrees Celsius by thermal zone."""
+    found = {}
+    for zone in names("/sys/class/thermal"):
+        if zone.startswith("thermal_zone"):
+            value = read_int("/sys/class/thermal/%s/temp" % zone)
+            if value is not None:
+                kind = read("/sys/class/thermal/%s/type" % zone, "?")
+                found["%s:%s" % (zone, kind)] = value / 1000.0
+    return found
+
+
+def temperature_c():
+    """The hottest zone; None where this board does not say."""
+    return max(temperatures().values(), default=None)
+
+
+def vmstat():
+    return {
+        name: int(count)
+        for name, count in re.findall(r"^(\w+) (\d+)$", read("/proc/vmstat", ""), re.M)
+    }
+
+
+def oom_kills():
+    return vmstat().get("oom_kill")
+
+
+def under_voltage_alarm():
+    """1 while the supply is too weak (raspberrypi-hwmon), 0 while it is not, or None."""
+    for folder in names("/sys/class/hwmon"):
+        if read("/sys/class/hwmon/%s/name" % folder) == "rpi_volt":
+            return read_int("/sys/class/hwmon/%s/in0_lcrit_alarm" % folder)
+    return None
+
+
+def pressure_us(resource):
+    """Time that somebody waited for ``cpu``, ``memory`` or ``io`` since boot, us, or None (PSI)."""
+    found = re.search(r"^some .*total=(\d+)", read("/proc/pressure/" + resource, ""), re.M)
+    return int(found.group(1)) if found else None
+
+
 def health():
     """One snapshot of everything that can disturb a measurement. SI units; None = not readable."""
-    temperatures, cooling, frequencies = {}, {}, {}
-    for zone in names("/sys/class/thermal"):
-        base = "/sys/class/thermal/%s/" % zone
-        kind = read(base + "type", "?")
-        if zone.startswith("thermal_zone"):
-            value = read_int(base + "temp")
-            if value is not None:
-                temperatures["%s:%s" % (zone, kind)] = value / 1000.0
-        elif zone.startswith("cooling_device"):
-            cooling["%s:%s" % (zone, kind)] = read_int(base + "cur_state")
+    zones, cooling, frequencies = temperatures(), {}, {}
+    for device in names("/sys/class/thermal"):
+        if device.startswith("cooling_device"):
+            base = "/sys/class/thermal/%s/" % device
+            cooling["%s:%s" % (device, read(base + "type", "?"))] = read_int(base + "cur_state")
     for policy in names("/sys/devices/system/cpu/cpufreq"):
         base = "/sys/devices/system/cpu/cpufreq/%s/" % policy
         if policy.startswith("policy"):
@@ -90,39 +139,41 @@ def health():
                 "hardware_limit_khz": read_int(base + "cpuinfo_max_freq"),
             }
     meminfo = dict(re.findall(r"^(\w+):\s+(\d+)", read("/proc/meminfo", ""), re.M))
-    vmstat = dict(re.findall(r"^(\w+) (\d+)$", read("/proc/vmstat", ""), re.M))
-    load = read("/proc/loadavg", "").split()
+    counters = vmstat()
+    load = re.match(r"([\d.]+) \S+ \S+ (\d+)/", read("/proc/loadavg", ""))
     return {
         "realtime_s": time.time(),
         "monotonic_s": time.monotonic(),
         "boot_id": read("/proc/sys/kernel/random/boot_id"),
-        "temperatures_c": temperatures,
-        "temperature_c": max(temperatures.values()) if temperatures else None,
+        "temperatures_c": zones,
+        "temperature_c": max(zones.values(), default=None),
         "cooling": cooling,
         "throttling": throttling(),
         "frequencies": frequencies,
         "governor": ",".join(sorted({f["governor"] for f in frequencies.values() if f["governor"]}))
         or None,
-        "loadavg_1min": float(load[0]) if load else None,
+        "under_voltage_alarm": under_voltage_alarm(),
+        "loadavg_1min": float(load.group(1)) if load else None,
+        "runnable": int(load.group(2)) if load else None,
+        "pressure_us": {name: pressure_us(name) for name in ("cpu", "memory", "io")},
         "memory_available_bytes": int(meminfo["MemAvailable"]) * 1024
         if "MemAvailable" in meminfo
         else None,
         "swap_used_bytes": (int(meminfo["SwapTotal"]) - int(meminfo["SwapFree"])) * 1024
         if "SwapTotal" in meminfo and "SwapFree" in meminfo
         else None,
-        "pages_swapped_in": int(vmstat["pswpin"]) if "pswpin" in vmstat else None,
-        "oom_kills": int(vmstat["oom_kill"]) if "oom_kill" in vmstat else None,
+        "pages_swapped_in": counters.get("pswpin"),
+        "oom_kills": counters.get("oom_kill"),
     }
 
 
 def health_flags(before, after):
     """What happened to the board between two snapshots, as a sorted list of flag names."""
-    flags = set()
-    was, now = before["throttling"] or [], after["throttling"] or []
-    if any(not name.endswith("_occurred") for name in now):
-        flags.add("throttled_now")
-    if set(now) - set(was):
+    flags = throttled_now(after["throttling"])
+    if set(after["throttling"] or []) - set(before["throttling"] or []):
         flags.add("throttle_event")
+    if after["under_voltage_alarm"]:
+        flags.add("under_voltage")
     for name, state in after["cooling"].items():
         # a fan that spins faster is not throttling
         if "fan" not in name.lower() and (state or 0) > (before["cooling"].get(name) or 0):

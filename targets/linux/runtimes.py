@@ -1,0 +1,99 @@
+"""Which of the runtimes on this board measures: the pushed library first, then what is installed.
+
+Standard library only, Python 3.7 or newer. Nothing is loaded here; an attempt in a worker decides.
+"""
+
+import os
+import platform
+import re
+import struct
+
+from board import glibc_version, log, machine, packages, sha256_of
+from job import EX_NO_RUNTIME, Stop
+
+# ELF e_machine (elf.h) and EI_CLASS for what `machine` returns
+ELF_MACHINES = {3: "i686", 40: "armv7l", 62: "x86_64", 183: "aarch64"}
+INSTALLED = (
+    ("litert-interpreter", "ai_edge_litert", "litert"),
+    ("tflite-runtime-interpreter", "tflite_runtime", "tflite-runtime"),
+)
+
+
+def elf_machine(path):
+    with open(path, "rb") as stream:
+        head = stream.read(20)
+    if len(head) < 20 or head[:4] != b"\x7fELF":
+        return None
+    return ELF_MACHINES.get(struct.unpack("<H", head[18:20])[0], "unknown")
+
+
+def numbers(version):
+    return tuple(int(n) for n in re.findall(r"\d+", version or "")[:3])
+
+
+def library_fault(library):
+    """Why a pushed libLiteRt.so must not be loaded here, or None."""
+    found, here = elf_machine(library["path"]), machine()
+    if found != here:
+        return "the library is for %s, this process is %s" % (found or "no machine: not ELF", here)
+    if numbers(library["version"]) < (2, 1, 6):
+        return (
+            "the C API of LiteRT %s is another one (2.1.6 or newer is needed)" % library["version"]
+        )
+    if library.get("glibc"):
+        has = glibc_version()
+        if has is None:
+            return "the C library here is not glibc"
+        if numbers(has) < numbers(library["glibc"]):
+            return "the library needs glibc %s, this board has %s" % (library["glibc"], has)
+    return None
+
+
+def package_library_sha256(folder):
+    """sha256 of the largest shared object of a package: its runtime."""
+    libraries = [os.path.join(folder, n) for n in os.listdir(folder) if n.endswith(".so")]
+    libraries = [p for p in libraries if "Accelerator" not in os.path.basename(p)]
+    return sha256_of(max(libraries, key=os.path.getsize)) if libraries else None
+
+
+def choose_runtime(wanted, library, unfit, attempt):
+    """The first backend that loads and passes the self-test -> (runtime, rejected ones).
+
+    ``wanted`` is a backend or ``auto``; ``library`` the pushed one with its ``path`` here, or None;
+    ``unfit`` are backends that turned out not to support the model, with the reason;
+    ``attempt(runtime)`` returns why a runtime does not work, or None. Raises Stop(69) with every
+    reason where none is left.
+    """
+    rejected, found, candidates = list(unfit), packages(), []
+    if library is not None:
+        candidates.append(
+            {"backend": "litert-c", "name": "litert", "version": library["version"],
+             "sha256": library["sha256"], "path": library["path"]}
+        )  # fmt: skip
+    else:
+        rejected.append({"backend": "litert-c", "reason": "no libLiteRt.so was pushed"})
+    for backend, module, name in INSTALLED:
+        if module in found:
+            candidates.append(
+                {"backend": backend, "name": name, "version": found[module]["version"],
+                 "module": module, "path": found[module]["path"], "sha256": None}
+            )  # fmt: skip
+        else:
+            reason = "Python %s has no %s" % (platform.python_version(), module)
+            rejected.append({"backend": backend, "reason": reason})
+    known_unfit = [r["backend"] for r in unfit]
+    for candidate in candidates:
+        if wanted not in ("auto", candidate["backend"]) or candidate["backend"] in known_unfit:
+            continue
+        if candidate["backend"] == "litert-c":
+            reason = library_fault(library)
+        else:
+            reason, candidate["sha256"] = None, package_library_sha256(candidate["path"])
+        reason = reason or attempt(candidate)
+        if reason is None:
+            return candidate, rejected
+        rejected.append({"backend": candidate["backend"], "reason": reason})
+        log("%s: %s" % (candidate["backend"], reason))
+    reasons = [r for r in rejected if wanted in ("auto", r["backend"])]
+    message = "; ".join("%s: %s" % (r["backend"], r["reason"]) for r in reasons)
+    raise Stop(EX_NO_RUNTIME, "no-runtime", message, rejected=rejected)
