@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from edgepipe.measurement import measurement_to_dict
 
     options = _options(args)
-    model = _model(args.model)
+    model = tflite_model(args.model)
     # a profile without an address is looked up; with neither it is this machine
     address = "local" if args.device is None and args.profile is None else args.device
     (target,) = resolve_targets([], address=address, profile=args.profile)
@@ -100,7 +100,7 @@ def _options(args: argparse.Namespace) -> MeasureOptions:
     return build(MeasureOptions, data, where="edgepipe bench", error=RequestError)
 
 
-def _model(path: Path) -> Artifact:
+def tflite_model(path: Path) -> Artifact:
     """The file as an artifact without specs: the runner reads shapes from the file itself."""
     from edgepipe.artifact import make_artifact
     from edgepipe.errors import ArtifactError
