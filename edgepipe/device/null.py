@@ -36,7 +36,6 @@ _BROKEN_LINK_S = 2.0
 HOT_C = 95.0
 _FREE_BYTES = 8_000_000_000
 _MAX_RETRIES = 2
-_MAX_REPLY_BYTES = 4_000_000
 _SESSION_KINDS = ("latency", "memory", "outputs", "ops", "sustained", "energy")
 
 
@@ -182,65 +181,66 @@ class NullDevice:
     # -------------------------------------------------------------------------------- the verbs
 
     def _answer(self, verb: str, arguments: Sequence[str]) -> Completed:
+        reply: dict[str, Any] = {"schema": SCHEMA, "code": 0, "error": None, "message": ""}
         try:
-            code, reply = _VERBS[verb](self, *arguments)
+            reply |= _VERBS[verb](self, *arguments)
         except _Stop as stop:
-            code, reply = stop.code, {"error": stop.error, "message": stop.message, **stop.more}
-        except (TypeError, ValueError) as exc:
-            code, reply = 64, {"error": "bad-job", "message": f"{verb}: {exc}"}
-        return _reply(code, {"schema": SCHEMA, "code": code, **reply})
+            reply |= {"code": stop.code, "error": stop.error, "message": stop.message, **stop.more}
+        except (TypeError, ValueError) as exc:  # other arguments than the verb takes
+            reply |= {"code": 64, "error": "bad-request", "message": f"{verb}: {exc}"}
+        return _reply(reply["code"], reply)
 
-    def _facts(self, work_dir: str) -> tuple[int, dict[str, Any]]:
-        return 0, {
-            "error": None,
-            "message": "",
+    def _facts(self, work_dir: str) -> dict[str, Any]:
+        return {
             "device": self._device_facts(),
             "health": self._health(),
             "free_bytes": 0 if self._disk_is_full else _FREE_BYTES,
             "packages": {"ai_edge_litert": {"version": DEFAULT_VERSION, "path": "/usr/lib/null"}},
         }
 
-    def _start(self, job_dir: str) -> tuple[int, dict[str, Any]]:
+    def _start(self, job_dir: str) -> dict[str, Any]:
         job = self._jobs.get(job_dir)
-        if job is None or job.supervisor is None:
-            description = _load_job(self.files.get(f"{job_dir}/job.json"), job_dir)
-            state = {
-                "schema": SCHEMA, "job": description["id"], "phase": "starting", "pid": 4242,
-                "boot_id": self.boot_id, "boottime_s": self._now_s, "tag": None, "sessions_done": 0,
-                "journal_bytes": 0, "code": None, "error": None, "message": "",
-            }  # fmt: skip
-            job = _Job(description, state, journal=job.journal if job else bytearray())
-            job.supervisor, job.wake_s = self._supervise(job, job_dir), self._now_s
-            self._jobs[job_dir] = job
-            self._wake(job)  # until it holds the lease, or has ended
-        code = job.state["code"] or 0
-        reply = {"state": dict(job.state)}
-        reply |= {key: job.state[key] for key in ("error", "message", "owner") if code and key in job.state}  # fmt: skip
-        return code, reply
+        if job is not None and job.supervisor is not None:
+            return {"state": dict(job.state)}
+        description = _load_job(self.files.get(f"{job_dir}/job.json"), job_dir)
+        if self._disk_is_full:
+            raise _Stop(73, "disk-full", f"{description['work_dir']} has 0 bytes free, {description['min_free_bytes']} are needed")  # fmt: skip
+        state = {
+            "schema": SCHEMA, "job": description["id"], "phase": "starting", "pid": 4242,
+            "boot_id": self.boot_id, "boottime_s": self._now_s, "tag": None, "sessions_done": 0,
+            "journal_bytes": 0, "code": None, "error": None, "message": "",
+        }  # fmt: skip
+        job = _Job(description, state, journal=job.journal if job else bytearray())
+        job.supervisor, job.wake_s = self._supervise(job, job_dir), self._now_s
+        self._jobs[job_dir] = job
+        self._wake(job)  # until it holds the lease, or has ended
+        reply: dict[str, Any] = {"state": dict(job.state)}
+        if job.state["code"]:
+            keys = ("code", "error", "message", "owner", "cause")
+            reply |= {key: job.state[key] for key in keys if key in job.state}
+        return reply
 
-    def _status(self, job_dir: str, offset: str, wait_s: str = "0") -> tuple[int, dict[str, Any]]:
-        at, until_s = int(offset), self._now_s + float(wait_s)
+    def _status(self, job_dir: str, offset: str, wait_s: str = "0") -> dict[str, Any]:
+        until_s = self._now_s + float(wait_s)
         job = self._jobs.get(job_dir)
         if job is None:
-            message = f"there is no job in {job_dir}"
-            raise _Stop(76, "no-job", message, state=None, alive=False, rebooted=False, journal="", offset=at)  # fmt: skip
-        while job.supervisor is not None and b"\n" not in job.journal[at:] and job.wake_s <= until_s:  # fmt: skip
-            self._advance(max(0.0, job.wake_s - self._now_s))
-        if job.supervisor is not None and b"\n" not in job.journal[at:]:
-            self._advance(max(0.0, until_s - self._now_s))
+            raise _Stop(76, "no-such-job", f"there is no job in {job_dir}", state=None)
+        begin, text = _lines_from(job.journal, int(offset))
+        while not text and job.supervisor is not None and self._now_s < until_s:
+            self._advance(min(until_s, max(job.wake_s, self._now_s)) - self._now_s)
+            begin, text = _lines_from(job.journal, int(offset))
         if job.supervisor is not None:
-            job.state["boottime_s"] = self._now_s  # its heartbeat
-        fresh = bytes(job.journal[at:])
-        fresh = fresh[: fresh[:_MAX_REPLY_BYTES].rfind(b"\n") + 1]
-        return 0, {
+            self._note(job)  # its heartbeat
+        return {
             "state": dict(job.state),
             "alive": job.supervisor is not None,
             "rebooted": job.state["boot_id"] != self.boot_id,
-            "journal": fresh.decode("utf-8", "replace"),
-            "offset": at + len(fresh),
+            "from": begin,
+            "journal": text.decode(),
+            "offset": begin + len(text),
         }
 
-    def _end(self, job_dir: str, keep: str = "") -> tuple[int, dict[str, Any]]:
+    def _end(self, job_dir: str, keep: str = "") -> dict[str, Any]:
         job = self._jobs.get(job_dir)
         if job is not None:
             job.supervisor = None
@@ -250,7 +250,7 @@ class NullDevice:
             self._jobs.pop(job_dir, None)
             for path in [path for path in self.files if path.startswith(f"{job_dir}/")]:
                 del self.files[path]
-        return 0, {}
+        return {"state": dict(job.state) if job else None}
 
     # --------------------------------------------------------------------------- the supervisor
 
@@ -305,8 +305,6 @@ class NullDevice:
         description = job.description
         for item in [*description["models"].values(), description["runtime"], description["inputs"]]:  # fmt: skip
             self._check_file(item)
-        if self._disk_is_full:
-            raise _Stop(73, "disk-full", f"{description['work_dir']} has 0 bytes free, {description['min_free_bytes']} are needed")  # fmt: skip
         yield 0.2
         if self._strikes("no-runtime", "", 0):
             raise _Stop(69, "no-runtime", "litert-interpreter: Python 3.11.2 has no ai_edge_litert")
@@ -533,7 +531,7 @@ class NullDevice:
         )
 
 
-_VERBS: dict[str, Callable[..., tuple[int, dict[str, Any]]]] = {
+_VERBS: dict[str, Callable[..., dict[str, Any]]] = {
     "facts": NullDevice._facts,
     "start": NullDevice._start,
     "status": NullDevice._status,
@@ -574,6 +572,14 @@ def _identity(description: Mapping[str, Any]) -> str:
 def _journal_line(record: Mapping[str, Any]) -> bytes:
     text = json.dumps(record, separators=(",", ":")).encode()
     return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _lines_from(journal: bytearray, offset: int) -> tuple[int, bytes]:
+    """Whole trusted lines from ``offset`` on; from 0 on where no line begins there any more."""
+    if not 0 <= offset <= len(journal) or (offset > 0 and journal[offset - 1] != ord("\n")):
+        offset = 0
+    raw = bytes(journal[offset:])
+    return offset, raw[: _trusted(raw)[1]]
 
 
 def _trusted(journal: bytes) -> tuple[list[dict[str, Any]], int]:
