@@ -1,10 +1,10 @@
 /* Measures a TFLite model on a Linux board that has no Python: one session per call.
  *
- *     runner read GLOB...          the board: its machine, C library, and what these files say
- *     runner session KEY=VALUE...  one session (the keys are in parse_job); exit code = its "code"
- *     runner end WORK_DIR JOB      give the lease back
+ *     runner read WORK_DIR GLOB...  the board: machine, C library, free space, what these files say
+ *     runner session KEY=VALUE...   one session (the keys are in parse_job)
+ *     runner end WORK_DIR JOB       give the lease back
  *
- * Each prints ONE JSON object on stdout. Links libc alone (dlopen brings the runtime), is compiled
+ * Each prints ONE JSON object on stdout; the exit code is its "code", as agent.py has them. Links libc alone (dlopen brings the runtime), is compiled
  * on the host by edgepipe/crunner.py and pushed. The parent checks, holds the lease and watches the
  * clock; the session runs in a forked child, so a model that crashes is a line of data and the
  * runner lives on. The data of a session has the shape that worker.py gives it.
@@ -79,7 +79,7 @@ typedef struct {
     const char *globs[64];
     Arm arms[MAX_ARMS];
     int arm_count, input_name_count, glob_count, cpus[MAX_CPUS], cpu_count, threads;
-    long long runtime_size, inputs_size, input_count, min_inferences, min_free_bytes;
+    long long runtime_size, inputs_size, input_count, first_input, min_inferences, min_free_bytes;
     double warmup_s, session_s, limit_s, lease_s;
     uint64_t seed, order_seed;
     bool weight_cache;
@@ -1058,7 +1058,8 @@ static void write_failed(const char *path)
     fail(full ? "disk-full" : "os-error", "%s: %s", path, strerror(errno));
 }
 
-/* Outputs for given raw input bytes: inference after inference, in each the tensors in order. */
+/* Outputs for given raw input bytes: inference after inference, in each the tensors in order. With
+ * first_input they are a piece of the samples, from that one on. */
 static void session_outputs(FILE *out)
 {
     static Model model;
@@ -1086,6 +1087,11 @@ static void session_outputs(FILE *out)
         fail("error", "%s: %s", job.inputs, strerror(errno));
     if (!target)
         write_failed(part);
+    off_t step = 0;
+    for (size_t k = 0; k < model.input_count; k++)
+        step += model.inputs[k].bytes;
+    if (fseeko(source, job.first_input < 0 ? 0 : job.first_input * step, SEEK_SET))
+        fail("error", "%s: %s", job.inputs, strerror(errno));
     sha256_start(&sha);
     for (long long n = 0; n < job.input_count; n++) {
         void *at;
@@ -1110,7 +1116,7 @@ static void session_outputs(FILE *out)
             DO(UnlockTensorBuffer, model.out[k]);
         }
     }
-    if (getc(source) != EOF)
+    if (job.first_input < 0 && getc(source) != EOF)
         fail("bad-request", "the samples are longer than the model's inputs");
     if (fflush(target) || fsync(fileno(target)) || fclose(target) || rename(part, path))
         write_failed(part);
@@ -1508,6 +1514,7 @@ static bool is_word(const char *text) /* what may stand in a JSON string or a fi
 static void parse_job(int argc, char **argv)
 {
     job.threads = 1;
+    job.first_input = -1; /* all of them */
     job.kernel = job.identity = "";
     for (int i = 0; i < argc; i++) {
         char *value = strchr(argv[i], '=');
@@ -1542,6 +1549,7 @@ static void parse_job(int argc, char **argv)
         else if (!strcmp(key, "inputs_size")) job.inputs_size = atoll(value);
         else if (!strcmp(key, "inputs_sha256")) job.inputs_sha256 = value;
         else if (!strcmp(key, "input_count")) job.input_count = atoll(value);
+        else if (!strcmp(key, "first_input")) job.first_input = atoll(value);
         else if (!strcmp(key, "input") && job.input_name_count < MAX_TENSORS)
             job.input_names[job.input_name_count++] = value;
         else if (!strcmp(key, "read") && job.glob_count < 64)
@@ -1581,11 +1589,15 @@ static void parse_job(int argc, char **argv)
         stop(BAD_JOB, "bad-job", NULL, "an outputs session needs inputs");
 }
 
-static void answer_read(int count, char **globs)
+static void answer_read(const char *work_dir, int count, char **globs)
 {
+    struct statvfs disk;
+    if (statvfs(work_dir, &disk))
+        stop(UNUSABLE, "os-error", NULL, "%s: %s", work_dir, strerror(errno));
     printf("{\"schema\":%d,\"code\":0,\"error\":null,\"message\":\"\",\"machine\":\"%s\",\"bits\":%d,"
-           "\"page_size_bytes\":%ld,\"cpus\":%ld,\"libc\":",
-           SCHEMA, MACHINE, (int)sizeof(void *) * 8, sysconf(_SC_PAGESIZE), sysconf(_SC_NPROCESSORS_ONLN));
+           "\"page_size_bytes\":%ld,\"cpus\":%ld,\"free_bytes\":%.0f,\"libc\":",
+           SCHEMA, MACHINE, (int)sizeof(void *) * 8, sysconf(_SC_PAGESIZE), sysconf(_SC_NPROCESSORS_CONF),
+           (double)disk.f_bavail * disk.f_frsize);
 #ifdef __GLIBC__
     printf("\"%s\"", gnu_get_libc_version());
 #else
@@ -1599,8 +1611,8 @@ static void answer_read(int count, char **globs)
 
 int main(int argc, char **argv)
 {
-    if (argc > 2 && !strcmp(argv[1], "read"))
-        answer_read(argc - 2, argv + 2);
+    if (argc > 3 && !strcmp(argv[1], "read"))
+        answer_read(argv[2], argc - 3, argv + 3);
     if (argc == 4 && !strcmp(argv[1], "end")) {
         end_lease(argv[2], argv[3]);
         printf("{\"schema\":%d,\"code\":0,\"error\":null,\"message\":\"\"}\n", SCHEMA);
@@ -1610,5 +1622,5 @@ int main(int argc, char **argv)
         parse_job(argc - 2, argv + 2);
         run_session();
     }
-    stop(BAD_JOB, "bad-job", NULL, "usage: runner read GLOB... | session KEY=VALUE... | end WORK_DIR JOB");
+    stop(BAD_JOB, "bad-job", NULL, "usage: runner read WORK_DIR GLOB... | session KEY=VALUE... | end WORK_DIR JOB");
 }
