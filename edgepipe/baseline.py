@@ -88,9 +88,15 @@ def load_baseline(folder: Path, profile: str, recipe: str) -> Baseline | None:
         found = Baseline(
             path=path,
             model=artifact_from_dict(data["model"], root=path.parent),
+            recipe=str(data["recipe"]),
+            profile=str(data["profile"]),
+            run=str(data["run"]),
+            promoted=str(data["promoted"]),
+            edgepipe=str(data["edgepipe"]),
+            comparable=dict(data["comparable"]),
+            conditions=dict(data["conditions"]),
+            figures={name: dict(figure) for name, figure in data["figures"].items()},
             verdicts=tuple(dict(v) for v in data["verdicts"]),
-            **{key: str(data[key]) for key in ("recipe", "profile", "run", "promoted", "edgepipe")},
-            **{key: dict(data[key]) for key in ("comparable", "conditions", "figures")},  # type: ignore[arg-type]
         )
         sha256 = hash_path(found.model.path)
     except FileNotFoundError as exc:
@@ -194,7 +200,8 @@ def refuse_incomparable(
             v,
             status=Status.INCONCLUSIVE,
             reason=why[v.device][0],
-            details=(*v.details, why[v.device][1]),
+            value=None,
+            details=(why[v.device][1],),
         )
         if v.gate in GATES_ON_BASELINE and v.device in why
         else v
@@ -333,5 +340,6 @@ def changes(
             continue
         unit = METRICS[metric].unit
         change = "" if was is None or now is None or not was else f"{100 * (now / was - 1):+.1f} %"
-        rows.append((metric, *("-" if v is None else format_value(v, unit) for v in (was, now)), change))  # fmt: skip
+        old_text, new_text = ("-" if v is None else format_value(v, unit) for v in (was, now))
+        rows.append((metric, old_text, new_text, change))
     return tuple(rows)

@@ -42,7 +42,10 @@ def explain(gate: Gate, verdict: Verdict, measurements: Mapping[str, Measurement
     if verdict.status is Status.PASS:
         return ()
     if verdict.status is Status.INCONCLUSIVE:
-        return what_to_change(measurements) if gate.scope == "device" else ()
+        if gate.scope == "model":
+            return ()
+        timing = verdict.gate in ("latency", "slowdown")
+        return (*why_unfit(measurements), *(what_to_change(measurements) if timing else ()))
     name = verdict.gate
     if name == "slowdown":
         return ops_that_grew(measurements) or most_expensive_ops(measurements)
@@ -172,7 +175,7 @@ def memory_by_stage(measurements: Mapping[str, Measurement], quantity: str) -> t
             continue
         text = f"{stage}, {meaning}: {_signed_bytes(now[stage])}"
         if stage in before:
-            text += f" (baseline {_signed_bytes(before[stage])}, {_signed_bytes(now[stage] - before[stage])} more)"  # fmt: skip
+            text += f", in the baseline {_signed_bytes(before[stage])}"
         lines.append(text)
     return tuple(lines)
 
@@ -180,11 +183,10 @@ def memory_by_stage(measurements: Mapping[str, Measurement], quantity: str) -> t
 def _stages(found: Measurement | None, quantity: str) -> dict[str, float]:
     """Bytes that each stage added, from the first session that read them all."""
     for stages in found.context.get("stages") or () if found else ():
-        readings = [(name, (stages.get(name) or {}).get(quantity)) for name in ("before_load", *MEMORY_STAGES)]  # fmt: skip
-        if all(value is not None for _, value in readings):
-            return {
-                name: value - before for (_, before), (name, value) in itertools.pairwise(readings)
-            }
+        names = ("before_load", *MEMORY_STAGES)
+        read = {name: float(stages[name][quantity]) for name in names if (stages.get(name) or {}).get(quantity) is not None}  # fmt: skip
+        if len(read) == len(names):
+            return {now: read[now] - read[before] for before, now in itertools.pairwise(names)}
     return {}
 
 
@@ -229,17 +231,21 @@ def float_islands(measurements: Mapping[str, Measurement]) -> tuple[str, ...]:
 # -------------------------------------------------------------------------------- inconclusive
 
 
-def what_to_change(measurements: Mapping[str, Measurement]) -> tuple[str, ...]:
-    """What would let an undecided verdict be decided, from the causes and flags in the record."""
+def why_unfit(measurements: Mapping[str, Measurement]) -> tuple[str, ...]:
+    """What to do about a device whose sessions did not count, by their recorded causes."""
     lines = []
-    contexts = [m.context for m in measurements.values()]
-    if any(c.get("simulated") for c in contexts):
+    if any(m.context.get("simulated") for m in measurements.values()):
         lines.append("the null device simulates a board and proves nothing: measure on a real one")
-    excluded = sorted({part for m in measurements.values() for cause in m.excluded.values() for part in cause.split(", ")})  # fmt: skip
-    lines += [REMEDIES[cause] for cause in excluded if cause in REMEDIES]
+    causes = {part for m in measurements.values() for cause in m.excluded.values() for part in cause.split(", ")}  # fmt: skip
+    return (*lines, *(REMEDIES[cause] for cause in sorted(causes) if cause in REMEDIES))
+
+
+def what_to_change(measurements: Mapping[str, Measurement]) -> tuple[str, ...]:
+    """What would let an undecided verdict on latency be decided."""
+    lines: list[str] = []
     timed = measurements.get("latency_wall") or measurements.get("latency_ratio_wall")
     if timed is None:
-        return tuple(lines)
+        return ()
     sessions = [s for s in timed.context.get("sessions") or () if isinstance(s, Mapping)]
     busy = sum(bool(s.get("contended")) for s in sessions)
     if busy:

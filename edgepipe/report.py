@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgepipe import stats
@@ -16,6 +17,7 @@ CONTEXT_SHOWN = (
     "runtime", "runtime_version", "backend", "threads", "machine", "cpu", "kernel",
     "governor", "temperature_before_c", "temperature_after_c",
 )  # fmt: skip
+GATES_TITLE = "Gates"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,31 +40,61 @@ def report_data(run: Run) -> dict[str, Any]:
     }
 
 
-def render(run: Run, *, markdown: bool) -> str:
-    """The report a person reads."""
-    record = run.read()
+def render(run: Run, *, markdown: bool, record: Mapping[str, Any] | None = None) -> str:
+    """The report a person reads. ``record`` stands for the run's own where it was judged again."""
+    record = run.read() if record is None else record
     lines = [_heading(record, markdown), ""]
     if record.get("error"):
         error = record["error"]
         lines += [f"{error['error']}: {error['message']}", *([f"hint: {error['hint']}"] if error.get("hint") else []), ""]  # fmt: skip
     for table in _tables(run, record):
         lines += [_markdown_table(table) if markdown else text_table(table), ""]
-    return "\n".join(lines).rstrip() + "\n"
+        if table.title == GATES_TITLE:
+            lines += [details_text(record["verdicts"], markdown=markdown), ""]
+    text = "\n".join(lines).rstrip() + "\n"
+    return re.sub("\n{3,}", "\n\n", text)
 
 
-def _heading(record: dict[str, Any], markdown: bool) -> str:
+def details_text(verdicts: Sequence[Mapping[str, Any]], *, markdown: bool) -> str:
+    """The explanation of every verdict that has one; "" where none has."""
+    lines = []
+    for verdict in verdicts:
+        if not verdict.get("details"):
+            continue
+        where = f" on {verdict['device']}" if verdict["device"] else ""
+        title = f"{verdict['status']} {verdict['gate']}{where}"
+        found = [_one_line(line) for line in verdict["details"]]
+        if markdown:
+            lines += [f"**{title}**", "", *(f"- {_markdown_escaped(line)}" for line in found), ""]
+        else:
+            lines += [f"  {title}", *(f"    {line}" for line in found)]
+    if not lines:
+        return ""
+    return "\n".join(["### Why", "", *lines] if markdown else ["Why", *lines]).rstrip()
+
+
+def _one_line(text: str) -> str:
+    """A board's own words may hold line breaks, which a CI service reads commands after."""
+    return " ".join(text.splitlines())
+
+
+def _markdown_escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+
+
+def _heading(record: Mapping[str, Any], markdown: bool) -> str:
     verdict = record.get("verdict") or record["status"].upper()
     title = f"{record['recipe']}: {verdict}"
     sub = f"run {record['id']}, started {record['started'][:19]}Z, edgepipe {record.get('edgepipe', '?')}"  # fmt: skip
     return f"## {title}\n\n{sub}" if markdown else f"{title}\n{sub}"
 
 
-def _tables(run: Run, record: dict[str, Any]) -> list[Table]:
+def _tables(run: Run, record: Mapping[str, Any]) -> list[Table]:
     tables = []
     verdicts = record.get("verdicts", [])
     if verdicts:
         rows = tuple((v["status"], v["gate"], v["device"] or "-", v["reason"]) for v in verdicts)
-        tables.append(Table("Gates", ("verdict", "gate", "device", "why"), rows))
+        tables.append(Table(GATES_TITLE, ("verdict", "gate", "device", "why"), rows))
     tables.append(_stage_table(record))
     tables.append(measurement_table("Model", run.load_measurements("model")))
     for device in record.get("devices", []):
@@ -73,7 +105,7 @@ def _tables(run: Run, record: dict[str, Any]) -> list[Table]:
     return [t for t in tables if t.rows]
 
 
-def _stage_table(record: dict[str, Any]) -> Table:
+def _stage_table(record: Mapping[str, Any]) -> Table:
     rows = []
     for step in record.get("steps", []):
         artifact = step.get("artifact")
@@ -141,6 +173,7 @@ def text_table(table: Table) -> str:
 
 
 def _padded(rows: Sequence[Sequence[str]]) -> list[str]:
+    rows = [[_one_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
@@ -149,7 +182,7 @@ def _padded(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _markdown_table(table: Table) -> str:
     def row(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+        return "| " + " | ".join(_markdown_escaped(_one_line(c)) for c in cells) + " |"
 
     rule = "|" + "|".join(" --- " for _ in table.header) + "|"
     return "\n".join([f"### {table.title}", "", row(table.header), rule, *map(row, table.rows)])

@@ -56,17 +56,19 @@ def write_json(path: Path, data: object, *, indent: int | None = 1) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def check_output(path: Path | None) -> None:
+def check_output(path: Path | None, *, option: str = "--output") -> None:
     """Refuse a file name of a user's that cannot be written to, before long work is done for it."""
     if path is None:
         return
     if path.is_dir():
-        raise RequestError(f"--output {path} is a folder", hint="name the file to write")
+        raise RequestError(f"{option} {path} is a folder", hint="name the file to write")
     above = next(p for p in path.resolve().parents if p.exists())
     if not above.is_dir():
-        raise RequestError(f"--output {path}: {above} is no folder", hint="choose another --output")
+        raise RequestError(
+            f"{option} {path}: {above} is no folder", hint=f"choose another {option}"
+        )
     if not os.access(above, os.W_OK):
-        raise RequestError(f"--output {path}: no permission to write into {above}", hint="choose another --output")  # fmt: skip
+        raise RequestError(f"{option} {path}: no permission to write into {above}", hint=f"choose another {option}")  # fmt: skip
 
 
 def _sync(folder: Path) -> None:

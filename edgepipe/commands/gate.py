@@ -1,4 +1,4 @@
-"""``edgepipe gate``: judge a stored run again, by its own gates or another recipe's."""
+"""``edgepipe gate``: judge a stored run again, by its own gates or another recipe's, and promote it."""
 
 from __future__ import annotations
 
@@ -10,26 +10,53 @@ from typing import TYPE_CHECKING, Any
 from edgepipe.cli import Output
 
 if TYPE_CHECKING:
-    from edgepipe.gate import Gate
+    from collections.abc import Mapping, Sequence
+
+    from edgepipe.baseline import Baseline
+    from edgepipe.ci_output import CiOutput
+    from edgepipe.gate import Evidence, Gate, Verdict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from edgepipe import ci_output
+
     parser.description = (
         "Judge a stored run from its evidence; nothing is measured.\n\n"
         "  edgepipe gate                     the latest run, by the gates it was run with\n"
-        "  edgepipe gate 3f2a1c --recipe strict.toml"
+        "  edgepipe gate 3f2a1c --recipe strict.toml\n"
+        "  edgepipe gate --promote           and make it the baseline of the next ones\n\n"
+        "--promote writes ci/baselines/<profile>/<recipe>.json and .tflite, to be committed, if every\n"
+        "gate PASSed (a first baseline: every gate but those that need one). Exit code 0 then."
     )
     parser.add_argument("run", nargs="?", default="latest", help="run id, its start or end (default: latest)")  # fmt: skip
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="judge by the gates of this recipe")  # fmt: skip
+    parser.add_argument("--baselines", type=Path, metavar="DIR", help="where baselines lie (default: where the run looked)")  # fmt: skip
+    parser.add_argument("--promote", action="store_true", help="make the run the baseline, if every gate passed")  # fmt: skip
+    ci_output.add_arguments(parser)
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    from edgepipe.errors import NotReadyError, RecipeError
-    from edgepipe.gate import EXIT_CODES, GATES, Evidence, judge_all, overall
+    from edgepipe.ci_output import CiOutput
+
+    ci = CiOutput(args)
+    with ci.reporting_errors(f"run {args.run}", out.text):
+        return _run(args, out, ci)
+
+
+def _run(args: argparse.Namespace, out: Output, ci: CiOutput) -> int:
+    from edgepipe.baseline import DEFAULT_FOLDER, load_baseline
+    from edgepipe.errors import EXIT_NOT_READY, NotReadyError, RecipeError, RequestError
+    from edgepipe.gate import EXIT_CODES, GATES, Evidence, Status, overall
+    from edgepipe.judge import judge, needs_baseline
     from edgepipe.recipe import load_recipe
-    from edgepipe.report import Table, text_table
+    from edgepipe.report import Table, details_text, render, text_table
     from edgepipe.store import Store
 
+    if args.promote and args.recipe:
+        raise RequestError(
+            "--promote judges by the gates of the run itself, not by those of --recipe",
+            hint="run the other recipe, then promote that run",
+        )
     found = Store(Path(args.store)).find_run(args.run)
     record = found.read()
     if record["status"] != "complete":
@@ -43,17 +70,82 @@ def run(args: argparse.Namespace, out: Output) -> int:
         gates = [_gate(entry, GATES) for entry in record["gates"]]
     if not gates:
         raise RecipeError("no gates to judge by", hint="add [[gates]] to the recipe, or name one with --recipe")  # fmt: skip
+    folder = args.baselines or Path(record.get("baselines") or DEFAULT_FOLDER)
+    baselines = {}
+    if needs_baseline(gates) or args.promote:
+        baselines = {d["profile"]: load_baseline(folder, d["profile"], record["recipe"]) for d in record["devices"]}  # fmt: skip
     sha = record["shipped"]["sha256"]
+    model = Evidence(sha, "", found.load_measurements("model"))
     devices = [
         Evidence(sha, d["profile"], found.load_measurements(d["profile"]))
         for d in record["devices"]
     ]
-    verdicts = judge_all(gates, Evidence(sha, "", found.load_measurements("model")), devices)
+    verdicts = judge(
+        gates,
+        model,
+        devices,
+        baselines=baselines,
+        measured_against=record.get("measured_against", {}),
+        run_id=found.id,
+    )
     status = overall(verdicts)
+    judged = {**record, "verdict": status.value, "verdicts": [dataclasses.asdict(v) for v in verdicts]}  # fmt: skip
     rows = tuple((v.status.value, v.gate, v.device or "-", v.reason) for v in verdicts)
     out.text(text_table(Table(f"{record['recipe']}: {status.value}", ("verdict", "gate", "device", "why"), rows)))  # fmt: skip
-    out.json({"run": found.id, "verdict": status.value, "verdicts": [dataclasses.asdict(v) for v in verdicts]})  # fmt: skip
-    return EXIT_CODES[status]
+    if why := details_text(judged["verdicts"], markdown=False):
+        out.text(f"\n{why}")
+    if marks := ci.write(judged, render(found, markdown=True, record=judged)):
+        out.text(marks)
+    result: dict[str, Any] = {"run": found.id, "verdict": status.value, "verdicts": judged["verdicts"]}  # fmt: skip
+    code = EXIT_CODES[status]
+    if args.promote:
+        result["promoted"], refusal = _promote(folder, record, model, devices, verdicts, baselines, out)  # fmt: skip
+        result["not_promoted"] = refusal
+        code = 0 if not refusal else EXIT_NOT_READY if status is Status.PASS else code
+    out.json(result)
+    return code
+
+
+def _promote(
+    folder: Path,
+    record: Mapping[str, Any],
+    model: Evidence,
+    devices: Sequence[Evidence],
+    verdicts: Sequence[Verdict],
+    baselines: Mapping[str, Baseline | None],
+    out: Output,
+) -> tuple[list[str], str]:
+    """Promote on every device of the run, or on none: (paths written, why not)."""
+    from edgepipe.artifact import artifact_from_dict
+    from edgepipe.baseline import changes, promote, why_not_promotable
+    from edgepipe.report import Table, text_table
+
+    shipped = artifact_from_dict(record["shipped"])
+    current = {d.device: baselines[d.device] for d in devices}
+    if devices and all(b is not None and b.run == record["id"] for b in current.values()):
+        out.text(f"\nnothing to do: this run is the baseline in {folder}")
+        return [], ""
+    refusal = why_not_promotable(verdicts, shipped, devices, baselines)
+    if refusal:
+        out.text(f"\nnot promoted: {refusal}")
+        return [], refusal
+    written = []
+    for device in devices:
+        old = current[device.device]
+        was = f"{old.model.sha256[:12]} of run {old.run}" if old else "none"
+        title = f"\n{record['recipe']} on {device.device}: baseline {was} -> {shipped.sha256[:12]} of run {record['id']}"  # fmt: skip
+        header = ("metric", "old (p50)", "new (p50)", "change")
+        out.text(text_table(Table(title, header, changes(old, model, device))))
+        open_ = sorted({v.gate for v in verdicts if v.device == device.device and v.status.value != "PASS"})  # fmt: skip
+        if open_:
+            out.text(f"the first baseline: {', '.join(open_)} had none to compare with")
+        path = promote(
+            folder=folder, recipe=record["recipe"], run_id=record["id"], shipped=shipped,
+            model=model, device=device, verdicts=verdicts,
+        )  # fmt: skip
+        written += [str(path), str(path.with_suffix(".tflite"))]
+    out.text(f"wrote {', '.join(written)}\ncommit them: git add {' '.join(written)}")
+    return written, ""
 
 
 def _gate(entry: dict[str, Any], registry: dict[str, type[Gate]]) -> Gate:

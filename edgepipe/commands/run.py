@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgepipe.cli import Output
 from edgepipe.gate import EXIT_CODES
 
+if TYPE_CHECKING:
+    from edgepipe.ci_output import CiOutput
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from edgepipe import ci_output
+
     parser.description = (
         "Run a recipe: stages (unchanged ones are kept), evaluation, measurement, gates.\n\n"
         "  edgepipe run recipe.toml\n"
@@ -22,9 +28,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-devices", action="store_true", help="stop after evaluation; device gates become INCONCLUSIVE")  # fmt: skip
     parser.add_argument("--remeasure", action="store_true", help="measure again even if nothing changed")  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FILE", help="also copy the shipped model here if no gate failed")  # fmt: skip
+    parser.add_argument("--baselines", type=Path, metavar="DIR", help="where baselines lie (default: the recipe's folder, else ci/baselines)")  # fmt: skip
+    ci_output.add_arguments(parser)
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
+    from edgepipe.ci_output import CiOutput
+
+    ci = CiOutput(args)
+    with ci.reporting_errors(args.recipe.stem, out.text):
+        return _run(args, out, ci)
+
+
+def _run(args: argparse.Namespace, out: Output, ci: CiOutput) -> int:
     from edgepipe import adhoc, pipeline, report
     from edgepipe.errors import RequestError
     from edgepipe.inventory import resolve_targets
@@ -41,7 +57,15 @@ def run(args: argparse.Namespace, out: Output) -> int:
     targets = [] if args.no_devices else resolve_targets(
         recipe.devices, address=args.device, profile=args.profile
     )  # fmt: skip
-    result = pipeline.run(recipe, Store(Path(args.store)), targets=targets, remeasure=args.remeasure)  # fmt: skip
+    result = pipeline.run(
+        recipe,
+        Store(Path(args.store)),
+        targets=targets,
+        remeasure=args.remeasure,
+        baselines=args.baselines,
+    )
+    if marks := ci.write(result.run.read(), report.render(result.run, markdown=True)):
+        out.text(marks)
     out.text(report.render(result.run, markdown=False).rstrip())
     out.text(f"model: {result.shipped.path}")
     if args.output and result.status is not result.status.FAIL:

@@ -1,13 +1,30 @@
+"""The golden report. After a wanted change: EDGEPIPE_UPDATE_GOLDEN=1 pytest tests/unit/test_report.py,
+then read the difference before committing it."""
+
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from edgepipe.artifact import Artifact
+from edgepipe.baseline import Baseline, comparable
 from edgepipe.cli import main
-from edgepipe.gate import Evidence, FullIntegerGate, LatencyGate, SizeGate, judge_all, overall
+from edgepipe.gate import (
+    AccuracyDropGate,
+    Evidence,
+    FullIntegerGate,
+    GrowthGate,
+    LatencyGate,
+    MemoryGate,
+    SizeGate,
+    SlowdownGate,
+    overall,
+)
+from edgepipe.judge import judge
 from edgepipe.measurement import Measurement, single
 from edgepipe.report import render
 from edgepipe.store import Run, Store
@@ -19,24 +36,67 @@ CONTEXT = {
     "backend": "litert-c", "threads": 1, "governor": "ondemand", "temperature_before_c": 48.2,
     "temperature_after_c": None, "machine": "aarch64",
 }  # fmt: skip
+# CPU time of candidate / base in four rounds of each session: 6 % slower
+RATIOS = ((1.058, 1.061, 1.060, 1.063), (1.062, 1.059, 1.064, 1.061), (1.057, 1.06, 1.062, 1.06))
+LAYERS = [
+    {"layer": 3, "operator": "CONV_2D", "sqnr_db": 7.25},
+    {"layer": 7, "operator": "FULLY_CONNECTED", "sqnr_db": 24.0},
+]
+
+
+def op(index: int, name: str, seconds: float) -> dict[str, object]:
+    return {"index": index, "name": name, "where": "delegate", "seconds": seconds}
+
+
+def stages(after_load: int) -> list[dict[str, dict[str, int]]]:
+    names = ("before_load", "after_load", "after_first", "steady")
+    return [{name: {"peak": 9_000_000 + added} for name, added in zip(names, (0, after_load, after_load + 200_000, after_load + 200_000), strict=True)}]  # fmt: skip
+
+
+def baseline(folder: Path) -> Baseline:
+    """One measured as `CONTEXT` says."""
+    return Baseline(
+        path=folder / "digits.json", recipe="digits", profile="rpi4b_4gb", run="earlier",
+        promoted="2026-11-01T00:00:00+00:00", edgepipe="0.1.0", conditions={}, figures={}, verdicts=(),
+        model=Artifact("tflite", folder / "digits.tflite", "b0" * 32, (), ()),
+        comparable=comparable(CONTEXT),
+    )  # fmt: skip
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """A stored run with every kind of row: kept and new steps, all three verdicts."""
+    """A stored run with every kind of row: kept and new steps, all three verdicts, explanations."""
     run = Store(tmp_path).new_run("digits")
     steady = tuple(0.0021 + 0.00001 * (i % 7) for i in range(120))
+    convolutions = [op(0, "Convolution", 0.0011), op(1, "Convolution", 0.0006)]
     device = {
         "latency_wall": Measurement("latency_wall", "s", (steady, steady, steady), context=CONTEXT),
-        "memory_peak": Measurement("memory_peak", "B", ((1.2e6,), (1.21e6,)), context=CONTEXT),
+        "latency_ratio_cpu": Measurement("latency_ratio_cpu", "", RATIOS, context=CONTEXT),
+        "latency_ratio_wall": Measurement("latency_ratio_wall", "", RATIOS, context=CONTEXT),
+        "op_time": single("op_time", "s", 0.00202, CONTEXT | {"ops": [*convolutions, op(2, "Convolution", 0.00012), op(3, "Fully Connected", 0.0002)]}),
+        "op_time_baseline": single("op_time_baseline", "s", 0.0019, CONTEXT | {"ops": [*convolutions, op(2, "Fully Connected", 0.0002)]}),
+        "memory_peak": Measurement("memory_peak", "B", ((1.2e6,), (1.21e6,)), context=CONTEXT | {"stages": stages(1_000_000)}),
+        "memory_peak_baseline": Measurement("memory_peak_baseline", "B", ((0.9e6,), (0.9e6,)), context=CONTEXT | {"stages": stages(700_000)}),
         "runs_on_device": single("runs_on_device", "", 1, CONTEXT),
-    }
+    }  # fmt: skip
+    by_class = [{"class": c, "n": 40, "reference_right": 39, "right": 39 - 6 * (c == 8)} for c in range(10)]  # fmt: skip
     model = {
         "model_bytes": single("model_bytes", "B", 30512, CONTEXT),
-        "accuracy_drop": single("accuracy_drop", "points", 0.28, CONTEXT),
-    }
-    gates = [LatencyGate(max=0.005), SizeGate(max=20000), FullIntegerGate()]
-    verdicts = judge_all(gates, Evidence(SHA, "", model), [Evidence(SHA, "rpi4b_4gb", device)])
+        "accuracy_drop": single("accuracy_drop", "points", 1.5, CONTEXT | {"by_class": by_class, "layers": LAYERS}),
+    }  # fmt: skip
+    gates = [
+        LatencyGate(max=0.005), LatencyGate(max=0.00213), SlowdownGate(max=0.03),
+        GrowthGate(quantity="peak"), GrowthGate(quantity="anon"), MemoryGate(max=1e6), SizeGate(max=20000),
+        AccuracyDropGate(max=1.0), FullIntegerGate(),
+    ]  # fmt: skip
+    verdicts = judge(
+        gates,
+        Evidence(SHA, "", model),
+        [Evidence(SHA, "rpi4b_4gb", device)],
+        baselines={"rpi4b_4gb": baseline(tmp_path)},
+        measured_against={"rpi4b_4gb": "b0" * 32},
+        run_id=run.id,
+    )
     run.save_measurements("model", model)
     run.save_measurements("rpi4b_4gb", device)
     parity = {"outputs": {"y": {"sqnr_db": 121.5, "max_abs": 2.4e-6}}}
@@ -58,7 +118,10 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.mark.parametrize(("markdown", "name"), [(False, "report.txt"), (True, "report.md")])
 def test_the_report_reads_as_agreed(run: Run, markdown: bool, name: str) -> None:
-    assert render(run, markdown=markdown) == (GOLDEN / name).read_text(encoding="utf-8")
+    text = render(run, markdown=markdown)
+    if os.environ.get("EDGEPIPE_UPDATE_GOLDEN"):
+        (GOLDEN / name).write_text(text, encoding="utf-8")
+    assert text == (GOLDEN / name).read_text(encoding="utf-8")
 
 
 def test_a_stored_run_is_shown_again_in_every_format(
