@@ -29,7 +29,7 @@ TOML
     {
         echo "# Toolchain \"$name\": exact pins with hashes, for CPython $range on Linux."
         echo "# Made by ci/lock_toolchains.sh; installed without resolving (--no-deps --require-hashes)."
-        sed -E "s/ ; python_full_version < '3.1[34]' and sys_platform == 'linux'//;
+        sed -E "s/ ; python_full_version < '3.1[345]' and sys_platform == 'linux'//;
                 s/ ; python_full_version < '3.12' and sys_platform == 'linux'/ ; python_version < '3.12'/" \
             "$folder/lock.txt"
     } > "edgepipe/toolchains/$name.lock.txt"
@@ -37,3 +37,4 @@ TOML
 
 lock onnx2tf 3.12 ">=3.12,<3.14" "onnx2tf==2.6.9" "opencv-python-headless==4.13.0.92"
 lock onnx2tf-tf 3.11 ">=3.11,<3.13" "onnx2tf==1.29.24" "opencv-python-headless==4.11.0.86"
+lock zig 3.11 ">=3.11,<3.15" "ziglang==0.17.1"

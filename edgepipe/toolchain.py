@@ -44,7 +44,7 @@ _POLL_S = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Toolchain:
-    """One converter. ``pythons`` are the minor versions of CPython 3 its lock is for, best first."""
+    """One converter or compiler. ``pythons`` are the minor versions of CPython 3 its lock is for, best first."""
 
     name: str
     summary: str
@@ -63,6 +63,7 @@ TOOLCHAINS: dict[str, Toolchain] = {
     for tool in (
         Toolchain("onnx2tf", "onnx2tf 2.6.9, ONNX to TFLite without TensorFlow", (12, 13), 540, "onnx2tf.tflite_builder"),
         Toolchain("onnx2tf-tf", "onnx2tf 1.29.24 with TensorFlow 2.19, for hosts without Python 3.12", (11, 12), 2400, "onnx2tf"),
+        Toolchain("zig", "zig 0.17.1 as C compiler, for boards without Python (edgepipe/crunner.py)", (11, 12, 13, 14), 420, "ziglang"),
     )
 }  # fmt: skip
 
