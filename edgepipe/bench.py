@@ -1,9 +1,7 @@
-"""Preflight, push, run on the device, and what came back as Measurements."""
+"""Measure a model on a board: preflight, push, a job of sessions there, Measurements here."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
 import dataclasses
 import getpass
@@ -17,39 +15,52 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from edgepipe import stats
 from edgepipe.artifact import Artifact, hash_path
 from edgepipe.device.base import Device
+from edgepipe.device.retry import RetryingDevice
 from edgepipe.errors import (
     ArtifactError,
-    Busy,
-    CommandFailed,
-    CommandTimeout,
     DeviceError,
     MissingExtra,
     NotReadyError,
-    NotStable,
     ProfileError,
     RequestError,
     TransferError,
 )
-from edgepipe.evaluate import device_measurements
+from edgepipe.job import (
+    COMMAND_TIMEOUT_S,
+    BoardJob,
+    Outcome,
+    bad_answer,
+    parse_facts,
+)
 from edgepipe.measurement import Measurement, single
-from edgepipe.metrics import METRICS
-from edgepipe.payload import push_payload
+from edgepipe.payload import Payload, push_payload
 from edgepipe.profile import DeviceProfile, absolute_work_dir
 from edgepipe.runtime import has_runtime_library, runtime_library
 from edgepipe.schema import Unit, record
-from edgepipe.units import format_bytes, format_seconds
+from edgepipe.sessions import (
+    BASE,
+    CANDIDATE,
+    MODEL,
+    Session,
+    exclusion,
+    progress,
+    round_ratios,
+    to_measurements,
+)
+from edgepipe.units import format_bytes
 
 if TYPE_CHECKING:
+    from edgepipe.evaluate import DeviceEvaluation
     from edgepipe.tflite_ops.raw import RawSamples
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 PYTHON_NEEDED = (3, 7)
 # A session shorter than this says nothing about percentiles (44 samples bound a p90 at 99 %).
 MIN_INFERENCES = 30
@@ -57,30 +68,16 @@ MIN_INFERENCES = 30
 MAX_CPUS = 8192
 # Longer than any measurement, shorter than what poll(2) can wait (2**31 ms).
 MAX_BUDGET_S = 86400.0
-# How long the lease on a board outlives one call of ours: time for the next call to arrive.
+# How long the lease on a board outlives the agent: time for the host to ask for more sessions.
 LEASE_S = 30.0
-# How long to wait for a hot board, and how often to look (MEASUREMENT: 120 s).
+# How long to wait for a hot board (MEASUREMENT: 120 s).
 COOL_DOWN_S = 120.0
-COOL_DOWN_POLL_S = 5.0
-# What a short command may take on a slow board over a slow link.
-COMMAND_TIMEOUT_S = 60.0
-# On top of the time a session may take on the board: the link, and starting Python twice.
-LINK_MARGIN_S = 60.0
-# A worker that somebody killed is tried again this many times.
-MAX_KILLED = 2
-# Load counts as cold when at most this share of the file's pages was still in memory.
-COLD_RESIDENT_SHARE = 0.05
-# The board keeps this much free: the runner writes a few kB.
+# The board keeps this much free: the agent writes a few kB.
 MIN_FREE_BYTES = 1 << 20
-# Flags that disqualify a session, with the cause the record states. None depends on its latency.
-DISQUALIFYING = {
-    "throttled_now": "throttled",
-    "throttle_event": "throttled",
-    "cooling_rose": "throttled",
-    "clock_jump": "clock jump",
-    "swapped_in": "swap-in",
-    "rebooted": "reboot",
-}
+# An energy session: long enough for 50 readings of each at 10 Hz.
+ENERGY_IDLE_S, ENERGY_RUN_S = 5.0, 5.0
+# Giving the board back may not take as long as getting through to it.
+END_PATIENCE_S = 10.0
 
 
 @record
@@ -88,19 +85,32 @@ class MeasureOptions:
     """How a model is measured: ``[measure]`` in a recipe.
 
     ``threads`` 0 means what the device profile says. ``warmup`` and ``session`` are per session, a
-    fresh process each; a session lasts at least 30 inferences. ``affinity`` lists the CPU numbers
-    to stay on (empty: all). ``budget`` bounds the whole measurement; ``max_age`` is how long a run
-    may use it again.
+    fresh process each; a session lasts at least 30 inferences. Beside a baseline, sessions are added
+    up to ``max_sessions`` until it is clear whether the slowdown is within ``tolerance``.
+    ``kernel`` is XNNPACK's choice of kernels, ``weight_cache`` keeps its packed weights in a file.
+    ``ops`` times single operators, in a session of its own, where the backend can; ``energy`` asks
+    the board's power meter (``auto``: where there is one); ``sustained`` runs for that long after
+    all else. ``evaluate_samples`` is how many evaluation samples run on the board (0: all).
+    ``affinity`` lists the CPU numbers to stay on (empty: all). ``budget`` bounds the whole
+    measurement but for ``sustained``; ``max_age`` is how long a run may use it again.
     """
 
     threads: int = 0
     sessions: int = 3
+    max_sessions: int = stats.LOOKS[-1]
     memory_sessions: int = 2
     warmup: Annotated[float, Unit("time")] = 0.5
     session: Annotated[float, Unit("time")] = 2.0
+    tolerance: Annotated[float, Unit("ratio")] = 0.03
     backend: Literal["auto", "litert-c", "litert-interpreter", "tflite-runtime-interpreter"] = (
         "auto"
     )
+    kernel: Literal["", "xnnpack", "builtin", "reference"] = ""
+    weight_cache: bool = False
+    ops: bool = True
+    energy: bool | Literal["auto"] = "auto"
+    sustained: Annotated[float, Unit("time")] = 0.0
+    evaluate_samples: int = 200
     affinity: tuple[int, ...] = ()
     seed: int = 0
     budget: Annotated[float, Unit("time")] = 600.0
@@ -113,6 +123,11 @@ class MeasureOptions:
             problems.append(
                 f"sessions = {self.sessions}, memory_sessions = {self.memory_sessions}: "
                 "sessions is 1 or more, memory_sessions 0 or more"
+            )
+        if self.max_sessions < 1 or self.evaluate_samples < 0 or not 0 < self.tolerance <= 1:
+            problems.append(
+                f"max_sessions = {self.max_sessions}, evaluate_samples = {self.evaluate_samples}, "
+                f"tolerance = {self.tolerance:g}: they are 1 or more, 0 or more, and above 0 up to 100 %"
             )
         if not 0 <= self.threads <= MAX_CPUS:
             problems.append(f"threads = {self.threads} is not 0 to {MAX_CPUS}")
@@ -128,6 +143,8 @@ class MeasureOptions:
                 f"{self.sessions} sessions of {self.warmup:g} s and {self.session:g} s do not fit "
                 f"into budget = {self.budget:g} s"
             )
+        if not 0 <= self.sustained <= MAX_BUDGET_S:
+            problems.append(f"sustained = {self.sustained:g} s is not 0 to {MAX_BUDGET_S:g} s")
         if problems:
             raise RequestError(
                 f"[measure] {'; '.join(problems)}", hint="mend these options and run again"
@@ -138,9 +155,9 @@ class MeasureOptions:
 class BenchResult:
     """What one model did on one board.
 
-    ``device_facts`` is what the board said of itself, ``raw`` every reply of the runner as it came.
-    A model that does not run has the single measurement ``runs_on_device`` = 0, whose context says
-    why under ``reason``.
+    ``device_facts`` is what the board said of itself, ``raw`` its journal as it came. A model that
+    does not run has the single measurement ``runs_on_device`` = 0, whose context says why under
+    ``reason``.
     """
 
     measurements: tuple[Measurement, ...]
@@ -155,51 +172,90 @@ def measure(
     options: MeasureOptions,
     *,
     samples: Mapping[str, Any] | None = None,
+    evaluation: DeviceEvaluation | None = None,
+    baseline: Artifact | None = None,
     keep: bool = False,
 ) -> BenchResult:
     """Measure ``model`` (kind ``tflite``) on ``device``, which ``profile`` describes.
 
     ``samples`` are real values by input name, (N, ...) in the source layout; with them the board's
-    outputs are compared with this host's (``device_mismatch``). ``keep`` leaves the job's files on
-    the board. Models, runtimes and runners stay there anyway, named by their hash, so that the next
-    measurement pushes nothing.
+    outputs are compared with this host's (``device_mismatch``). An ``evaluation`` brings its own
+    samples instead, and the board's task metric with them. ``baseline`` is measured beside the
+    model, round by round in the same processes; sessions are added (`stats.LOOKS`) until the
+    slowdown is decided. ``keep`` leaves the job's files on the board. Models, runtimes and agents
+    stay there anyway, named by their hash, so that the next measurement pushes nothing.
+
+    A broken link is waited for. After a host that died, the same call goes on with the sessions that
+    the board has finished since; the context says how many (``resumed_sessions``).
 
     A model that crashes or does not fit is a result. Raises NotReadyError (no Python, no runtime,
-    Busy, too hot, budget used up, broken link), ProfileError where the board is not what the
-    profile says, ArtifactError and RequestError for what cannot be measured at all.
+    Busy, too hot, rebooted twice, budget used up, broken link), ProfileError where the board is not
+    what the profile says, ArtifactError and RequestError for what cannot be measured at all.
     """
-    if model.kind != "tflite":
-        raise ArtifactError(
-            f"{model.path} is a {model.kind} model; a device measures .tflite files",
-            hint="convert it first: edgepipe convert",
-        )
+    models = {MODEL: model} if baseline is None else {BASE: baseline, CANDIDATE: model}
+    for artifact in models.values():
+        _check_model(artifact)
+    if evaluation is not None:
+        samples = evaluation.inputs
     encoded = None
     if samples is not None:
         from edgepipe.tflite_ops.raw import encode_samples
 
         encoded = encode_samples(model.path, samples, model.inputs)
-    board = _prepare_board(device, profile)
-    facts = _cool_down(board, profile)
-    _check_machine(facts["device"], profile, device)
-    job_id = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(3)}"
-    job_dir = f"{board.work_dir}/jobs/{job_id}"
-    try:
-        job = _push_all(board, profile, options, model, facts, job_id, encoded)
-        replies, failure = _run_sessions(board, profile, options, job, job_dir)
-    finally:
-        _clean_up(board, job_id, job_dir, keep)
-    device_facts = {**facts["device"], "packages": facts["packages"]}
-    raw = {"schema": SCHEMA, "job": job["id"], "facts": facts, "replies": replies}
-    context = _context(model, profile, options, job, board, replies, device_facts)
-    if failure is not None:
-        log.info("the model does not run on the device: %s", failure["message"])
-        context = {**context, "reason": failure["message"], "cause": failure}
-        return BenchResult((single("runs_on_device", "", 0, context),), device_facts, raw)
-    sessions = [session for reply in replies for session in reply["sessions"] if session["data"]]
-    measurements = to_measurements(sessions, context, threads=job["threads"])
+    budget_s = options.budget + options.sustained
+    link = RetryingDevice(device, deadline_s=time.monotonic() + budget_s + COMMAND_TIMEOUT_S)
+    board = _prepare_board(link, profile)
+    facts = board.facts()
+    _check_machine(facts["device"], profile, link)
     if encoded is not None:
-        measurements += (_device_mismatch(model, encoded, sessions, context, device.address),)
+        from edgepipe.evaluate import check_fits
+
+        check_fits(model, encoded, free_bytes=facts.get("free_bytes"), reserve_bytes=MIN_FREE_BYTES, address=link.address)  # fmt: skip
+    request = _request(board, profile, options, models, _push_runtime(board, profile, options, facts), encoded, budget_s)  # fmt: skip
+    job = _named_job(board, options, request, unique=keep)
+    job_dir = f"{board.work_dir}/jobs/{job['id']}"
+    hint = _runtime_hint(profile, options, facts["device"])
+    board_job = BoardJob(link, board.payload, job, job_dir, runtime_hint=hint, progress=progress)
+    try:
+        board_job.find_earlier(board_time_s=facts["health"].get("realtime_s"), max_age_s=budget_s)
+        _push_models(board, models)
+        _push_samples(board, job, encoded)
+        outcome = _run_sessions(board_job, options, models, has_samples=encoded is not None)
+        answers = None
+        if outcome.failure is None and encoded is not None:
+            answers = pull_outputs(link, _session_of(outcome, "outputs"))
+    finally:
+        link.patience_s = END_PATIENCE_S
+        with contextlib.suppress(DeviceError):  # must not hide the result
+            board_job.end(keep=keep)
+    device_facts = {**facts["device"], "packages": facts["packages"]}
+    raw = {"schema": SCHEMA, "job": job, "facts": facts, "journal": list(outcome.journal)}
+    context = _context(models, profile, options, job, board, outcome, facts)
+    if outcome.failure is not None:
+        reason = outcome.failure["message"]
+        log.info("the model does not run on the device: %s", reason)
+        context = {**context, "reason": reason, "cause": outcome.failure}
+        return BenchResult((single("runs_on_device", "", 0, context),), device_facts, raw)
+    _check_energy(options, outcome, link)
+    measurements = to_measurements(outcome.sessions, context, threads=job["threads"])
+    if encoded is not None and answers is not None:
+        from edgepipe.evaluate import device_measurements
+
+        described = _session_of(outcome, "outputs")["data"]["outputs"]
+        measurements += device_measurements(model, encoded, described, answers, context, evaluation)
     return BenchResult(measurements, device_facts, raw)
+
+
+def _check_model(model: Artifact) -> None:
+    if model.kind != "tflite":
+        raise ArtifactError(
+            f"{model.path} is a {model.kind} model; a device measures .tflite files",
+            hint="convert it first: edgepipe convert",
+        )
+    if hash_path(model.path) != model.sha256:
+        raise ArtifactError(
+            f"{model.path} has changed since its record was made", hint="run the recipe again"
+        )
 
 
 # ------------------------------------------------------------------------------- preflight, push
@@ -209,32 +265,23 @@ def measure(
 class _Board:
     device: Device
     work_dir: str
-    runner: str
-    runner_sha256: str
+    payload: Payload
 
-    def run_runner(self, *arguments: str, timeout_s: float) -> dict[str, Any]:
-        done = self.device.run(["python3", self.runner, *arguments], timeout_s=timeout_s)
-        return parse_reply(
+    def facts(self) -> dict[str, Any]:
+        command = ["python3", self.payload.entry, "facts", self.work_dir]
+        done = self.device.run(command, timeout_s=COMMAND_TIMEOUT_S)
+        return parse_facts(
             done.stdout, stderr=done.stderr, returncode=done.returncode, address=self.device.address
         )
 
-    def facts(self) -> dict[str, Any]:
-        reply = self.run_runner("facts", self.work_dir, timeout_s=COMMAND_TIMEOUT_S)
-        for key in ("device", "health", "packages"):
-            if not isinstance(reply.get(key), dict):
-                raise _garbage(f"its facts have no {key}", b"", b"", self.device.address)
-        if not _is_temperature(reply["health"].get("temperature_c")):
-            raise _garbage("its temperature is no number", b"", b"", self.device.address)
-        return reply
-
 
 def _prepare_board(device: Device, profile: DeviceProfile) -> _Board:
-    """Find Python and the home folder there, and push the runner."""
+    """Find Python and the home folder there, and push the agent."""
     question = 'import json,os,sys; print(json.dumps([os.path.expanduser("~"), list(sys.version_info[:3])]))'  # fmt: skip
     done = device.run(["python3", "-c", question], timeout_s=COMMAND_TIMEOUT_S)
     if done.returncode in (126, 127):
         raise NotReadyError(
-            f"{device.address} has no python3: {_tail(done.stderr)}",
+            f"{device.address} has no python3: {done.stderr.decode('utf-8', 'replace').strip()}",
             hint="on the device: sudo apt-get install python3",
             code="no-python",
         )
@@ -243,7 +290,9 @@ def _prepare_board(device: Device, profile: DeviceProfile) -> _Board:
         version = tuple(int(n) for n in version)
         home = str(home)
     except (ValueError, TypeError) as exc:
-        raise _garbage("python3 did not answer", done.stdout, done.stderr, device.address) from exc
+        raise bad_answer(
+            "python3 did not answer", done.stdout, done.stderr, device.address
+        ) from exc
     if version < PYTHON_NEEDED:
         raise NotReadyError(
             f"python3 on {device.address} is {'.'.join(map(str, version))}; "
@@ -252,28 +301,7 @@ def _prepare_board(device: Device, profile: DeviceProfile) -> _Board:
             code="no-python",
         )
     work_dir = absolute_work_dir(profile.work_dir, home)
-    payload = push_payload(device, profile.target, work_dir)
-    return _Board(device, work_dir, payload.entry, payload.sha256)
-
-
-def _cool_down(board: _Board, profile: DeviceProfile) -> dict[str, Any]:
-    """The board's facts, once it is cool enough. Raises NotStable after COOL_DOWN_S."""
-    limit_c, started = profile.thermal.start_below, time.monotonic()
-    while True:
-        facts = board.facts()
-        temperature_c = facts["health"].get("temperature_c")
-        if temperature_c is None or temperature_c < limit_c:
-            return facts
-        waited_s = time.monotonic() - started
-        if waited_s >= COOL_DOWN_S:
-            raise NotStable(
-                f"{board.device.address} is at {temperature_c:.1f} C after waiting {waited_s:.0f} s; "
-                f"measuring starts below {limit_c:g} C (profile {profile.name})",
-                hint="give it a heat sink or a fan, or stop what it is doing",
-                code="too-hot",
-            )
-        log.info("waiting for the device to cool down: %.1f C, starts below %g C", temperature_c, limit_c)  # fmt: skip
-        time.sleep(COOL_DOWN_POLL_S)
+    return _Board(device, work_dir, push_payload(device, profile.target, work_dir))
 
 
 def _check_machine(facts: Mapping[str, Any], profile: DeviceProfile, device: Device) -> None:
@@ -287,44 +315,71 @@ def _check_machine(facts: Mapping[str, Any], profile: DeviceProfile, device: Dev
         )
 
 
-def _push_all(
+def _request(
     board: _Board,
     profile: DeviceProfile,
     options: MeasureOptions,
-    model: Artifact,
-    facts: Mapping[str, Any],
-    job_id: str,
+    models: Mapping[str, Artifact],
+    runtime: dict[str, Any] | None,
     samples: RawSamples | None,
+    budget_s: float,
 ) -> dict[str, Any]:
-    """Push what the job needs, by hash, and return the job (without its sessions)."""
-    device = board.device
-    log.info("pushing %s (%s) to %s", model.path.name, format_bytes(model.size_bytes), device.address)  # fmt: skip
-    remote = f"{board.work_dir}/models/{model.sha256}.tflite"
-    if hash_path(model.path) != model.sha256:
-        raise ArtifactError(
-            f"{model.path} has changed since its record was made", hint="run the recipe again"
-        )
-    device.push(model.path, remote)
+    """The job but for its id, its plan and where its inputs lie."""
     return {
         "schema": SCHEMA,
-        "id": job_id,
         "owner": f"{_user_name()}@{socket.gethostname()}",
         "work_dir": board.work_dir,
-        "model": {"path": remote, "size": model.size_bytes, "sha256": model.sha256},
-        "runtime": _push_runtime(board, profile, options, facts),
-        "inputs": _push_samples(board, job_id, samples),
+        "models": {
+            arm: {
+                "path": f"{board.work_dir}/models/{model.sha256}.tflite",
+                "size": model.size_bytes,
+                "sha256": model.sha256,
+            }
+            for arm, model in models.items()
+        },
+        "runtime": runtime,
+        "inputs": None
+        if samples is None
+        else {
+            "size": len(samples.data),
+            "sha256": hashlib.sha256(samples.data).hexdigest(),
+            "count": samples.count,
+            "tensors": list(samples.tensors),
+        },
         "backend": options.backend,
+        "kernel": options.kernel,
+        "weight_cache": options.weight_cache,
         "threads": options.threads or profile.threads,
         "affinity": list(options.affinity),
         "warmup_s": options.warmup,
         "session_s": options.session,
         "min_inferences": MIN_INFERENCES,
         "seed": options.seed,
-        "sessions": [],
-        "budget_s": options.budget,
+        "budget_s": budget_s,
         "lease_s": LEASE_S,
         "min_free_bytes": MIN_FREE_BYTES,
+        "start_below_c": profile.thermal.start_below,
+        "cool_down_s": COOL_DOWN_S,
+        "abort_above_c": profile.thermal.abort_above,
     }
+
+
+def _named_job(
+    board: _Board, options: MeasureOptions, request: Mapping[str, Any], *, unique: bool
+) -> dict[str, Any]:
+    """The job with its id: the same for the same request, so that it is found again on the board.
+
+    ``unique`` gives one that is never found again, for a job whose files are kept.
+    """
+    asked = json.dumps(
+        [request, board.payload.sha256, options.sustained, secrets.token_hex(8) if unique else ""],
+        sort_keys=True,
+    )
+    job_id = hashlib.sha256(asked.encode()).hexdigest()[:16]
+    inputs = request["inputs"]
+    if inputs is not None:
+        inputs = {"path": f"{board.work_dir}/jobs/{job_id}/inputs.bin", **inputs}
+    return {**request, "id": job_id, "inputs": inputs}
 
 
 def _user_name() -> str:
@@ -376,295 +431,19 @@ def _push_runtime(
     }
 
 
-def _push_samples(board: _Board, job_id: str, samples: RawSamples | None) -> dict[str, Any] | None:
+def _push_models(board: _Board, models: Mapping[str, Artifact]) -> None:
+    for model in {m.sha256: m for m in models.values()}.values():
+        log.info("pushing %s (%s) to %s", model.path.name, format_bytes(model.size_bytes), board.device.address)  # fmt: skip
+        board.device.push(model.path, f"{board.work_dir}/models/{model.sha256}.tflite")
+
+
+def _push_samples(board: _Board, job: Mapping[str, Any], samples: RawSamples | None) -> None:
     if samples is None:
-        return None
-    remote = f"{board.work_dir}/jobs/{job_id}/inputs.bin"
+        return
     with tempfile.TemporaryDirectory(prefix="edgepipe-") as folder:
         path = Path(folder) / "inputs.bin"
         path.write_bytes(samples.data)
-        board.device.push(path, remote)
-    return {
-        "path": remote,
-        "size": len(samples.data),
-        "sha256": hashlib.sha256(samples.data).hexdigest(),
-        "count": samples.count,
-        "tensors": list(samples.tensors),
-    }
-
-
-# ----------------------------------------------------------------------------------- running
-
-
-def _run_sessions(
-    board: _Board,
-    profile: DeviceProfile,
-    options: MeasureOptions,
-    job: dict[str, Any],
-    job_dir: str,
-) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """All sessions, one call of the runner each -> (replies, why the model does not run or None)."""
-    plan = ["outputs"] if job["inputs"] else []
-    plan += ["memory"] * options.memory_sessions + ["latency"] * options.sessions
-    totals = {kind: plan.count(kind) for kind in plan}
-    done: dict[str, int] = dict.fromkeys(plan, 0)
-    deadline_s = time.monotonic() + options.budget
-    replies: list[dict[str, Any]] = []
-    backend = job["backend"]
-    killed = 0
-    while plan:
-        kind = plan[0]
-        left_s = deadline_s - time.monotonic()
-        if left_s <= 0:
-            raise _over_budget(board, options, f"before {kind} session {done[kind] + 1}")
-        call = {**job, "sessions": [kind], "backend": backend, "budget_s": left_s}
-        reply = _call(board, call, f"{job_dir}/job-{len(replies)}.json", left_s)
-        replies.append(reply)
-        if reply["code"] == 70 and reply.get("runs_on_device") is False:
-            return replies, reply["cause"]
-        if reply["code"] == 70:  # somebody killed the worker, which says nothing of the model
-            killed += 1
-            if killed > MAX_KILLED:
-                raise NotStable(
-                    f"on {board.device.address} {reply['message']}, {killed} times",
-                    hint="find out what kills processes there (systemd-oomd, a watchdog, a person)",
-                    code="worker-killed",
-                )
-            log.warning("%s: trying the session again", reply["message"])
-            continue
-        if reply["code"] != 0:
-            _raise_for(reply, board, options, profile)
-        if [s["kind"] for s in reply["sessions"] if s["data"]] != [kind]:
-            raise _garbage(f"the runner did not give one {kind} session", b"", b"", board.device.address)  # fmt: skip
-        backend = reply["runtime"]["backend"]  # what was chosen once is demanded from now on
-        done[kind] += 1
-        plan.pop(0)
-        session = reply["sessions"][0]
-        log.info("%s", _progress(session, done[kind], totals[kind]))
-        hottest_c = session["after"].get("temperature_c")
-        if hottest_c is not None and hottest_c > profile.thermal.abort_above:
-            raise NotStable(
-                f"{board.device.address} reached {hottest_c:.1f} C, profile {profile.name} stops "
-                f"measuring above {profile.thermal.abort_above:g} C",
-                hint="give it a heat sink or a fan, or a shorter session",
-                code="too-hot",
-            )
-    return replies, None
-
-
-def _call(board: _Board, job: dict[str, Any], remote: str, budget_s: float) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="edgepipe-") as folder:
-        path = Path(folder) / "job.json"
-        path.write_text(json.dumps(job), encoding="utf-8")
-        board.device.push(path, remote)
-    return board.run_runner(remote, timeout_s=budget_s + LINK_MARGIN_S)
-
-
-def _clean_up(board: _Board, job_id: str, job_dir: str, keep: bool) -> None:
-    """Give the lease back and remove the job's files; a failure here must not hide the result."""
-    # the owner file is ours only where it names our job; the runner's own flock is gone by now
-    release = (
-        "import fcntl,json,sys\n"
-        "try:\n"
-        "    f = open(sys.argv[1], 'r+')\n"
-        "    fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
-        "    if json.load(f).get('job') == sys.argv[2]: f.truncate(0)\n"
-        "except (OSError, ValueError): pass\n"
-    )
-    device = board.device
-    with contextlib.suppress(DeviceError):
-        lock = f"{board.work_dir}/lock"
-        device.run(["python3", "-c", release, lock, job_id], timeout_s=COMMAND_TIMEOUT_S)
-        if not keep:
-            device.run(["rm", "-rf", job_dir], timeout_s=COMMAND_TIMEOUT_S)
-
-
-def _progress(session: Mapping[str, Any], number: int, total: int) -> str:
-    data, kind = session["data"], session["kind"]
-    if kind == "latency":
-        wall, cpu = (
-            stats.percentile([ns / data["inner_loops"] / 1e9 for ns in data[key]], 0.5)
-            for key in ("wall_ns", "cpu_ns")
-        )
-        text = f"session {number}/{total}: p50 {format_seconds(wall)}, cpu {format_seconds(cpu)}"
-    elif kind == "memory":
-        parts = [
-            f"{name} {format_bytes(data[key])}"
-            for name, key in (
-                ("anon", "anon_bytes"),
-                ("file", "file_bytes"),
-                ("peak", "peak_bytes"),
-            )
-            if data[key] is not None
-        ]
-        text = f"memory {number}/{total}: {', '.join(parts)}"
-    else:
-        text = f"outputs for {len(data['samples'])} samples"
-    return f"{text} [{', '.join(session['flags'])}]" if session["flags"] else text
-
-
-# ------------------------------------------------------------------------- the runner's replies
-
-
-def parse_reply(
-    stdout: bytes, *, stderr: bytes = b"", returncode: int = 0, address: str = "the device"
-) -> dict[str, Any]:
-    """The runner's one JSON object, checked. Pure. Raises CommandFailed on anything else."""
-
-    def refuse(why: str) -> NoReturn:
-        raise _garbage(why, stdout, stderr, address)
-
-    try:
-        reply = json.loads(stdout)
-    except ValueError:
-        refuse(f"the runner (exit {returncode}) did not print one JSON object")
-    if not isinstance(reply, dict) or not isinstance(reply.get("schema"), int):
-        refuse("the runner's answer has no schema number")
-    if reply["schema"] > SCHEMA:
-        raise RequestError(
-            f"the runner on {address} answers with schema {reply['schema']}, this edgepipe reads "
-            f"up to {SCHEMA}",
-            hint="upgrade edgepipe",
-        )
-    if reply.get("code") != returncode:
-        refuse(f"the runner's answer says code {reply.get('code')!r}, it ended with {returncode}")
-    if not isinstance(reply.get("message"), str) or not isinstance(reply.get("sessions"), list):
-        refuse("the runner's answer is not whole")
-    cause = reply.get("cause")
-    if reply["code"] == 70 and not (
-        isinstance(cause, dict) and isinstance(cause.get("message"), str)
-    ):
-        refuse("the runner's answer gives no cause")
-    if not isinstance(reply.get("owner"), dict | None):
-        refuse("the runner's answer names no owner")
-    if reply["sessions"] and not isinstance(reply.get("runtime"), dict):
-        refuse("the runner's answer names no runtime")
-    for session in reply["sessions"]:
-        problem = _session_problem(session)
-        if problem:
-            refuse(f"a session of the runner's answer {problem}")
-    return reply
-
-
-def _session_problem(session: object) -> str:
-    """What is wrong with one session of a reply, or an empty string."""
-    if not isinstance(session, dict):
-        return "is no object"
-    for key in ("before", "after"):
-        if not isinstance(session.get(key), dict):
-            return "has no health"
-        if not _is_temperature(session[key].get("temperature_c")):
-            return "has a temperature that is no number"
-    if not _is_list_of(session.get("flags"), str):
-        return "has no flags"
-    data, kind = session.get("data"), session.get("kind")
-    if data is None:
-        return "" if isinstance(session.get("cause"), dict) else "has neither data nor a cause"
-    if not isinstance(data, dict):
-        return "has no data"
-    if kind == "memory":
-        keys = ("anon_bytes", "file_bytes", "peak_bytes")
-        fine = all(key in data and _is_count(data[key], or_none=True) for key in keys)
-        return "" if fine else "has no memory figures"
-    if kind == "outputs":
-        fine = _is_list_of(data.get("samples"), list) and _is_list_of(data.get("outputs"), dict)
-        return "" if fine else "has no outputs"
-    if kind != "latency":
-        return f"is of the unknown kind {kind!r}"
-    cold = data.get("cold")
-    fine = (
-        _is_counts(data.get("wall_ns"))
-        and _is_counts(data.get("cpu_ns"))
-        and len(data["wall_ns"]) == len(data["cpu_ns"]) > 0
-        and _is_counts(data.get("warmup_wall_ns"))
-        and _is_count(data.get("inner_loops"))
-        and data["inner_loops"] > 0
-        and _is_count(data.get("load_ns"))
-        and _is_count(data.get("first_inference_ns"))
-        and isinstance(cold, dict)
-        and _is_count(cold.get("load_ns"))
-        and isinstance(cold.get("resident_share"), int | float | None)
-    )
-    return "" if fine else "has no latency samples"
-
-
-def _is_temperature(value: object) -> bool:
-    return isinstance(value, int | float | None)
-
-
-def _is_count(value: object, *, or_none: bool = False) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int):
-        return or_none and value is None
-    return abs(value) < 2**63  # memory can shrink: negative growth is a fact
-
-
-def _is_counts(values: object) -> bool:
-    return isinstance(values, list) and all(_is_count(v) and v >= 0 for v in values)
-
-
-def _is_list_of(values: object, kind: type) -> bool:
-    return isinstance(values, list) and all(isinstance(v, kind) for v in values)
-
-
-def _garbage(why: str, stdout: bytes, stderr: bytes, address: str) -> CommandFailed:
-    seen = _tail(stdout) or _tail(stderr) or "nothing"
-    return CommandFailed(
-        f"{why} on {address}; it printed: {seen}",
-        hint="does a start-up file there (~/.bashrc) print something? it must not without a terminal",
-        code="bad-runner-output",
-    )
-
-
-def _tail(raw: bytes, limit: int = 300) -> str:
-    text = raw.decode("utf-8", "replace").strip()
-    return text if len(text) <= limit else "..." + text[-limit:]
-
-
-def _raise_for(
-    reply: Mapping[str, Any], board: _Board, options: MeasureOptions, profile: DeviceProfile
-) -> NoReturn:
-    """The error for a reply whose code is neither 0 nor 70."""
-    code, message, address = reply["code"], reply["message"], board.device.address
-    if code == 75:
-        owner = reply.get("owner") or {}
-        who = f" (job {owner.get('job')} of {owner.get('owner')})" if owner else ""
-        raise Busy(f"{address} is busy: {message}{who}", hint="wait for it to end, then try again")
-    if code == 69:
-        raise NotReadyError(
-            f"no usable runtime on {address}: {message}",
-            hint=_runtime_hint(profile, options, reply.get("device") or {}),
-            code="no-runtime",
-        )
-    if code == 65:
-        raise TransferError(f"{address} does not hold what was pushed: {message}", hint="try again; if it happens twice, check the board's storage")  # fmt: skip
-    if code == 73:
-        raise TransferError(f"the disk of {address} is full: {message}", hint=f"free some space there, for example rm -r {board.work_dir}/models", code="disk-full")  # fmt: skip
-    if code == 124:
-        raise _over_budget(board, options, message)
-    if code == 71:
-        raise CommandFailed(
-            f"the runner on {address} cannot use a file: {message}",
-            hint=f"is {board.work_dir} this user's own? mend its permissions, or choose another work_dir",
-            code="work-dir-unusable",
-        )
-    if reply.get("error") == "bad-request":
-        raise RequestError(
-            f"{address} cannot measure as asked: {message}",
-            hint="change affinity or the samples, or leave them out",
-        )
-    raise CommandFailed(
-        f"the runner on {address} ended with code {code}: {message}",
-        hint="this is a bug in edgepipe: please report it with --debug",
-        code="runner-failed",
-    )
-
-
-def _over_budget(board: _Board, options: MeasureOptions, what: str) -> CommandTimeout:
-    return CommandTimeout(
-        f"measuring on {board.device.address} took longer than {options.budget:g} s: {what}",
-        hint="raise the budget, or ask for fewer or shorter sessions",
-        code="over-budget",
-    )
+        board.device.push(path, job["inputs"]["path"])
 
 
 def _runtime_hint(profile: DeviceProfile, options: MeasureOptions, facts: Mapping[str, Any]) -> str:
@@ -676,105 +455,129 @@ def _runtime_hint(profile: DeviceProfile, options: MeasureOptions, facts: Mappin
     )
 
 
-# ------------------------------------------------------------------------------- measurements
+# ----------------------------------------------------------------------------------- running
 
 
-def exclusion(session: Mapping[str, Any], boot_id: object) -> str:
-    """Why a session does not count, from causes independent of its latency; or an empty string."""
-    causes = [DISQUALIFYING[flag] for flag in session["flags"] if flag in DISQUALIFYING]
-    if session["before"].get("boot_id") != boot_id or session["after"].get("boot_id") != boot_id:
-        causes.append("reboot")
-    return ", ".join(sorted(set(causes)))
+def _run_sessions(
+    job: BoardJob, options: MeasureOptions, models: Mapping[str, Artifact], *, has_samples: bool
+) -> Outcome:
+    """All sessions. Beside a baseline: look after look, until the slowdown is decided."""
+    looks = [options.sessions]
+    if BASE in models:
+        most = max(options.sessions, options.max_sessions)
+        looks += [k for k in stats.LOOKS if options.sessions < k <= most]
+        looks += [most] if most > looks[-1] else []
+    for number, look in enumerate(looks):
+        outcome = job.run(plan_of(options, list(models), look, has_samples=has_samples))
+        if outcome.failure or number == len(looks) - 1:
+            break
+        threads = job.job["threads"]
+        decision = decide(outcome, options.tolerance, threads=threads)
+        if decision.status != "INCONCLUSIVE":
+            break
+        if (looks[number + 1] - look) * _longest_s(outcome) > job.left_s:
+            log.warning("after %d sessions the slowdown is not decided, and the budget has no room for more", look)  # fmt: skip
+            break
+        log.info("not decided after %d sessions: taking %d more", look, looks[number + 1] - look)
+    return outcome
 
 
-def to_measurements(
-    sessions: Sequence[Mapping[str, Any]], context: Mapping[str, Any], *, threads: int
-) -> tuple[Measurement, ...]:
-    """Sessions of the runner -> measurements in SI units with their context. Pure.
+def plan_of(
+    options: MeasureOptions, arms: Sequence[str], sessions: int, *, has_samples: bool
+) -> list[dict[str, Any]]:
+    """What the board shall do, in this order. A longer plan begins with the tags of a shorter one."""
+    ours = arms[-1]  # the model itself; a baseline comes before it
+    plan: list[dict[str, Any]] = []
 
-    Nanoseconds of a batch are divided by its number of inferences. ``latency_cpu`` exists only with
-    one thread, ``load_cold`` only counts sessions whose file really was out of the page cache.
+    def add(tag: str, kind: str, on: Sequence[str], **more: Any) -> None:
+        plan.append({"tag": tag, "kind": kind, "arms": list(on), **more})
+
+    if has_samples:
+        add("outputs-1", "outputs", [ours])
+    for number in range(1, options.memory_sessions + 1):
+        for arm in arms:
+            add(f"memory-{arm}-{number}", "memory", [arm])
+    for arm in arms if options.ops else ():
+        add(f"ops-{arm}-1", "ops", [arm])
+    for number in range(1, sessions + 1):
+        add(f"latency-{number}", "latency", arms)
+    if options.energy:
+        add("energy-1", "energy", [ours], idle_s=ENERGY_IDLE_S, run_s=ENERGY_RUN_S)
+    if options.sustained:
+        add("sustained-1", "sustained", [ours], duration_s=options.sustained)
+    return plan
+
+
+def decide(outcome: Outcome, tolerance: float, *, threads: int) -> stats.RatioDecision:
+    """What the valid A/B sessions say so far: by CPU time with one thread, else by wall time."""
+    clock = "cpu" if threads == 1 else "wall"
+    ratios = [
+        stats.session_log_ratio(round_ratios(s, clock))
+        for s in outcome.sessions
+        if s["kind"] == "latency" and not exclusion(s, outcome.boot_id)
+    ]
+    return stats.decide_ratio(ratios, tolerance)
+
+
+def _longest_s(outcome: Outcome) -> float:
+    """How long the longest latency session took on the board, by its own clock."""
+    ends = [(s["before"], s["after"]) for s in outcome.sessions if s["kind"] == "latency"]
+    return max(
+        after.get("monotonic_s", 0.0) - before.get("monotonic_s", 0.0) for before, after in ends
+    )
+
+
+def pull_outputs(device: Device, session: Session) -> bytes:
+    """The file that an outputs session wrote on the board, checked against the session's sha256.
+
+    Inference after inference, in each the tensors of ``session["data"]["outputs"]``. Raises
+    TransferError where the file is not the one that was written.
     """
-    boot_id = context["boot_id"]
-    latency = [s for s in sessions if s["kind"] == "latency"]
-    memory = [s for s in sessions if s["kind"] == "memory"]
-    unfit = {i: why for i, s in enumerate(latency) if (why := exclusion(s, boot_id))}
-    context = {
-        **context,
-        "contended": any(
-            s["data"].get("contended") for i, s in enumerate(latency) if i not in unfit
-        ),
-        "sessions": [_session_context(s) for s in latency],
-    }
+    data = session["data"]
+    with tempfile.TemporaryDirectory(prefix="edgepipe-") as folder:
+        path = Path(folder) / "outputs.bin"
+        device.pull(data["path"], path)
+        answers = path.read_bytes()
+    if len(answers) != data["size"] or hashlib.sha256(answers).hexdigest() != data["sha256"]:
+        raise TransferError(
+            f"the outputs {data['path']} on {device.address} are not those that were computed: "
+            f"{len(answers)} bytes of {data['size']}, or another sha256",
+            hint="try again; if it happens twice, check the board's storage",
+        )
+    return answers
 
-    def one_per_session(metric: str, values: list[float], excluded: Mapping[int, str]) -> Measurement:  # fmt: skip
-        rows = tuple((value,) for value in values)
-        return Measurement(metric, METRICS[metric].unit, rows, excluded=dict(excluded), context=context)  # fmt: skip
 
-    def batches(key: str) -> tuple[tuple[float, ...], ...]:
-        return tuple(
-            tuple(ns / 1e9 / s["data"]["inner_loops"] for ns in s["data"][key]) for s in latency
+def _session_of(outcome: Outcome, kind: str) -> Session:
+    return next(s for s in outcome.sessions if s["kind"] == kind)
+
+
+def _check_energy(options: MeasureOptions, outcome: Outcome, device: Device) -> None:
+    if options.energy is not True:
+        return
+    session = _session_of(outcome, "energy")
+    if session["data"] is None:
+        raise NotReadyError(
+            f"{device.address} cannot tell its energy: {session['cause']['message']}",
+            hint='use energy = "auto" to measure it only where the board can',
+            code="no-energy",
         )
 
-    warmups = tuple(tuple(ns / 1e9 for ns in s["data"]["warmup_wall_ns"]) for s in latency)
-    found = [single("runs_on_device", "", 1, context)]
-    if latency:
-        found.append(Measurement("latency_wall", "s", batches("wall_ns"), warmups, unfit, context))
-        if threads == 1:
-            found.append(Measurement("latency_cpu", "s", batches("cpu_ns"), (), unfit, context))
-        warm = dict(unfit)
-        for i, session in enumerate(latency):
-            share = session["data"]["cold"].get("resident_share")
-            if share is None or share > COLD_RESIDENT_SHARE:
-                warm.setdefault(i, "the file stayed in the page cache")
-        datas = [s["data"] for s in latency]
-        found += [
-            one_per_session("load", [d["load_ns"] / 1e9 for d in datas], unfit),
-            one_per_session("load_cold", [d["cold"]["load_ns"] / 1e9 for d in datas], warm),
-            one_per_session("first_inference", [d["first_inference_ns"] / 1e9 for d in datas], unfit),
-        ]  # fmt: skip
-    unfit_memory = {i: why for i, s in enumerate(memory) if (why := exclusion(s, boot_id))}
-    for metric in ("memory_anon", "memory_file", "memory_peak"):
-        values = [s["data"][metric.removeprefix("memory_") + "_bytes"] for s in memory]
-        if values and None not in values:
-            found.append(one_per_session(metric, [float(v) for v in values], unfit_memory))
-    return tuple(found)
 
-
-def _session_context(session: Mapping[str, Any]) -> dict[str, Any]:
-    data, before, after = session["data"], session["before"], session["after"]
-    return {
-        "flags": session["flags"],
-        "inner_loops": data["inner_loops"],
-        **{
-            key: data.get(key)
-            for key in (
-                "cpu_share", "contended", "cpu_clock", "state", "run_queue_delay_ns",
-                "involuntary_switches", "major_faults", "frequency_khz", "output_sha256",
-                "load_parts_ns", "runtime_load_ns",
-            )
-        },
-        "temperature_before_c": before.get("temperature_c"),
-        "temperature_after_c": after.get("temperature_c"),
-        "throttling": after.get("throttling"),
-        "loadavg_1min": after.get("loadavg_1min"),
-        "memory_available_bytes": after.get("memory_available_bytes"),
-        "swap_used_bytes": after.get("swap_used_bytes"),
-    }  # fmt: skip
+# ----------------------------------------------------------------------------------- context
 
 
 def _context(
-    model: Artifact,
+    models: Mapping[str, Artifact],
     profile: DeviceProfile,
     options: MeasureOptions,
     job: Mapping[str, Any],
     board: _Board,
-    replies: Sequence[Mapping[str, Any]],
+    outcome: Outcome,
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What makes the figures comparable: one dict shared by all measurements."""
-    sessions = [session for reply in replies for session in reply["sessions"]]
-    runtime: Mapping[str, Any] = next((r["runtime"] for r in replies if r.get("runtime")), {})
+    model, baseline = list(models.values())[-1], models.get(BASE)
+    device, runtime, sessions = facts["device"], outcome.runtime, outcome.sessions
     befores = [s["before"].get("temperature_c") for s in sessions]
     afters = [t for s in sessions if (t := s["after"].get("temperature_c")) is not None]
     differs = (runtime.get("name"), runtime.get("version")) != (
@@ -787,29 +590,38 @@ def _context(
             runtime.get("name"), runtime.get("version"), profile.name, profile.runtime,
             profile.runtime_version,
         )  # fmt: skip
+    compared = {} if baseline is None else {
+        "baseline_sha256": baseline.sha256, "baseline_bytes": baseline.size_bytes,
+        "tolerance": options.tolerance,
+    }  # fmt: skip
     return {
         "model_sha256": model.sha256,
         "model_bytes": model.size_bytes,
+        **compared,
         "profile": profile.name,
         "device": board.device.address,
-        "device_model": facts.get("model"),
-        "device_identity": facts.get("identity"),
-        "machine": facts.get("machine"),
-        "cpu": facts.get("cpu"),
-        "cpus": facts.get("cpus"),
-        "kernel": facts.get("kernel"),
-        "os": facts.get("os"),
-        "glibc": facts.get("glibc"),
-        "python": facts.get("python"),
-        "page_size_bytes": facts.get("page_size_bytes"),
-        "boot_id": facts.get("boot_id"),
+        "device_model": device.get("model"),
+        "device_identity": device.get("identity"),
+        "machine": device.get("machine"),
+        "cpu": device.get("cpu"),
+        "cpus": device.get("cpus"),
+        "kernel": device.get("kernel"),
+        "os": device.get("os"),
+        "glibc": device.get("glibc"),
+        "python": device.get("python"),
+        "page_size_bytes": device.get("page_size_bytes"),
+        "boot_id": outcome.boot_id,
+        "simulated": bool(facts.get("simulated") or device.get("simulated")),
+        "model_inputs": _model_inputs(sessions, list(models)[-1]),
         "runtime": runtime.get("name"),
         "runtime_version": runtime.get("version"),
         "runtime_sha256": runtime.get("sha256"),
         "runtime_differs_from_profile": bool(runtime) and differs,
         "backend": runtime.get("backend"),
-        "backends_rejected": next((r["rejected"] for r in replies if r.get("rejected")), []),
-        "runner_sha256": board.runner_sha256,
+        "backends_rejected": outcome.rejected,
+        "kernel_mode": options.kernel,
+        "weight_cache": options.weight_cache,
+        "runner_sha256": board.payload.sha256,
         "threads": job["threads"],
         "affinity": list(options.affinity),
         "warmup_s": options.warmup,
@@ -818,22 +630,18 @@ def _context(
         "governor": sessions[0]["before"].get("governor") if sessions else None,
         "temperature_before_c": befores[0] if befores else None,
         "temperature_after_c": max(afters) if afters else None,
-        "killed_and_repeated": sum(r["code"] == 70 for r in replies),
-    }
+        "killed_and_repeated": outcome.repeated,
+        "resumed_sessions": outcome.resumed,
+        "not_measured": {
+            s["kind"]: s["cause"]["message"] for s in sessions if s["data"] is None
+        },
+    }  # fmt: skip
 
 
-def _device_mismatch(
-    model: Artifact,
-    samples: RawSamples,
-    sessions: Sequence[Mapping[str, Any]],
-    context: Mapping[str, Any],
-    address: str,
-) -> Measurement:
-    """Share of output values that differ between the board and this host, bit for bit."""
-    data = next(s["data"] for s in sessions if s["kind"] == "outputs")
-    try:
-        answers = [[base64.b64decode(raw, validate=True) for raw in one] for one in data["samples"]]
-    except (binascii.Error, KeyError, TypeError) as exc:
-        raise _garbage(f"outputs cannot be decoded ({exc})", b"", b"", address) from exc
-    raw = b"".join(part for one in answers for part in one)
-    return device_measurements(model, samples, data["outputs"], raw, context)[0]
+def _model_inputs(sessions: Sequence[Session], arm: str) -> list[dict[str, Any]]:
+    """Name, shape and dtype of the model's inputs, as the runtime on the board sees them."""
+    for session in sessions:
+        if session["kind"] == "latency":
+            tensors = session["data"]["arms"][arm].get("inputs") or []
+            return [{key: t.get(key) for key in ("name", "shape", "dtype")} for t in tensors]
+    return []
