@@ -78,6 +78,8 @@ def format_value(value: float, unit: str) -> str:
         return format_seconds(value)
     if unit == "B":
         return format_bytes(value)
+    if unit == "J":
+        return f"{1e3 * value:.3g} mJ"
     if unit == "ratio":
         return f"{100 * value:.3g} %"
     if unit == "":
