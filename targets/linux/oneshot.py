@@ -427,7 +427,9 @@ def measure(job, reply, deadline, job_dir):
 
 def run_session(job, kind, runtime, self_test, deadline):
     spec = {
-        "kind": kind, "runtime": runtime, "self_test": self_test, "model": job["model"]["path"],
+        "kind": kind, "runtime": runtime, "self_test": self_test,
+        "arms": {"model": job["model"]["path"]}, "tag": kind, "kernel": "", "weight_cache": False,
+        "job_dir": os.path.dirname(self_test), "out_path": os.path.join(os.path.dirname(self_test), "out.bin"),
         "threads": job["threads"], "affinity": job["affinity"], "seed": job["seed"],
         "warmup_s": job["warmup_s"], "session_s": job["session_s"],
         "min_inferences": job["min_inferences"], "inputs": job["inputs"],
@@ -441,7 +443,16 @@ def run_session(job, kind, runtime, self_test, deadline):
     if cause is None:
         data, cause = run_worker(spec, deadline - time.monotonic())
     if data is not None and kind == "latency":
+        data.update(data.pop("arms")["model"])
         data["cold"] = cold
+    if data is not None and kind == "outputs":
+        import base64
+
+        with open(data["path"], "rb") as stream:
+            data["samples"] = [
+                [base64.b64encode(stream.read(t["bytes"])).decode() for t in data["outputs"]]
+                for _ in range(data["count"])
+            ]
     after = health()
     return {
         "kind": kind,
