@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -79,36 +80,40 @@ class OpChange:
 
 
 def match_ops(base: Sequence[Mapping[str, Any]], candidate: Sequence[Mapping[str, Any]]) -> list[OpChange]:  # fmt: skip
-    """Pair the ops of two models, in order, so that the least time has changed in all.
+    """Pair the ops of two models, in order, so that few ops have changed much.
 
     Ops are dicts with ``index``, ``name`` and ``seconds``. Only ops of one name pair; a pair costs
-    the difference of their times, an op without a partner its own (the edit distance of Wagner &
-    Fischer, 1974, with times as weights). Names alone would not do: most ops of a network have the
-    same name, and a new one would shift all after it.
+    the square root of the difference of their times, an op without a partner that of its own (the
+    edit distance of Wagner & Fischer, 1974). The root makes one change of 290 us cheaper than 190
+    and 100: most ops of a network have the same name, and a new one must not shift all after it.
 
-    Example: base conv 5, conv 1; candidate conv 5, conv 3, conv 1 -> conv 3 is new.
+    Example: base conv 500, conv 100; candidate conv 503, conv 290, conv 101 -> conv 290 is new.
     """
     rows, columns = len(base), len(candidate)
     times_b, times_c = ([float(op["seconds"]) for op in ops] for ops in (base, candidate))
+
+    def pair(i: int, j: int) -> float:
+        return math.sqrt(abs(times_b[i] - times_c[j]))
+
     cost = [[0.0] * (columns + 1) for _ in range(rows + 1)]  # of what is left from (i, j) on
     for i in range(rows, -1, -1):
         for j in range(columns, -1, -1):
             ways = []
             if i < rows:
-                ways.append(cost[i + 1][j] + times_b[i])
+                ways.append(cost[i + 1][j] + math.sqrt(times_b[i]))
             if j < columns:
-                ways.append(cost[i][j + 1] + times_c[j])
+                ways.append(cost[i][j + 1] + math.sqrt(times_c[j]))
             if i < rows and j < columns and base[i]["name"] == candidate[j]["name"]:
-                ways.append(cost[i + 1][j + 1] + abs(times_b[i] - times_c[j]))
+                ways.append(cost[i + 1][j + 1] + pair(i, j))
             cost[i][j] = min(ways, default=0.0)
     found: list[OpChange] = []
     i = j = 0
     while i < rows or j < columns:
         both = i < rows and j < columns and base[i]["name"] == candidate[j]["name"]
-        if both and cost[i][j] == cost[i + 1][j + 1] + abs(times_b[i] - times_c[j]):
+        if both and cost[i][j] == cost[i + 1][j + 1] + pair(i, j):
             found.append(OpChange(str(base[i]["name"]), base[i]["index"], times_b[i], candidate[j]["index"], times_c[j]))  # fmt: skip
             i, j = i + 1, j + 1
-        elif i < rows and cost[i][j] == cost[i + 1][j] + times_b[i]:
+        elif i < rows and cost[i][j] == cost[i + 1][j] + math.sqrt(times_b[i]):
             found.append(OpChange(str(base[i]["name"]), base[i]["index"], times_b[i], None, 0.0))
             i += 1
         else:
