@@ -194,11 +194,13 @@ class BoardJob:
             self._raise_for(started.code, started.error, started.message, started.owner)
         lines, state = self._follow(plan)
         code = state["code"]
-        cause = state.get("cause") or next(
+        cause: dict[str, Any] = state.get("cause") or next(
             (line["cause"] for line in reversed(lines) if line["kind"] == "end" and line.get("cause")),
             {},
         )  # fmt: skip
-        start = next((line for line in reversed(lines) if line["kind"] == "start"), {})
+        start: dict[str, Any] = next(
+            (line for line in reversed(lines) if line["kind"] == "start"), {}
+        )
         found = finished(lines)
         failure = None
         if code == 70 and cause.get("what") != "killed":
@@ -662,8 +664,9 @@ _DATA: dict[str, Callable[[Mapping[str, Any], Sequence[str]], bool]] = {
 
 
 def is_number(value: object) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and abs(value) < 2**63  # type: ignore[operator]  # neither NaN nor infinite
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 2**63  # neither NaN nor infinite
 
 
 def is_count(value: object) -> bool:

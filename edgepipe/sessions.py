@@ -197,6 +197,8 @@ def _op_time(
     delegated_s = sum(op["seconds"] for op in ops if op["where"] == "delegate")
     details = {"ops": ops, "delegated_share": delegated_s / total_s if total_s else None}
     excluded = _excluded(sessions[:1], context["boot_id"])
+    if not total_s:
+        excluded[0] = "every operator takes less than the profiler's microsecond"
     return [_one_per_session(metric, [total_s], excluded, {**context, **details})]
 
 

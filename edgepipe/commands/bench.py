@@ -11,7 +11,14 @@ from edgepipe.cli import Output
 if TYPE_CHECKING:
     from edgepipe.artifact import Artifact
     from edgepipe.bench import BenchResult, MeasureOptions
+    from edgepipe.measurement import Measurement
+    from edgepipe.report import Table
 
+# Of the operators and of the windows of a long run, so many are shown.
+OPS_SHOWN, WINDOWS_SHOWN = 5, 12
+# Metrics that are not rows of the first table.
+OWN_TABLE = ("runs_on_device", "sustained_latency")
+KERNELS = ("xnnpack", "builtin", "reference")
 BACKENDS = ("auto", "litert-c", "litert-interpreter", "tflite-runtime-interpreter")
 # One-sided confidence of the p90 bounds, as in the latency gate.
 CONFIDENCE = 0.99
@@ -19,7 +26,8 @@ CONFIDENCE = 0.99
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Measure latency, load time and memory of a TFLite file on a device. Nothing is judged.\n\n"
+        "Measure latency, load time, memory, operators and (where the board can tell) energy of a\n"
+        "TFLite file on a device. Nothing is judged.\n\n"
         "  edgepipe bench model.tflite\n"
         "  edgepipe bench model.tflite --device ssh://pi@raspberrypi --profile rpi4b_4gb --sessions 5\n\n"
         "exit code 1: the model crashes or cannot be loaded there"
@@ -33,6 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup", metavar="TIME", help='warm-up before each session (default: "0.5 s")')  # fmt: skip
     parser.add_argument("--memory-sessions", type=int, metavar="N", help="memory sessions (default: 2)")  # fmt: skip
     parser.add_argument("--backend", choices=BACKENDS, help="demand one way of running the model (default: auto, the first that works)")  # fmt: skip
+    parser.add_argument("--kernel", choices=KERNELS, help="demand one kind of kernels (default: the runtime's own choice)")  # fmt: skip
+    parser.add_argument("--weight-cache", action="store_true", help="keep XNNPACK's packed weights in a file: less memory, faster loads")  # fmt: skip
+    parser.add_argument("--sustained", metavar="TIME", help='then run for this long, like "10 min", and report the steady state; not part of the budget')  # fmt: skip
+    parser.add_argument("--no-ops", action="store_true", help="do not time single operators")
     parser.add_argument("--affinity", metavar="CPUS", help="stay on these CPUs of the device, like 0,1")  # fmt: skip
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the random inputs (default: 0)")  # fmt: skip
     parser.add_argument("--budget", metavar="TIME", help='give up after this long (default: "10 min")')  # fmt: skip
@@ -87,8 +99,9 @@ def _options(args: argparse.Namespace) -> MeasureOptions:
     from edgepipe.errors import RequestError
     from edgepipe.schema import build
 
-    names = ("threads", "sessions", "session", "warmup", "memory_sessions", "backend", "seed", "budget")  # fmt: skip
+    names = ("threads", "sessions", "session", "warmup", "memory_sessions", "backend", "seed", "budget", "kernel", "sustained")  # fmt: skip
     data: dict[str, Any] = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    data |= {"weight_cache": args.weight_cache, "ops": not args.no_ops}
     if args.affinity is not None:
         try:
             data["affinity"] = [int(cpu) for cpu in args.affinity.split(",")]
@@ -131,9 +144,14 @@ def render(result: BenchResult, title: str) -> str:
     bounds = f"p90, {CONFIDENCE:.0%} bounds"
     header = ("metric", "p50", "p90", bounds, "sessions x samples")
     tables = [
-        Table(title, header, tuple(_row(m) for m in result.measurements if m is not runs)),
+        Table(
+            title, header, tuple(_row(m) for m in result.measurements if m.metric not in OWN_TABLE)
+        ),
+        _ops_table(measured.get("op_time")),
+        _sustained_table(measured.get("sustained_latency")),
         context_table(measured),
     ]
+    tables = [table for table in tables if table.rows]
     notes = _notes(measured)
     return "\n\n".join([*(text_table(t) for t in tables), *(["\n".join(notes)] if notes else [])])
 
@@ -159,6 +177,58 @@ def _row(measurement: Any) -> tuple[str, str, str, str, str]:
     return measurement.metric, p50, p90, interval, size
 
 
+def _ops_table(op_time: Measurement | None) -> Table:
+    """The operators that cost most, and how much of the time XNNPACK has."""
+    from edgepipe.report import Table
+    from edgepipe.units import format_seconds
+
+    total_s = op_time.samples[0][0] if op_time else 0.0
+    if op_time is None or not total_s:
+        return Table("", (), ())
+    ops = op_time.context["ops"]
+    most = sorted(ops, key=lambda op: -float(op["seconds"]))[:OPS_SHOWN]
+    rows = tuple(
+        (str(op["index"]), op["name"], op["where"], format_seconds(op["seconds"]), f"{op['seconds'] / total_s:.1%}")
+        for op in most
+    )  # fmt: skip
+    share = op_time.context["delegated_share"]
+    title = f"Operators: the first {len(most)} of {len(ops)} by time; {share:.1%} of the time is delegated"
+    return Table(title, ("op", "name", "where", "median", "share"), rows)
+
+
+def _sustained_table(measurement: Measurement | None) -> Table:
+    """A long run window by window: the first ones, evenly chosen others, the last."""
+    from edgepipe.report import Table
+    from edgepipe.units import format_seconds
+
+    if measurement is None:
+        return Table("", (), ())
+    context = measurement.context
+    minutes, steady = context["minutes"], context["steady"]
+    step = -(-len(minutes) // WINDOWS_SHOWN)
+    shown = sorted({*range(0, len(minutes), step), len(minutes) - 1})
+    rows = tuple(
+        (
+            f"{m['start_s']:.0f} s",
+            format_seconds(m["p50_s"]),
+            format_seconds(m["p90_s"]),
+            "" if m["temperature_c"] is None else f"{m['temperature_c']:.1f} C",
+            ", ".join(m["throttling"] or []),
+        )
+        for m in (minutes[i] for i in shown)
+    )
+    title = f"Sustained, windows of {context['window_s']:g} s: "
+    if steady is None:
+        title += "no steady state"
+    else:
+        title += (
+            f"steady from {steady['from_s']:.0f} s on: p50 {format_seconds(steady['p50_s'])}, "
+            f"p90 {format_seconds(steady['p90_s'])} (first window: p50 "
+            f"{format_seconds(context['first_minute']['p50_s'])})"
+        )
+    return Table(title, ("from", "p50", "p90", "temperature", "throttling"), rows)
+
+
 def _notes(measured: dict[str, Any]) -> list[str]:
     """What a reader must know before trusting the figures."""
     wall = measured["latency_wall"]
@@ -167,6 +237,8 @@ def _notes(measured: dict[str, Any]) -> list[str]:
         shares = ", ".join(f"{s['cpu_share']:.0%}" for s in context["sessions"])
         notes.append(f"note: the device was busy with other work (CPU time / wall time {shares}): trust latency_cpu")  # fmt: skip
     for metric, measurement in measured.items():
+        if metric in OWN_TABLE:
+            continue
         for session, cause in sorted(measurement.excluded.items()):
             notes.append(f"note: {metric}: session {session + 1} does not count: {cause}")
     flags = sorted({flag for s in context["sessions"] for flag in s["flags"]})
@@ -174,6 +246,8 @@ def _notes(measured: dict[str, Any]) -> list[str]:
         notes.append(f"note: flags: {', '.join(flags)}")
     if context["runtime_differs_from_profile"]:
         notes.append("note: measured with another runtime than the profile's")
+    if context.get("resumed_sessions"):
+        notes.append(f"note: {context['resumed_sessions']} sessions are from an interrupted run of the same measurement")  # fmt: skip
     if any(s["state"] == "kept" for s in context["sessions"]):
         notes.append("note: the model keeps state between inferences; it was not reset")
     return notes
