@@ -74,6 +74,8 @@ LEASE_S = 30.0
 COOL_DOWN_S = 120.0
 # The board keeps this much free: the agent writes a few kB.
 MIN_FREE_BYTES = 1 << 20
+# A long set is run in pieces of so many inferences: each is told of, and none is lost with a link.
+OUTPUTS_PER_SESSION = 250
 # An energy session: long enough for 50 readings of each at 10 Hz.
 ENERGY_IDLE_S, ENERGY_RUN_S = 5.0, 5.0
 # Giving the board back may not take as long as getting through to it.
@@ -220,10 +222,13 @@ def measure(
         board_job.find_earlier(board_time_s=facts["health"].get("realtime_s"), max_age_s=budget_s)
         _push_models(board, models)
         _push_samples(board, job, encoded)
-        outcome = _run_sessions(board_job, options, models, has_samples=encoded is not None)
-        answers = None
-        if outcome.failure is None and encoded is not None:
-            answers = pull_outputs(link, _session_of(outcome, "outputs"))
+        inferences = 0 if encoded is None else encoded.count
+        outcome = _run_sessions(board_job, options, models, inferences)
+        answers = b""
+        if outcome.failure is None:
+            answers = b"".join(
+                pull_outputs(link, s) for s in outcome.sessions if s["kind"] == "outputs"
+            )
     finally:
         link.patience_s = END_PATIENCE_S
         with contextlib.suppress(DeviceError):  # must not hide the result
@@ -238,7 +243,7 @@ def measure(
         return BenchResult((single("runs_on_device", "", 0, context),), device_facts, raw)
     _check_energy(options, outcome, link)
     measurements = to_measurements(outcome.sessions, context, threads=job["threads"])
-    if encoded is not None and answers is not None:
+    if encoded is not None:
         from edgepipe.evaluate import device_measurements
 
         described = _session_of(outcome, "outputs")["data"]["outputs"]
@@ -459,16 +464,19 @@ def _runtime_hint(profile: DeviceProfile, options: MeasureOptions, facts: Mappin
 
 
 def _run_sessions(
-    job: BoardJob, options: MeasureOptions, models: Mapping[str, Artifact], *, has_samples: bool
+    job: BoardJob, options: MeasureOptions, models: Mapping[str, Artifact], inferences: int
 ) -> Outcome:
-    """All sessions. Beside a baseline: look after look, until the slowdown is decided."""
+    """All sessions, and the outputs of so many ``inferences``.
+
+    Beside a baseline: look after look, until the slowdown is decided.
+    """
     looks = [options.sessions]
     if BASE in models:
         most = max(options.sessions, options.max_sessions)
         looks += [k for k in stats.LOOKS if options.sessions < k <= most]
         looks += [most] if most > looks[-1] else []
     for number, look in enumerate(looks):
-        outcome = job.run(plan_of(options, list(models), look, has_samples=has_samples))
+        outcome = job.run(plan_of(options, list(models), look, inferences))
         if outcome.failure or number == len(looks) - 1:
             break
         threads = job.job["threads"]
@@ -483,7 +491,7 @@ def _run_sessions(
 
 
 def plan_of(
-    options: MeasureOptions, arms: Sequence[str], sessions: int, *, has_samples: bool
+    options: MeasureOptions, arms: Sequence[str], sessions: int, inferences: int = 0
 ) -> list[dict[str, Any]]:
     """What the board shall do, in this order. A longer plan begins with the tags of a shorter one."""
     ours = arms[-1]  # the model itself; a baseline comes before it
@@ -492,8 +500,9 @@ def plan_of(
     def add(tag: str, kind: str, on: Sequence[str], **more: Any) -> None:
         plan.append({"tag": tag, "kind": kind, "arms": list(on), **more})
 
-    if has_samples:
-        add("outputs-1", "outputs", [ours])
+    for number, first in enumerate(range(0, inferences, OUTPUTS_PER_SESSION), 1):
+        count = min(OUTPUTS_PER_SESSION, inferences - first)
+        add(f"outputs-{number}", "outputs", [ours], first=first, count=count)
     for number in range(1, options.memory_sessions + 1):
         for arm in arms:
             add(f"memory-{arm}-{number}", "memory", [arm])

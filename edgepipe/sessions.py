@@ -357,7 +357,7 @@ _PROGRESS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "latency": _latency_line,
     "memory": _memory_line,
     "ops": _ops_line,
-    "outputs": lambda data, which: f"outputs of {data['count']} inferences",
+    "outputs": lambda data, which: f"outputs {which}: {data['count']} inferences",
     "sustained": _sustained_line,
     "energy": lambda data, which: (
         f"power {data['idle_w']:.2f} W idle, {data['run_w']:.2f} W running"
