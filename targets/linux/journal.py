@@ -47,10 +47,10 @@ def read_from(job_dir, offset, limit):
     """
     try:
         with open(os.path.join(job_dir, JOURNAL), "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if offset > 0:
-                stream.seek(offset - 1)
-            if not 0 <= offset <= size or (offset > 0 and stream.read(1) != b"\n"):
+            if not 0 < offset <= os.fstat(stream.fileno()).st_size:
+                offset = 0
+            stream.seek(max(0, offset - 1))
+            if offset > 0 and stream.read(1) != b"\n":
                 offset = 0
                 stream.seek(0)
             raw = stream.read(limit)

@@ -1,0 +1,200 @@
+"""Jobs for the payload `targets/linux`, carried out by its real agent on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from edgepipe.resources import target_dir
+from edgepipe.runtime import runtime_library
+from edgepipe.tflite_ops.tiny import tiny_tflite
+
+TARGET = target_dir("linux")
+AGENT = TARGET / "agent.py"
+OPTIONS = {"sustained": {"duration_s": 1}, "energy": {"idle_s": 1, "run_s": 1}}
+
+
+def item(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    return {"path": str(path), "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+@functools.cache
+def library() -> dict[str, Any]:
+    """The runtime of this machine, as a job names it."""
+    found = runtime_library(platform.machine())
+    return {**item(found.path), "version": found.version, "glibc": found.glibc}
+
+
+def plan(*kinds: str) -> list[dict[str, Any]]:
+    """latency-1, latency-2, ... of the arm ``model``, in the order given."""
+    return [
+        {"tag": f"{kind}-{kinds[:at].count(kind) + 1}", "kind": kind, "arms": ["model"]}
+        | OPTIONS.get(kind, {})
+        for at, kind in enumerate(kinds)
+    ]
+
+
+def make_job(work_dir: Path, model: bytes | None = None, **changes: Any) -> Path:
+    """The folder of a job that takes a fraction of a second; ``changes`` replace its keys."""
+    path = work_dir / "model.tflite"
+    path.write_bytes(tiny_tflite() if model is None else model)
+    job = {
+        "schema": 2, "id": "job-1", "owner": "test", "work_dir": str(work_dir),
+        "models": {"model": item(path)},
+        "runtime": library(), "inputs": None, "backend": "auto", "kernel": "", "weight_cache": False,
+        "threads": 1, "affinity": [], "warmup_s": 0.02, "session_s": 0.05, "min_inferences": 30, "seed": 0,
+        "plan": plan("memory"), "budget_s": 60, "lease_s": 0, "min_free_bytes": 0,
+        "start_below_c": None, "cool_down_s": 0, "abort_above_c": None,
+    } | changes  # fmt: skip
+    job_dir = work_dir / "jobs" / str(job["id"])
+    job_dir.mkdir(parents=True, exist_ok=True)
+    (job_dir / "job.json").write_text(json.dumps(job))
+    return job_dir
+
+
+def change_job(job_dir: Path, **changes: Any) -> None:
+    path = job_dir / "job.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def call(*arguments: object, python: str = sys.executable, **environment: str) -> Any:
+    """One verb; its stdout must be one JSON object that tells the exit code."""
+    done = subprocess.run(
+        [python, AGENT, *map(str, arguments)],
+        capture_output=True,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+    reply = json.loads(done.stdout)
+    assert reply["code"] == done.returncode
+    return reply
+
+
+def lines_of(text: str) -> list[dict[str, Any]]:
+    """The records of a journal, each CRC checked."""
+    records = []
+    for line in text.splitlines():
+        crc, _, body = line.partition(" ")
+        assert crc == f"{zlib.crc32(body.encode()):08x}"
+        records.append(json.loads(body))
+    return records
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a host knows of a job whose supervisor has ended."""
+
+    code: int
+    state: dict[str, Any]
+    lines: list[dict[str, Any]]
+
+    @property
+    def sessions(self) -> list[dict[str, Any]]:
+        return [line["session"] for line in self.lines if line["kind"] == "session"]
+
+    @property
+    def tags(self) -> list[str]:
+        """Of the sessions with data, in the order of the journal."""
+        return [
+            line["tag"]
+            for line in self.lines
+            if line["kind"] == "session" and line["session"]["data"] is not None
+        ]
+
+    @property
+    def start(self) -> dict[str, Any]:
+        return [line for line in self.lines if line["kind"] == "start"][-1]
+
+
+def outcome(job_dir: Path) -> Outcome:
+    """Wait for the end of a job that was started."""
+    offset, text, deadline = 0, "", time.monotonic() + 60
+    while time.monotonic() < deadline:
+        reply = call("status", job_dir, offset, 10)
+        text = text[: reply["from"]] + reply["journal"]
+        offset = reply["offset"]
+        if not reply["alive"]:
+            return Outcome(reply["state"]["code"], reply["state"], lines_of(text))
+    raise AssertionError("it does not end")
+
+
+def run(job_dir: Path, **environment: Any) -> Outcome:
+    """A job from its start to its end. Where it ends at once, so does ``start``, with its code."""
+    reply = call("start", job_dir, **environment)
+    if reply["code"] != 0:
+        return Outcome(reply["code"], reply["state"] or reply, outcome_lines(job_dir))
+    return outcome(job_dir)
+
+
+def outcome_lines(job_dir: Path) -> list[dict[str, Any]]:
+    path = job_dir / "results.jsonl"
+    return lines_of(path.read_text()) if path.exists() else []
+
+
+def state_of(job_dir: Path) -> Any:
+    with contextlib.suppress(OSError):
+        return json.loads((job_dir / "state.json").read_text())
+    return {}
+
+
+def wait_for(condition: Any, timeout_s: float = 30.0) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.01)
+    raise AssertionError("nothing happened")
+
+
+def children_of(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+        return [int(word) for word in text.split()]
+    return []
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return ") Z" in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return True
+
+
+def worker_of(job_dir: Path, tag: str) -> int:
+    """The pid of the worker of a session, once it has loaded the runtime."""
+
+    def running() -> int | None:
+        state = state_of(job_dir)
+        if state.get("tag") != tag:
+            return None
+        for pid in children_of(state["pid"]):
+            with contextlib.suppress(OSError):
+                if b"libLiteRt" in Path(f"/proc/{pid}/maps").read_bytes():
+                    return pid
+        return None
+
+    return int(wait_for(running))
+
+
+@contextlib.contextmanager
+def ending_jobs(work_dir: Path) -> Iterator[Path]:
+    """Whatever a test leaves running below ``work_dir`` ends with it."""
+    try:
+        yield work_dir
+    finally:
+        for job_dir in work_dir.glob("jobs/*"):
+            call("end", job_dir)
