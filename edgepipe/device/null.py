@@ -491,6 +491,7 @@ class NullDevice:
             "name": "litert",
             "version": pushed["version"] if pushed else DEFAULT_VERSION,
             "sha256": pushed["sha256"] if pushed else "0" * 64,
+            "path": pushed["path"] if pushed else "/usr/lib/null",
         }
         return {
             "kind": "start",

@@ -222,9 +222,9 @@ def _sustained(
     rng: random.Random,
 ) -> dict[str, Any]:
     ((arm, _),) = models.items()
-    window_s = 60.0
+    window_s = float(spec.get("window_s", 60))
     minutes = []
-    for number in range(max(1, math.ceil(spec["duration_s"] / window_s))):
+    for number in range(max(1, round(spec["duration_s"] / window_s))):
         start_s = number * window_s
         # the chip warms up with a time constant of two minutes; throttling begins in minute 3
         throttled = around.throttled and number >= 2
@@ -247,7 +247,8 @@ def _sustained(
                 "frequency_khz": {"policy0": khz},
             }
         )
-    return {"minutes": minutes, "window_s": window_s}
+    inner = _inner_loops(_latency_s(scenario, arm, spec["threads"], around) * scenario.noise.wait)
+    return {"minutes": minutes, "window_s": window_s, "inner_loops": inner}
 
 
 def _energy(
