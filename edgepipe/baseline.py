@@ -227,7 +227,8 @@ def why_not_promotable(
         return "no device was measured"
     open_ = [v for v in verdicts if v.status is not Status.PASS and not _asks_for_missing(v, baselines)]  # fmt: skip
     for device in devices:
-        contexts = [m.context for m in device.measurements.values()]
+        measured = device.measurements.items()
+        contexts = [m.context for name, m in measured if not name.endswith("_baseline")]
         if any(c.get("simulated") for c in contexts):
             return f"{device.device} was measured on the null device, which is no board"
         if any(c.get("emulated") for c in contexts):

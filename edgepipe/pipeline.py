@@ -24,10 +24,10 @@ from edgepipe.artifact import (
     save_artifact,
 )
 from edgepipe.baseline import DEFAULT_FOLDER, Baseline, baseline_path, model_inputs
-from edgepipe.data import DataSource, fingerprint, named_files, source_hash
+from edgepipe.data import fingerprint, named_files, source_hash
 from edgepipe.device import open_device
 from edgepipe.errors import EdgepipeError, StageError
-from edgepipe.evaluate import evaluate
+from edgepipe.evaluate import DeviceEvaluation, choose_evaluation, evaluate
 from edgepipe.gate import Evidence, Gate, SlowdownGate, Status, Verdict, overall
 from edgepipe.inventory import Target
 from edgepipe.judge import judge, load_baselines
@@ -45,8 +45,8 @@ from edgepipe.store import Run, Store, write_json
 
 log = logging.getLogger(__name__)
 
-# Samples of the evaluation data whose outputs on the device are compared with the host's.
-AGREEMENT_SAMPLES = 8
+# Below it no number of sessions decides, and they would all be measured.
+MIN_TOLERANCE = 0.001
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,6 +322,10 @@ def _module_hash(module: str) -> str:
 EVALUATION_MODULES = (
     "edgepipe.evaluate", "edgepipe.predict", "edgepipe.array_ops", "edgepipe.tflite_ops", "edgepipe.torch_ops",
 )  # fmt: skip
+MEASURING_MODULES = (
+    "edgepipe.bench", "edgepipe.sessions", "edgepipe.job", "edgepipe.stats", "edgepipe.runtime",
+    *EVALUATION_MODULES,
+)  # fmt: skip
 EVALUATION_PACKAGES = ("numpy", "ai-edge-litert", "onnxruntime", "torch")
 
 
@@ -333,10 +337,7 @@ def _model_measurements(
     float_model = float_model_of(recipe, models)
     options = recipe.evaluate
     inputs = _identity(recipe, models[0], shipped, float_model, reference)
-    if options:
-        inputs += [options.data, options.metric, fingerprint(recipe.data[options.data])]
-        if ":" in options.metric:
-            inputs.append(source_hash(options.metric, recipe.path.parent))
+    inputs += _evaluation_identity(recipe)
     key = step_key("evaluate", {}, EVALUATION_MODULES, EVALUATION_PACKAGES, inputs)
 
     def make(work_dir: Path) -> list[Measurement]:
@@ -361,6 +362,17 @@ def _model_measurements(
         return measured
 
     return _measuring_step(steps, "evaluate", key, make)
+
+
+def _evaluation_identity(recipe: Recipe) -> list[str]:
+    """Everything about ``[evaluate]`` that decides what it finds."""
+    options = recipe.evaluate
+    if options is None:
+        return []
+    parts = [options.data, options.metric, fingerprint(recipe.data[options.data])]
+    if ":" in options.metric:
+        parts.append(source_hash(options.metric, recipe.path.parent))
+    return parts
 
 
 def float_model_of(recipe: Recipe, models: Sequence[Artifact]) -> Artifact:
@@ -435,18 +447,18 @@ def _measure(
     With ``baseline`` both are measured, side by side.
     """
     shipped, options = models[-1], _measure_options(recipe)
-    sample_source = recipe.data.get(recipe.evaluate.data) if recipe.evaluate else None
     key = step_key(
         "measure",
         {k: v for k, v in dataclasses.asdict(options).items() if k != "max_age"},
-        ("edgepipe.bench", "edgepipe.runtime", *EVALUATION_MODULES),
+        MEASURING_MODULES,
         EVALUATION_PACKAGES,
         [
-            *_identity(recipe, models[0], shipped),
+            *_identity(recipe, models[0], shipped, models[recipe.reference_stage]),
             target.address,
             repr(target.profile),
             hash_path(target_dir(target.profile.target)),
-            fingerprint(sample_source) if sample_source else "",
+            *_evaluation_identity(recipe),
+            str(recipe.seed),
             baseline.sha256 if baseline else "",
         ],
     )
@@ -466,8 +478,8 @@ def _measure(
                 device,
                 target.profile,
                 options,
-                samples=_agreement_samples(sample_source, models[0]),
-                **({"baseline": baseline} if baseline else {}),
+                evaluation=_device_evaluation(recipe, models),
+                baseline=baseline,
             )
         finally:
             device.close()
@@ -490,17 +502,27 @@ def _sizes(shipped: Artifact, baseline: Artifact | None) -> tuple[Measurement, .
 def _measure_options(recipe: Recipe) -> bench.MeasureOptions:
     """``[measure]``, with sessions enough for the strictest slowdown that a gate tolerates."""
     limits = [gate.max for gate in recipe.gates if isinstance(gate, SlowdownGate)]
-    return dataclasses.replace(recipe.measure, tolerance=min(limits)) if limits else recipe.measure
+    if not limits:
+        return recipe.measure
+    strictest = min(max(min(limits), MIN_TOLERANCE), 1.0)  # what [measure] tolerance may be
+    return dataclasses.replace(recipe.measure, tolerance=strictest)
 
 
-def _agreement_samples(source: DataSource | None, model: Artifact) -> dict[str, Any] | None:
-    """The first few evaluation samples, by input name, in the source layout."""
-    if source is None:
+def _device_evaluation(recipe: Recipe, models: Sequence[Artifact]) -> DeviceEvaluation | None:
+    """The evaluation samples that the board shall answer."""
+    options = recipe.evaluate
+    if options is None:
         return None
-    from edgepipe.array_ops.load import load_samples
-
-    samples = load_samples(source, model.inputs)
-    return {name: array[:AGREEMENT_SAMPLES] for name, array in samples.inputs.items()}
+    return choose_evaluation(
+        shipped=models[-1],
+        reference=models[recipe.reference_stage],
+        inputs=models[0].inputs,
+        source=recipe.data[options.data],
+        metric=options.metric,
+        root=recipe.path.parent,
+        count=recipe.measure.evaluate_samples,
+        seed=recipe.seed,
+    )
 
 
 def _gates_to_list(gates: Sequence[Gate]) -> list[dict[str, Any]]:
