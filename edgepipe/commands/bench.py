@@ -246,6 +246,8 @@ def _notes(measured: dict[str, Any]) -> list[str]:
         notes.append(f"note: flags: {', '.join(flags)}")
     if context["runtime_differs_from_profile"]:
         notes.append("note: measured with another runtime than the profile's")
+    if context["simulated"]:
+        notes.append("note: a null device made these figures up: no gate passes on them")
     if context.get("resumed_sessions"):
         notes.append(f"note: {context['resumed_sessions']} sessions are from an interrupted run of the same measurement")  # fmt: skip
     if any(s["state"] == "kept" for s in context["sessions"]):
