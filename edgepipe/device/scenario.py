@@ -93,7 +93,7 @@ class NoiseModel:
 # processes scatters by 0.25 %), and one with a load of 5 (wall median 1.96 times the CPU time; one
 # session of 100 rounds: log ratio of the arms with sd 1.5 % by wall, 0.3 % by CPU time, which is
 # 1.5 % higher).
-QUIET = NoiseModel(session=0.002, load=0.002, cpu=0.005, wait=1.001, wall_session=0.001, wall=0.004, tail=0.01)  # fmt: skip
+QUIET = NoiseModel(session=0.002, load=0.002, cpu=0.005, wait=1.001, wall_session=0.001, wall=0.004, tail=0.002)  # fmt: skip
 CONTENDED = NoiseModel(session=0.005, load=0.002, cpu=0.01, wait=1.8, wall_session=0.04, wall=0.15, tail=0.03)  # fmt: skip
 CONTENDED_CPU_BIAS = 1.015
 
