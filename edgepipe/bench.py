@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from edgepipe import stats
 from edgepipe.artifact import Artifact, hash_path
+from edgepipe.crunner import CBoard, CRunnerJob, prepare_board
 from edgepipe.device.base import Device
+from edgepipe.device.parse import parse_home
 from edgepipe.device.retry import RetryingDevice
 from edgepipe.errors import (
     ArtifactError,
@@ -217,7 +219,7 @@ def measure(
     job = _named_job(board, options, request, unique=keep)
     job_dir = f"{board.work_dir}/jobs/{job['id']}"
     hint = _runtime_hint(profile, options, facts["device"])
-    board_job = BoardJob(link, board.payload, job, job_dir, runtime_hint=hint, progress=progress)
+    board_job = board.job(job, job_dir, runtime_hint=hint)
     try:
         board_job.find_earlier(board_time_s=facts["health"].get("realtime_s"), max_age_s=budget_s)
         _push_models(board, models)
@@ -268,11 +270,23 @@ def _check_model(model: Artifact) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Board:
+    """A board that was found fit to be asked: by the agent, or by the C runner where it has no Python."""
+
     device: Device
     work_dir: str
     payload: Payload
+    c_board: CBoard | None = None
+
+    def job(self, job: Mapping[str, Any], job_dir: str, *, runtime_hint: str) -> BoardJob:
+        if self.c_board is not None:
+            return CRunnerJob(self.c_board, job, job_dir, runtime_hint=runtime_hint, progress=progress)  # fmt: skip
+        return BoardJob(
+            self.device, self.payload, job, job_dir, runtime_hint=runtime_hint, progress=progress
+        )
 
     def facts(self) -> dict[str, Any]:
+        if self.c_board is not None:
+            return self.c_board.facts()
         command = ["python3", self.payload.entry, "facts", self.work_dir]
         done = self.device.run(command, timeout_s=COMMAND_TIMEOUT_S)
         return parse_facts(
@@ -281,15 +295,15 @@ class _Board:
 
 
 def _prepare_board(device: Device, profile: DeviceProfile) -> _Board:
-    """Find Python and the home folder there, and push the agent."""
+    """Find Python and the home folder there, and push the agent; without Python, the C runner."""
     question = 'import json,os,sys; print(json.dumps([os.path.expanduser("~"), list(sys.version_info[:3])]))'  # fmt: skip
     done = device.run(["python3", "-c", question], timeout_s=COMMAND_TIMEOUT_S)
     if done.returncode in (126, 127):
-        raise NotReadyError(
-            f"{device.address} has no python3: {done.stderr.decode('utf-8', 'replace').strip()}",
-            hint="on the device: sudo apt-get install python3",
-            code="no-python",
-        )
+        said = device.run(["sh", "-c", 'printf %s "$HOME"'], timeout_s=COMMAND_TIMEOUT_S)
+        home = parse_home(said.stdout.decode("utf-8", "replace"), device.address)
+        work_dir = absolute_work_dir(profile.work_dir, home)
+        c_board = prepare_board(device, profile.target, work_dir)
+        return _Board(device, work_dir, c_board.payload, c_board)
     try:
         home, version = json.loads(done.stdout)
         version = tuple(int(n) for n in version)
@@ -311,7 +325,8 @@ def _prepare_board(device: Device, profile: DeviceProfile) -> _Board:
 
 def _check_machine(facts: Mapping[str, Any], profile: DeviceProfile, device: Device) -> None:
     machine = facts.get("machine")
-    if profile.machine != "any" and machine != profile.machine:
+    # "any" of a profile fits every board; a null device says it, too, and fits every profile
+    if "any" not in (profile.machine, machine) and machine != profile.machine:
         raise ProfileError(
             f"{device.address} runs {machine} programs, profile {profile.name} describes a "
             f"{profile.machine} board",
@@ -630,7 +645,9 @@ def _context(
         "backends_rejected": outcome.rejected,
         "kernel_mode": options.kernel,
         "weight_cache": options.weight_cache,
+        "runner": "agent" if board.c_board is None else "c",
         "runner_sha256": board.payload.sha256,
+        "runner_compiler": board.c_board.compiler if board.c_board is not None else None,
         "threads": job["threads"],
         "affinity": list(options.affinity),
         "warmup_s": options.warmup,

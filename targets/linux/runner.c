@@ -4,10 +4,11 @@
  *     runner session KEY=VALUE...   one session (the keys are in parse_job)
  *     runner end WORK_DIR JOB       give the lease back
  *
- * Each prints ONE JSON object on stdout; the exit code is its "code", as agent.py has them. Links libc alone (dlopen brings the runtime), is compiled
- * on the host by edgepipe/crunner.py and pushed. The parent checks, holds the lease and watches the
- * clock; the session runs in a forked child, so a model that crashes is a line of data and the
- * runner lives on. The data of a session has the shape that worker.py gives it.
+ * Each prints ONE JSON object on stdout; the exit code is its "code", as agent.py has them. It links
+ * libc alone (dlopen brings the runtime), is compiled on the host by edgepipe/crunner.py and pushed.
+ * The parent checks, holds the lease and watches the clock; the session runs in a forked child, so a
+ * model that crashes is a line of data and the runner lives on. The data of a session has the shape
+ * that worker.py gives it.
  */
 #define _GNU_SOURCE
 #include <ctype.h>
