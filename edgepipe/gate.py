@@ -284,10 +284,11 @@ def _slowdown_text(decision: stats.RatioDecision, found: Measurement, clock: str
 
 def _noise_text(found: Measurement, clock: str) -> str:
     """What `edgepipe calibrate` found on this very board, where it is known."""
-    noise = found.context.get("noise")
-    if not noise:
+    noise = found.context.get("noise") or {}
+    deviation = noise.get(f"sd_{clock}")
+    if deviation is None:
         return ""
-    return f", noise of this board {format_value(noise[f'sd_{clock}'], 'ratio')} per session ({noise['measured'][:10]})"  # fmt: skip
+    return f", noise of this board {format_value(deviation, 'ratio')} per session (calibrated {noise['measured'][:10]})"  # fmt: skip
 
 
 def _why_open(decision: stats.RatioDecision) -> str:

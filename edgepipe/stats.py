@@ -239,6 +239,7 @@ def _detectable_distance(df: int, p: float) -> float:
     return _bisect(power, POWER, 0.0, 8 * critical + 8, 1e-4)
 
 
+@functools.lru_cache(maxsize=1000)
 def t_quantile(p: float, df: float) -> float:
     """The p-quantile of Student's t distribution, 0 < p < 1, df > 0: ``t_quantile(0.975, 2) == 4.3027``.
 

@@ -1,10 +1,11 @@
-"""Very small TFLite models, written field by field: for tests and for the runner's self-test."""
+"""Small TFLite models, written field by field: for tests, the agent's self-test and calibration."""
 
 from __future__ import annotations
 
 import struct
 
 import flatbuffers
+import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 
@@ -50,6 +51,55 @@ def tiny_tflite(*, size: int = 4, layers: int = 1) -> bytes:
     graph.inputs, graph.outputs = [0], [len(graph.tensors) - 1]
     buffers = [_buffer(None), _buffer(_identity(size, 2.0)), _buffer([1.0] * size)]
     return _pack([graph], buffers)
+
+
+def conv_tflite(
+    *, layers: int = 10, extra_layers: int = 0, size: int = 28, channels: int = 64, seed: int = 0
+) -> bytes:
+    """An int8 convolutional network of a real one's kind and cost, as file bytes.
+
+    ``layers`` 3x3 convolutions of ``channels`` channels on (1, size, size, channels), with random
+    weights and one scale per output channel, then ``extra_layers`` more of the same cost each.
+    Input ``x`` and output ``y`` are int8 with scale 1/32. The defaults are 289 million
+    multiplications (MobileNetV2: 300) and 390 kB. Networks of one ``seed`` begin with the same layers.
+    """
+    generator = np.random.default_rng(seed)
+    graph = schema.SubGraphT()
+    fan_in = 9 * channels
+    activation_scale, weight_scale = 1 / 32, 4 / fan_in**0.5 / 127
+    graph.tensors = [_quantized(_tensor("x", (1, size, size, channels), 0), [activation_scale])]
+    graph.operators, buffers = [], [_buffer(None)]
+    for layer in range(layers + extra_layers):
+        source = len(graph.tensors) - 1
+        # (out, height, width, in), about 1/sqrt(fan in) each so that the values keep their size
+        weights = generator.normal(0, 127 / 4, (channels, 3, 3, channels)).clip(-127, 127)
+        for array in (weights.astype(np.int8), generator.integers(-64, 64, channels, np.int32)):
+            buffers.append(schema.BufferT())
+            buffers[-1].data = np.frombuffer(array.tobytes(), np.uint8)
+        name = "y" if layer == layers + extra_layers - 1 else f"h{layer}"
+        bias = _tensor(f"bias{layer}", (channels,), len(buffers) - 1)
+        graph.tensors += [
+            _quantized(_tensor(f"weight{layer}", (channels, 3, 3, channels), len(buffers) - 2), [weight_scale] * channels),
+            _quantized(bias, [weight_scale * activation_scale] * channels, schema.TensorType.INT32),
+            _quantized(_tensor(name, (1, size, size, channels), 0), [activation_scale]),
+        ]  # fmt: skip
+        inputs, outputs = [source, source + 1, source + 2], [source + 3]
+        graph.operators.append(
+            _operator("CONV_2D", inputs, outputs, "Conv2DOptions", strideH=1, strideW=1)
+        )
+    graph.inputs, graph.outputs = [0], [len(graph.tensors) - 1]
+    return _pack([graph], buffers)
+
+
+def _quantized(
+    tensor: schema.TensorT, scales: list[float], kind: int = schema.TensorType.INT8
+) -> schema.TensorT:
+    """The tensor as an integer one, zero points 0; several scales are one per output channel."""
+    tensor.type = kind
+    tensor.quantization = schema.QuantizationParametersT()
+    tensor.quantization.scale = scales
+    tensor.quantization.zeroPoint = [0] * len(scales)
+    return tensor
 
 
 def crashing_tflite() -> bytes:

@@ -203,7 +203,7 @@ def test_a_slowdown_verdict_says_what_it_rests_on() -> None:
     assert verdict.unit == "ratio"
     for part in (
         "% slower (95 % CI ", "5 sessions x 100 rounds", "1 thread, CPU time", "tolerance 3 %",
-        "detectable from ", "noise of this board 0.31 % per session (2026-11-22)",
+        "detectable from ", "noise of this board 0.31 % per session (calibrated 2026-11-22)",
     ):  # fmt: skip
         assert part in verdict.reason
     assert verdict.details[0].startswith("wall time: ")
