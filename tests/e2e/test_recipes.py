@@ -58,6 +58,9 @@ def test_the_digits_recipe_passes_and_a_second_run_does_nothing(
     assert metric(tmp_path, result, "task_metric") > 0.95
     assert metric(tmp_path, result, "float_islands") == 0
     assert metric(tmp_path, result, "device_mismatch", "localhost") == 0
+    assert metric(tmp_path, result, "device_flips", "localhost") == 0
+    on_board = metric(tmp_path, result, "device_task_metric", "localhost")
+    assert on_board == metric(tmp_path, result, "task_metric")  # the whole set, bit for bit
     again, progress = run("digits.toml", device, tmp_path)
     assert again["sha256"] == result["sha256"]
     assert all(step["cached"] for step in again["steps"])
