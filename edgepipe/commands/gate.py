@@ -123,7 +123,7 @@ def _promote(
     shipped = artifact_from_dict(record["shipped"])
     current = {d.device: baselines[d.device] for d in devices}
     if devices and all(b is not None and b.run == record["id"] for b in current.values()):
-        out.text(f"\nnothing to do: this run is the baseline in {folder}")
+        out.text(f"\nnothing to do: this run is the baseline in {_shown(folder)}")
         return [], ""
     refusal = why_not_promotable(verdicts, shipped, devices, baselines)
     if refusal:
@@ -143,9 +143,15 @@ def _promote(
             folder=folder, recipe=record["recipe"], run_id=record["id"], shipped=shipped,
             model=model, device=device, verdicts=verdicts,
         )  # fmt: skip
-        written += [str(path), str(path.with_suffix(".tflite"))]
+        written += [_shown(path), _shown(path.with_suffix(".tflite"))]
     out.text(f"wrote {', '.join(written)}\ncommit them: git add {' '.join(written)}")
     return written, ""
+
+
+def _shown(path: Path) -> str:
+    """As one would type it here."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _gate(entry: dict[str, Any], registry: dict[str, type[Gate]]) -> Gate:
