@@ -557,7 +557,9 @@ def session_problem(session: object) -> str:
         return f"is of the unknown kind {kind!r}"
     if data is None:
         cause = session.get("cause")
-        fine = isinstance(cause, dict) and isinstance(cause.get("message"), str)
+        fine = isinstance(cause, dict) and all(
+            isinstance(cause.get(k), str) for k in ("what", "message")
+        )
         return "" if fine else "has neither data nor a cause"
     if not isinstance(data, dict) or not session["arms"]:
         return "has no data"
@@ -691,7 +693,7 @@ def _is_counts(values: object) -> bool:
 
 def bad_answer(why: str, stdout: bytes | str, stderr: bytes | str, address: str) -> CommandFailed:
     """The error for what a board printed that no agent of ours prints."""
-    seen = _tail(stdout) or _tail(stderr) or "nothing"
+    seen = _shortened(stdout) or _shortened(stderr) or "nothing"
     return CommandFailed(
         f"{why} on {address}; it printed: {seen}",
         hint="does a start-up file there (~/.bashrc) print something? it must not without a terminal",
@@ -699,7 +701,8 @@ def bad_answer(why: str, stdout: bytes | str, stderr: bytes | str, address: str)
     )
 
 
-def _tail(raw: bytes | str, limit: int = 300) -> str:
+def _shortened(raw: bytes | str, limit: int = 300) -> str:
+    """The beginning, where a login banner would be, and the end, where the last words are."""
     text = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else raw
     text = text.strip()
-    return text if len(text) <= limit else "..." + text[-limit:]
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"

@@ -219,7 +219,7 @@ def _sustained_table(measurement: Measurement | None) -> Table:
     )
     title = f"Sustained, windows of {context['window_s']:g} s: "
     if steady is None:
-        title += "no steady state"
+        title += measurement.excluded[0]
     else:
         title += (
             f"steady from {steady['from_s']:.0f} s on: p50 {format_seconds(steady['p50_s'])}, "

@@ -1,216 +1,174 @@
-"""Pure parts of `edgepipe.bench`: the runner's replies, and what becomes of them."""
+"""Options of a measurement, what is planned for a board, and when enough sessions were taken."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from edgepipe.bench import MeasureOptions, exclusion, parse_reply, to_measurements
-from edgepipe.errors import CommandFailed, EdgepipeError, RequestError
+from edgepipe import bench
+from edgepipe.bench import MeasureOptions, plan_of
+from edgepipe.errors import RequestError
+from edgepipe.job import BoardJob, Outcome
 from edgepipe.payload import payload_files
+from edgepipe.profile import load_profile
 from edgepipe.resources import profile_paths
 from edgepipe.schema import build
 
-HEALTH = {"boot_id": "b1", "temperature_c": 50.0, "governor": "performance"}
-
-
-def latency(**changes: Any) -> dict[str, Any]:
-    """One latency session as the runner prints it: 30 batches of 10 inferences, 2 us each."""
-    session = {
-        "kind": "latency", "cause": None, "before": HEALTH, "after": HEALTH, "flags": [],
-        "data": {
-            "wall_ns": [20_000] * 30, "cpu_ns": [19_000] * 30, "warmup_wall_ns": [4_000, 2_000],
-            "inner_loops": 10, "load_ns": 3_000_000, "first_inference_ns": 9_000,
-            "contended": False, "cold": {"load_ns": 5_000_000, "resident_share": 0.0},
-        },
-    }  # fmt: skip
-    data = changes.pop("data", {})
-    return {**session, **changes, "data": {**session["data"], **data}}  # type: ignore[dict-item]
-
-
-def memory(**data: Any) -> dict[str, Any]:
-    figures = {"anon_bytes": 4096, "file_bytes": 8192, "peak_bytes": 12288, **data}
-    return {
-        "kind": "memory", "cause": None, "before": HEALTH, "after": HEALTH, "flags": [],
-        "data": figures,
-    }  # fmt: skip
-
-
-def reply(**changes: Any) -> dict[str, Any]:
-    return {
-        "schema": 1, "code": 0, "error": None, "message": "", "runtime": {"backend": "litert-c"},
-        "sessions": [latency(), memory()],
-    } | changes  # fmt: skip
-
-
-def measured(*sessions: dict[str, Any], threads: int = 1) -> dict[str, Any]:
-    found = to_measurements(sessions, {"boot_id": "b1"}, threads=threads)
-    return {m.metric: m for m in found}
-
-
-def test_nanoseconds_of_a_batch_become_seconds_of_one_inference() -> None:
-    found = measured(latency(), memory())
-    assert found["latency_wall"].samples == (pytest.approx((2e-6,) * 30),)
-    assert found["latency_cpu"].samples == (pytest.approx((1.9e-6,) * 30),)
-    # a warm-up is never batched
-    assert found["latency_wall"].warmups == (pytest.approx((4e-6, 2e-6)),)
-    assert found["load"].samples == ((0.003,),)
-    assert found["load_cold"].samples == ((0.005,),)
-    assert found["first_inference"].samples == ((9e-6,),)
-    assert found["memory_anon"].samples == ((4096.0,),)
-    assert (found["memory_anon"].unit, found["load"].unit) == ("B", "s")
-    assert found["runs_on_device"].samples == ((1.0,),)
-
-
-def test_cpu_time_of_several_threads_is_no_latency() -> None:
-    found = measured(latency(), threads=2)
-    assert "latency_cpu" not in found
-    assert "latency_wall" in found
-
-
-def test_memory_that_was_not_measured_is_not_a_figure() -> None:
-    found = measured(memory(), memory(peak_bytes=None))
-    assert "memory_peak" not in found
-    assert len(found["memory_file"].samples) == 2
-
-
-def test_a_load_from_the_page_cache_is_not_a_cold_load() -> None:
-    in_cache = latency(data={"cold": {"load_ns": 1, "resident_share": 0.4}})
-    unknown = latency(data={"cold": {"load_ns": 1, "resident_share": None}})
-    found = measured(latency(), in_cache, unknown)
-    assert set(found["load_cold"].excluded) == {1, 2}
-    assert found["load"].excluded == {}
-
-
-@pytest.mark.parametrize(
-    ("flags", "cause"),
-    [
-        ([], ""),
-        (["frequency_capped"], ""),
-        (["throttled_now", "throttle_event"], "throttled"),
-        (["clock_jump"], "clock jump"),
-        (["swapped_in", "throttled_now"], "swap-in, throttled"),
-    ],
-)
-def test_sessions_are_excluded_for_causes_not_for_being_slow(flags: list[str], cause: str) -> None:
-    slow = latency(flags=flags, data={"wall_ns": [20_000_000] * 30, "contended": True})
-    assert exclusion(slow, "b1") == cause
-    assert measured(latency(), slow)["latency_wall"].excluded == ({1: cause} if cause else {})
-
-
-def test_a_reboot_between_sessions_excludes_what_came_after() -> None:
-    after = latency(before={**HEALTH, "boot_id": "b2"}, after={**HEALTH, "boot_id": "b2"})
-    assert measured(latency(), after)["latency_wall"].excluded == {1: "reboot"}
-
-
-def test_an_excluded_session_does_not_make_the_rest_contended() -> None:
-    noisy = latency(flags=["clock_jump"], data={"contended": True})
-    assert measured(latency(), noisy)["latency_wall"].context["contended"] is False
-    busy = latency(data={"contended": True})
-    assert measured(latency(), busy)["latency_wall"].context["contended"] is True
-
-
-def test_a_whole_reply_is_taken() -> None:
-    assert parse_reply(json.dumps(reply()).encode()) == reply()
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"schema": "1"},
-        {"code": 70},
-        {"code": 70, "cause": {"what": "crash"}},
-        {"owner": "pi"},
-        {"message": None},
-        {"sessions": {}},
-        {"sessions": ["x"]},
-        {"runtime": None},
-        {"sessions": [memory(anon_bytes="4096")]},
-        {"sessions": [memory(anon_bytes=True)]},
-        {"sessions": [latency(data={"cpu_ns": [1]})]},
-        {"sessions": [latency(data={"wall_ns": [], "cpu_ns": []})]},
-        {"sessions": [latency(data={"wall_ns": [-1] * 30})]},
-        {"sessions": [latency(data={"inner_loops": 0})]},
-        {"sessions": [latency(data={"cold": None})]},
-        {"sessions": [{**latency(), "kind": "hot"}]},
-        {"sessions": [{**latency(), "flags": None}]},
-    ],
-)
-def test_a_reply_that_is_not_whole_is_refused(changes: dict[str, Any]) -> None:
-    whole = reply(**changes)
-    with pytest.raises(CommandFailed):
-        parse_reply(json.dumps(whole).encode(), returncode=whole["code"])
-
-
-def test_a_login_banner_before_the_reply_is_refused_with_a_hint() -> None:
-    with pytest.raises(CommandFailed) as caught:
-        parse_reply(b"Welcome to pi!\n" + json.dumps(reply()).encode(), address="ssh://pi")
-    assert (
-        "Welcome to pi!" in json.dumps(caught.value.message) or "ssh://pi" in caught.value.message
-    )
-    assert "bashrc" in caught.value.hint
-
-
-def test_a_killed_runner_is_not_a_reply() -> None:
-    with pytest.raises(CommandFailed, match="Killed"):
-        parse_reply(b"", stderr=b"Killed", returncode=137)
-
-
-def test_a_newer_runner_is_refused() -> None:
-    with pytest.raises(RequestError, match="schema 2"):
-        parse_reply(json.dumps(reply(schema=2)).encode())
-
-
-@given(st.binary(max_size=200))
-def test_garbage_is_our_own_error(raw: bytes) -> None:
-    with pytest.raises(EdgepipeError):
-        parse_reply(raw)
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=8,
-)  # fmt: skip
-
-
-@given(key=st.sampled_from(sorted(reply())), value=JSON)
-def test_a_reply_with_one_wrong_value_is_taken_or_refused_but_never_a_bug(
-    key: str, value: Any
-) -> None:
-    try:
-        found = parse_reply(json.dumps(reply(**{key: value})).encode())
-    except EdgepipeError:
-        return
-    to_measurements([s for s in found["sessions"] if s["data"]], {"boot_id": "b1"}, threads=1)
-
-
-@given(key=st.sampled_from(sorted(latency()["data"])), value=JSON)
-def test_a_session_with_one_wrong_value_is_taken_or_refused_but_never_a_bug(
-    key: str, value: Any
-) -> None:
-    try:
-        found = parse_reply(json.dumps(reply(sessions=[latency(data={key: value})])).encode())
-    except EdgepipeError:
-        return
-    to_measurements(found["sessions"], {"boot_id": "b1"}, threads=1)
+from .test_sessions import arm, latency
 
 
 def test_options_are_written_with_units() -> None:
-    options = build(
-        MeasureOptions, {"session": "300 ms", "budget": "1 min"}, where="t", error=RequestError
-    )
-    assert (options.session, options.budget) == (0.3, 60.0)
+    written = {"session": "300 ms", "budget": "1 min", "tolerance": "2 %", "sustained": "1 h", "energy": False}  # fmt: skip
+    options = build(MeasureOptions, written, where="t", error=RequestError)
+    assert (options.session, options.budget, options.tolerance) == (0.3, 60.0, 0.02)
+    assert (options.sustained, options.energy) == (3600.0, False)
     with pytest.raises(RequestError, match="did you mean 'session'"):
         build(MeasureOptions, {"sesion": "2 s"}, where="t", error=RequestError)
 
 
-def test_every_profile_names_a_target_with_a_runner() -> None:
-    from edgepipe.profile import load_profile
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"sessions": 0}, "sessions = 0"),
+        ({"max_sessions": 0}, "max_sessions = 0"),
+        ({"tolerance": "0 %"}, "tolerance = 0"),
+        ({"evaluate_samples": -1}, "evaluate_samples = -1"),
+        ({"sustained": "2000 h"}, "sustained = 7.2e"),
+        ({"kernel": "fast"}, "kernel"),
+        ({"energy": "maybe"}, "energy"),
+        ({"session": "10 min"}, "do not fit into budget = 600 s"),
+    ],
+)
+def test_options_out_of_range_are_named(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(RequestError, match=named):
+        build(MeasureOptions, options, where="t", error=RequestError)
 
+
+def test_every_profile_names_a_target_with_an_agent() -> None:
     for path in profile_paths().values():
         assert payload_files(load_profile(path).target)[0] == "agent.py"
+
+
+# ------------------------------------------------------------------------------- the plan
+
+
+def tags(*arms: str, sessions: int = 1, inferences: int = 0, **options: Any) -> list[str]:
+    plan = plan_of(MeasureOptions(**options), arms, sessions, inferences)
+    assert all(set(entry["arms"]) <= set(arms) for entry in plan)
+    return [entry["tag"] for entry in plan]
+
+
+def test_one_model_is_measured_by_itself() -> None:
+    found = tags("model", inferences=1, memory_sessions=1, sustained=60.0)
+    assert found == ["outputs-1", "memory-model-1", "ops-model-1", "latency-1", "energy-1", "sustained-1"]  # fmt: skip
+
+
+def test_what_is_not_wanted_is_not_planned() -> None:
+    assert tags("model", sessions=2, ops=False, energy=False, memory_sessions=0) == ["latency-1", "latency-2"]  # fmt: skip
+
+
+def test_beside_a_baseline_latency_is_measured_in_one_process_and_memory_in_two() -> None:
+    options = MeasureOptions(memory_sessions=1, ops=True, energy=True)
+    plan = plan_of(options, ["base", "candidate"], 1, inferences=3)
+    arms = {entry["tag"]: entry["arms"] for entry in plan}
+    assert arms == {
+        "outputs-1": ["candidate"], "memory-base-1": ["base"], "memory-candidate-1": ["candidate"],
+        "ops-base-1": ["base"], "ops-candidate-1": ["candidate"],
+        "latency-1": ["base", "candidate"], "energy-1": ["candidate"],
+    }  # fmt: skip
+
+
+def test_many_inferences_are_asked_for_in_pieces() -> None:
+    plan = plan_of(MeasureOptions(), ["model"], 1, 2 * bench.OUTPUTS_PER_SESSION + 1)
+    pieces = [entry for entry in plan if entry["kind"] == "outputs"]
+    assert [entry["tag"] for entry in pieces] == ["outputs-1", "outputs-2", "outputs-3"]
+    assert [(entry["first"], entry["count"]) for entry in pieces] == [
+        (0, 250),
+        (250, 250),
+        (500, 1),
+    ]
+
+
+def test_a_longer_plan_asks_for_all_of_a_shorter_one() -> None:
+    shorter, longer = tags("base", "candidate", sessions=3), tags("base", "candidate", sessions=5)
+    assert set(shorter) < set(longer)
+    assert set(longer) - set(shorter) == {"latency-4", "latency-5"}
+
+
+# ------------------------------------------------------------------------------- looks
+
+
+@dataclasses.dataclass
+class SlowBoard:
+    """Stands for a `BoardJob`: the candidate's ratio in each session is what it is told."""
+
+    ratios: Sequence[float]
+    flags: Sequence[list[str]] = ()
+    left_s: float = 600.0
+    session_s: float = 3.0
+    job: dict[str, Any] = dataclasses.field(default_factory=lambda: {"threads": 1})
+    asked: list[int] = dataclasses.field(default_factory=list)
+
+    def run(self, plan: Sequence[dict[str, Any]]) -> Outcome:
+        self.asked.append(sum(entry["kind"] == "latency" for entry in plan))
+        sessions = tuple(self.session(i) for i in range(self.asked[-1]))
+        return Outcome(sessions, None, {}, [], 0, 0, "b1", ())
+
+    def session(self, number: int) -> dict[str, Any]:
+        times = [1_000_000] * 9
+        slower = [round(ns * self.ratios[number]) for ns in times]
+        flags = self.flags[number] if number < len(self.flags) else []
+        health = {"boot_id": "b1", "monotonic_s": 0.0}
+        both = {"base": arm(wall_ns=times, cpu_ns=times), "candidate": arm(wall_ns=slower, cpu_ns=slower)}  # fmt: skip
+        after = {**health, "monotonic_s": self.session_s}
+        return latency(arms=both, before=health, after=after, flags=flags)
+
+
+def looks(board: SlowBoard, **options: Any) -> list[int]:
+    models: Any = {"base": None, "candidate": None}
+    job: BoardJob = board  # type: ignore[assignment]
+    bench._run_sessions(job, MeasureOptions(**options), models, 0)
+    return board.asked
+
+
+def spread(around: float, sd: float) -> list[float]:
+    return [around * (1 + sd * (-1) ** i * (1 + i % 3)) for i in range(12)]
+
+
+def test_a_clear_slowdown_is_decided_at_the_first_look() -> None:
+    assert looks(SlowBoard(spread(1.06, 0.001))) == [3]
+    assert looks(SlowBoard(spread(1.0, 0.001))) == [3]
+
+
+def test_sessions_are_added_until_the_slowdown_is_decided_or_there_are_12() -> None:
+    assert looks(SlowBoard(spread(1.0, 0.01))) == [3, 5, 8]
+    assert looks(SlowBoard(spread(1.03, 0.01))) == [3, 5, 8, 12]
+    assert looks(SlowBoard(spread(1.03, 0.01)), tolerance=0.5) == [3]
+
+
+def test_the_first_look_has_the_sessions_asked_for_and_the_last_the_most_allowed() -> None:
+    undecided = spread(1.03, 0.01)
+    assert looks(SlowBoard(undecided), sessions=4) == [4, 5, 8, 12]
+    assert looks(SlowBoard(undecided), sessions=12) == [12]
+    assert looks(SlowBoard(undecided), max_sessions=5) == [3, 5]
+    assert looks(SlowBoard(undecided), max_sessions=6) == [3, 5, 6]
+    assert looks(SlowBoard(undecided), sessions=1, max_sessions=1) == [1]
+
+
+def test_sessions_that_do_not_count_decide_nothing() -> None:
+    throttled = [["throttle_event"]] * 2
+    assert looks(SlowBoard(spread(1.0, 0.001), flags=throttled)) == [3, 5]
+
+
+def test_no_sessions_are_begun_that_the_budget_has_no_room_for() -> None:
+    assert looks(SlowBoard(spread(1.03, 0.01), left_s=10.0)) == [3, 5, 8]  # 4 more take 12 s
+
+
+def test_one_model_by_itself_takes_the_sessions_asked_for() -> None:
+    board = SlowBoard(spread(1.03, 0.01))
+    job: BoardJob = board  # type: ignore[assignment]
+    bench._run_sessions(job, MeasureOptions(sessions=4), {"model": None}, 0)  # type: ignore[dict-item]
+    assert board.asked == [4]
