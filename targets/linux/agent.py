@@ -27,7 +27,7 @@ import time
 import traceback
 
 import journal
-from board import free_bytes, log
+from board import device_facts, free_bytes, health, log, packages
 from job import (
     EX_BAD_JOB,
     EX_BUG,
@@ -166,30 +166,36 @@ def end(job_dir, keep):
     return {"state": state}
 
 
+def facts(work_dir):
+    return {
+        "device": device_facts(), "health": health(), "free_bytes": free_bytes(work_dir),
+        "packages": packages(),
+    }  # fmt: skip
+
+
 def answer(argv):
     """What the command line asks for -> the reply's own keys. Raises Stop."""
-    verb, arguments = argv[1] if len(argv) > 1 else "", argv[2:]
-    job_dir = os.path.abspath(os.path.expanduser(arguments[0])) if arguments else ""
-    try:
-        if verb == "start" and len(arguments) == 1:
-            return start(job_dir)
-        if verb == "status" and len(arguments) in (2, 3):
-            return status(job_dir, int(arguments[1]), float((arguments + [0])[2]))
-        if verb == "end" and arguments[1:] in ([], ["--keep"]):
-            return end(job_dir, keep=len(arguments) == 2)
-    except ValueError as exc:
-        raise Stop(EX_BAD_JOB, "bad-request", str(exc))
-    raise Stop(EX_BAD_JOB, "bad-request", "usage: agent.py facts|start|status|end ...")
+    verb, arguments = (argv + [""])[1], argv[2:]
+    folder = os.path.abspath(os.path.expanduser(arguments[0])) if arguments else ""
+    if verb == "facts" and len(arguments) == 1:
+        return facts(folder)
+    if verb == "start" and len(arguments) == 1:
+        return start(folder)
+    if verb == "status" and len(arguments) in (2, 3):
+        try:
+            offset, wait_s = int(arguments[1]), float((arguments + ["0"])[2])
+        except ValueError as exc:
+            raise Stop(EX_BAD_JOB, "bad-request", str(exc))
+        return status(folder, offset, wait_s)
+    if verb == "end" and arguments[1:] in ([], ["--keep"]):
+        return end(folder, keep=len(arguments) == 2)
+    raise Stop(EX_BAD_JOB, "bad-request", __doc__)
 
 
 def main(argv):
     if sys.version_info < (3, 7):
         sys.stderr.write("agent: Python 3.7 or newer is needed\n")
         return EX_NO_RUNTIME
-    if len(argv) == 2 or argv[1:2] == ["facts"]:
-        import oneshot
-
-        return oneshot.main(argv)
     reply = {"schema": SCHEMA, "code": EX_OK, "error": None, "message": ""}
     try:
         reply.update(answer(argv))

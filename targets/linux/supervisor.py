@@ -74,7 +74,10 @@ def run_worker(spec, timeout_s, tick=lambda: None):
         for chunk in iter(lambda: process.stderr.read1(4096), b""):
             tail[0] = (tail[0] + chunk)[-4000:]
 
-    threads = [threading.Thread(target=collect), threading.Thread(target=collect_tail)]
+    threads = [
+        threading.Thread(target=collect, daemon=True),
+        threading.Thread(target=collect_tail, daemon=True),
+    ]
     for thread in threads:
         thread.start()
     timed_out, deadline = False, time.monotonic() + timeout_s
@@ -99,9 +102,7 @@ def run_worker(spec, timeout_s, tick=lambda: None):
             process.kill()
             process.wait()
         for thread in threads:
-            thread.join()
-        process.stdout.close()
-        process.stderr.close()
+            thread.join(timeout=2)  # a child of a killed worker may hold its stderr a moment longer
     stderr = tail[0].decode("utf-8", "replace").strip()
 
     def cause(what, message, **more):
@@ -442,7 +443,7 @@ class Supervisor:
             entry,
             runtime=self.runtime, self_test=self.self_test,
             arms={arm: self.models[arm] for arm in entry["arms"]},
-            model=self.models[entry["arms"][0]], inputs=self.inputs, job_dir=self.job_dir,
+            inputs=self.inputs, job_dir=self.job_dir,
             out_path=os.path.join(self.job_dir, "outputs-%s.bin" % tag),
         )  # fmt: skip
         spec.update((key, job[key]) for key in OPTIONS)
@@ -475,7 +476,7 @@ class Supervisor:
                 return None, cause
         data, cause = run_worker(spec, self.left_s(), self.tick)
         for arm in cold if cause is None else ():
-            data.get("arms", {arm: data})[arm]["cold"] = cold[arm]
+            data["arms"][arm]["cold"] = cold[arm]
         return data, cause
 
 
