@@ -74,7 +74,7 @@ class NullDevice:
     """A simulated board, kept in memory; see `Scenario` for what happens on it.
 
     Its files, lease, jobs and faults live as long as the object, so that what a second measurement
-    finds there can be tried, too: ``device.boot_id`` and ``device.sessions_begun`` tell what happened.
+    finds there can be tried, too: ``device.boot_id``, ``sessions_begun`` and ``faults_struck`` tell what happened.
     """
 
     def __init__(self, scenario: Scenario | None = None, *, address: str = "null://quiet") -> None:
@@ -82,6 +82,7 @@ class NullDevice:
         self.scenario = scenario or Scenario()
         self.files: dict[str, bytes] = {}
         self.sessions_begun: list[str] = []
+        self.faults_struck: list[str] = []
         self._boots = 0
         self._now_s = _BOOT_S
         self._jobs: dict[str, _Job] = {}
@@ -164,6 +165,7 @@ class NullDevice:
                 return True
             if (fault.where, fault.number) == (where, number):
                 self._spent.add(fault)
+                self.faults_struck.append(f"{name}@{where}:{number}")
                 return True
         return False
 
