@@ -56,10 +56,15 @@ def parse_quantity(text: object, dimension: str) -> float:
     return float(number) * units[unit]
 
 
+def _three_digits(value: float) -> float:
+    """As it will be written, to choose the unit by: 999.9 us is 1 ms, not 1e+03 us."""
+    return float(f"{value:.3g}")
+
+
 def format_seconds(value_s: float) -> str:
     """0.0123 -> ``"12.3 ms"``: three significant digits in the unit a person would choose."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if abs(value_s) >= scale:
+        if abs(_three_digits(value_s)) >= scale:
             return f"{value_s / scale:.3g} {unit}" if abs(value_s) < 1000 else f"{value_s:.0f} s"
     return f"{value_s / 1e-9:.3g} ns"
 
@@ -67,7 +72,7 @@ def format_seconds(value_s: float) -> str:
 def format_bytes(value_bytes: float) -> str:
     """1536000 -> ``"1.54 MB"`` (powers of ten)."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(value_bytes) >= scale:
+        if abs(_three_digits(value_bytes)) >= scale:
             return f"{value_bytes / scale:.3g} {unit}"
     return f"{value_bytes:.0f} B"
 
@@ -81,7 +86,7 @@ def format_value(value: float, unit: str) -> str:
     if unit == "J":
         return f"{1e3 * value:.3g} mJ"
     if unit == "ratio":
-        return f"{100 * value:.3g} %"
+        return f"{100 * value:.{'3g' if abs(value) < 9.995 else '0f'}} %"
     if unit == "":
         return f"{value:.4g}"
     return f"{value:.4g} {unit}"

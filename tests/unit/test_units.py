@@ -54,6 +54,18 @@ def test_any_text_is_a_quantity_or_our_error(text: str, dimension: str) -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0.9999e-6, "s", "1 us"), (0.99999e-3, "s", "1 ms"), (0.9999, "s", "1 s"),
+        (999.9, "B", "1 kB"), (999_999, "B", "1 MB"), (-999_999, "B", "-1 MB"), (0.0123, "s", "12.3 ms"),
+        (0.0123, "ratio", "1.23 %"), (23.81, "ratio", "2381 %"),
+    ],
+)  # fmt: skip
+def test_a_value_just_below_the_next_unit_is_written_in_it(value: float, unit: str, text: str) -> None:  # fmt: skip
+    assert format_value(value, unit) == text
+
+
 @given(st.floats(1e-9, 1e4))
 def test_formatted_seconds_read_back_within_three_digits(value_s: float) -> None:
     # three significant digits = 0.5 % at worst
