@@ -32,6 +32,8 @@ COMMANDS: dict[str, str] = {
     "devices": "list and show device profiles, trust a board's host key",
     "probe": "read the facts of a board and compare them with a profile",
     "bench": "measure latency and memory of a TFLite file on a device",
+    "compare": "measure two TFLite files side by side on a device: is one slower or larger",
+    "calibrate": "find out how noisy a device is, and which slowdowns it can tell",
     "gate": "judge a stored run again",
     "report": "show a stored run as text, markdown or JSON",
     "runs": "list stored runs",

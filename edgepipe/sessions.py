@@ -91,6 +91,11 @@ def to_measurements(
             ]
         found += [_renamed(m) for m in _memory(done, theirs, BASE) if m.metric in MEMORY]
         found += _op_time(done, theirs, BASE, "op_time_baseline")
+        if context.get("model_bytes") and context.get("baseline_bytes"):
+            found += [
+                single("model_bytes", "B", context["model_bytes"], context),
+                single("model_bytes_baseline", "B", context["baseline_bytes"], theirs),
+            ]
     found += _sustained(done, context)
     found += _energy(done, context)
     return tuple(found)
