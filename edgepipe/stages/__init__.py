@@ -11,6 +11,7 @@ STAGES: dict[str, tuple[str, str]] = {
     "prune": ("edgepipe.stages.prune", "Prune"),
     "export_onnx": ("edgepipe.stages.export_onnx", "ExportOnnx"),
     "to_tflite": ("edgepipe.stages.to_tflite", "ToTflite"),
+    "qat": ("edgepipe.stages.qat", "Qat"),
     "quantize_int8": ("edgepipe.stages.quantize_int8", "QuantizeInt8"),
 }
 

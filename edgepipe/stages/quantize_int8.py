@@ -103,15 +103,21 @@ class QuantizeInt8:
         content, fused = ops.fuse_activations(content, where=where)
         for line in fused:
             log.info("fused %s", line)
-        log.info("calibrating on %d samples", len(samples))
-        batches = file_batches(samples, artifact.inputs)
-        ranges = ops.collect_ranges(content, batches, where=where, total=len(samples))
-        settling = settle(ranges.minima, ranges.maxima, ranges.names, seed=context.seed)
-        report = add_settling(report, settling)
+        learned = artifact.facts.get("learned_ranges")
+        if learned:
+            # training found them, and the weights have grown used to them
+            log.info("taking %d ranges as they were trained", len(learned))
+            table = {name: (float(low), float(high)) for name, (low, high) in learned.items()}
+        else:
+            log.info("calibrating on %d samples", len(samples))
+            batches = file_batches(samples, artifact.inputs)
+            ranges = ops.collect_ranges(content, batches, where=where, total=len(samples))
+            settling = settle(ranges.minima, ranges.maxima, ranges.names, seed=context.seed)
+            report = add_settling(report, settling)
+            table = ranges.table()
         for warning in report.warnings:
             log.warning("calibration: %s", warning)
 
-        table = ranges.table()
         quantized = ops.quantize(
             content,
             table,
@@ -137,6 +143,7 @@ class QuantizeInt8:
                 "file": "ranges.json",
                 "sha256": hashlib.sha256(ranges_text.encode()).hexdigest(),
                 "tensors": len(table),
+                "learned": bool(learned),
             },
             "float_islands": islands,
             "fused_activations": list(fused),

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.tools import flatbuffer_utils
 
 from edgepipe.errors import ArtifactError
 
@@ -165,6 +166,30 @@ def operator_codes(code: Any) -> tuple[str, int]:
         custom = code.CustomCode()
         return (custom.decode("utf-8") if custom else "CUSTOM"), code.Version()
     return _OPERATORS.get(number, f"BUILTIN_{number}"), code.Version()
+
+
+def constants(content: bytes, graph: Subgraph) -> dict[int, np.ndarray]:
+    """The constant tensors of the main graph, by tensor number: copies, in their shape and dtype."""
+    buffers = schema.Model.GetRootAs(content, 0)
+    return {
+        tensor.index: np.frombuffer(
+            buffers.Buffers(tensor.buffer).DataAsNumpy().tobytes(), tensor.dtype
+        )
+        .reshape(tensor.shape)
+        .copy()
+        for tensor in graph.tensors
+        if tensor.is_constant
+    }
+
+
+def with_constants(content: bytes, values: Mapping[int, np.ndarray]) -> bytes:
+    """The file with some constant float32 tensors of the main graph (by number) replaced."""
+    model = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
+    for index, array in values.items():
+        tensor = model.subgraphs[0].tensors[index]
+        raw = np.ascontiguousarray(array, np.float32).tobytes()
+        model.buffers[tensor.buffer].data = np.frombuffer(raw, np.uint8)
+    return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
 
 
 class _Damaged(Exception):

@@ -429,7 +429,8 @@ def _label_range(data: TrainingSet) -> tuple[int, int]:
 
 def batches(data: TrainingSet, size: int = EVALUATION_BATCH) -> Iterator[torch.Tensor]:
     """Row numbers of all samples, in order, ``size`` at a time."""
-    yield from torch.arange(len(data)).split(size)
+    for start in range(0, len(data), size):
+        yield torch.arange(start, min(start + size, len(data)))
 
 
 def accuracy(model: nn.Module, data: TrainingSet, device: torch.device | str = "cpu") -> float:

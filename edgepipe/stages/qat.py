@@ -1,0 +1,143 @@
+"""Stage ``qat``: train the float TFLite graph so that it survives int8."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any, ClassVar, Literal
+
+from edgepipe.artifact import Artifact, make_artifact
+from edgepipe.errors import StageError, StageOptionError
+from edgepipe.schema import record
+from edgepipe.stage import StageContext
+from edgepipe.stages.quantize_int8 import source_specs
+from edgepipe.training import TrainingOptions
+
+log = logging.getLogger(__name__)
+
+# Samples on which the int8 file must compute what was trained, and the share of output values that
+# must be within one step. Every operator is; over a deep network LiteRT's own two sets of kernels
+# (XNNPACK's and the built-in ones) drift apart by more than that, and this only catches mistakes.
+AGREEMENT_SAMPLES = 64
+MIN_WITHIN_ONE = 0.95
+
+
+@record
+class Qat(TrainingOptions):
+    """Quantisation-aware training, between ``to_tflite`` and ``quantize_int8``.
+
+    Works on the converted graph: batch norms are folded and activations fused as in the file that
+    ships. Ranges start from ``calibration`` data as post-training quantisation takes them; with
+    ``ranges = "learned"`` they are trained with the weights until ``freeze_after`` of the steps (LSQ+),
+    with ``"minmax"`` they stay. ``float_weight`` is the share of the loss that asks for the float
+    model's own answers instead of the label. ``quantize_int8`` then takes the ranges as they are.
+    """
+
+    name: ClassVar[str] = "qat"
+    title: ClassVar[str] = "train the converted model with int8 rounding, weights and ranges"
+    accepts: ClassVar[tuple[str, ...]] = ("tflite",)
+    produces: ClassVar[str] = "tflite"
+    ops: ClassVar[tuple[str, ...]] = (
+        "edgepipe.training", "edgepipe.torch_ops.qat", "edgepipe.torch_ops.tflite_module",
+        "edgepipe.torch_ops.train", "edgepipe.torch_ops.augment", "edgepipe.torch_ops.data",
+        "edgepipe.tflite_ops.quantize", "edgepipe.tflite_ops.flatbuffer", "edgepipe.array_ops",
+    )  # fmt: skip
+    packages: ClassVar[tuple[str, ...]] = ("torch", "litert-quantizer", "ai-edge-litert", "numpy")
+
+    epochs: int = 5
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    calibration: str = "calibration"
+    samples: int = 500
+    ranges: Literal["learned", "minmax"] = "learned"
+    freeze_after: float = 0.8
+    float_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.freeze_after <= 1 or not 0 <= self.float_weight <= 1:
+            raise StageOptionError("qat: freeze_after and float_weight are shares from 0 to 1")
+
+    def data_names(self) -> tuple[str, ...]:
+        return (*super().data_names(), self.calibration)
+
+    def run(self, artifact: Artifact, context: StageContext) -> Artifact:
+        import copy
+
+        from edgepipe.array_ops.calibration import file_batches
+        from edgepipe.array_ops.load import load_samples
+        from edgepipe.tflite_ops import quantize as quantizing
+        from edgepipe.torch_ops import qat as ops
+        from edgepipe.torch_ops.data import training_set
+        from edgepipe.torch_ops.tflite_module import TfliteModule
+        from edgepipe.torch_ops.train import accuracy, train
+
+        where = artifact.path.name
+        specs = source_specs(artifact.inputs)
+        content, _ = quantizing.fuse_activations(artifact.path.read_bytes(), where=where)
+        body = TfliteModule(content, artifact.inputs, artifact.outputs, where=where)
+        data = training_set(context.data[self.data], specs)
+        validation = training_set(context.data[self.validation], specs) if self.validation else None
+        source = context.data[self.calibration]
+        if self.samples and not 0 < source.limit <= self.samples:
+            source = dataclasses.replace(source, limit=self.samples)
+        calibration = load_samples(source, specs)
+        log.info("ranges start from %d samples", len(calibration))
+        batches = list(file_batches(calibration, artifact.inputs))
+        start = quantizing.collect_ranges(content, batches, where=where, total=len(batches)).table()
+        owners = ops.range_owners(content, where=where)
+        model = ops.QatModel(body, owners, start, learned=self.ranges == "learned")
+        judged = validation or data
+        scores: dict[str, Any] = {"before": {"int8": accuracy(model, judged)}}
+        with model.as_float():
+            scores["before"]["float"] = accuracy(model, judged)
+        teacher = None
+        if self.float_weight:
+            teacher = copy.deepcopy(body)  # its hooks still lead to `model`: take them off
+            teacher.on_activation = teacher.on_weight = lambda value, name: value
+            teacher.requires_grad_(False)
+        history = train(
+            model,
+            data,
+            self,
+            seed=context.seed,
+            stage=self.name,
+            validation=validation,
+            objective=ops.objective(self.label_smoothing, teacher, self.float_weight),
+            after_step=ops.freeze_after(model, self.freeze_after),
+            checkpoint=context.checkpoint,
+        )
+        scores["after"] = {"int8": accuracy(model, judged)}
+        log.info(
+            "%s accuracy with int8 rounding: %.2f %% before, %.2f %% after (float %.2f %%)",
+            "validation" if validation else "training", 100 * scores["before"]["int8"],
+            100 * scores["after"]["int8"], 100 * scores["before"]["float"],
+        )  # fmt: skip
+        baked = model.baked(content)
+        learned = model.learned_ranges()
+        int8 = quantizing.quantize(baked, learned, where=where)
+        agreed = ops.agreement(model, int8, batches[:AGREEMENT_SAMPLES], where=where)
+        if agreed.within_one < MIN_WITHIN_ONE:
+            raise StageError(
+                f"the int8 file of {where} departs from what was trained: only {100 * agreed.within_one:.2f} % "
+                f"of {agreed.values} output values are within one step",
+                stage=self.name,
+                hint="quantise this model without qat, and report the model that shows it",
+                code="qat-parity",
+            )
+        path = context.work_dir / "model.tflite"
+        path.write_bytes(baked)
+        return make_artifact(
+            "tflite",
+            path,
+            inputs=artifact.inputs,
+            outputs=artifact.outputs,
+            parent=artifact,
+            facts={
+                "learned_ranges": {name: list(ends) for name, ends in learned.items()},
+                "accuracy": scores,
+                "agreement": dataclasses.asdict(agreed),
+                "seed": context.seed,
+                "epochs": [dataclasses.asdict(epoch) for epoch in history],
+            },
+        )
