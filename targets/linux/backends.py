@@ -254,13 +254,7 @@ class LiteRtC:
 class Interpreter:
     """The Python interpreter of ai_edge_litert or tflite_runtime; needs numpy on the board."""
 
-    def __init__(self, module, path, threads, kernel="", weight_cache="", profile=False):
-        if profile:
-            raise Unsupported("the Python interpreter of %s does not time operators" % module)
-        if weight_cache:
-            raise Unsupported("the Python interpreter of %s has no weight cache file" % module)
-        if kernel == "xnnpack":
-            raise Unsupported("the Python interpreter of %s cannot demand XNNPACK" % module)
+    def __init__(self, module, path, threads, kernel=""):
         started = time.perf_counter_ns()
         if module == "ai_edge_litert":
             from ai_edge_litert.interpreter import Interpreter as Implementation
@@ -320,7 +314,14 @@ def open_model(runtime, path, threads, kernel="", weight_cache="", profile=False
     Raises Unsupported where this backend cannot do what was asked for."""
     if runtime["backend"] == "litert-c":
         return LiteRtC(runtime["path"], path, threads, kernel, weight_cache, profile)
-    return Interpreter(runtime["module"], path, threads, kernel, weight_cache, profile)
+    for asked, what in (
+        (profile, "does not time operators"),
+        (weight_cache, "takes no weight cache file"),
+        (kernel == "xnnpack", "cannot be made to take XNNPACK"),
+    ):
+        if asked:
+            raise Unsupported("the Python interpreter of %s %s" % (runtime["module"], what))
+    return Interpreter(runtime["module"], path, threads, kernel)
 
 
 # A float32 model of one dense layer, y = 2 x + 1, (1, 4) -> (1, 4): edgepipe's tiny_tflite().

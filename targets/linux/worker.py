@@ -136,10 +136,10 @@ def make_weight_caches(spec):
                 os._exit(code)
         _, status = os.waitpid(child, 0)
         if status:
-            open_model(*options)  # a model that is refused or crashes says so here
-            raise Unsupported("the runtime could not write a weight cache")
+            open_model(*options, weight_cache=cache + ".part")  # once more, to tell why
+            raise Unsupported("the weight cache could be written only the second time")
         if not os.path.exists(cache + ".part"):
-            raise Unsupported("XNNPACK has no weights of this model to keep in a cache")
+            raise Unsupported("no weight cache was made: XNNPACK runs nothing of this model")
         os.rename(cache + ".part", cache)
 
 
