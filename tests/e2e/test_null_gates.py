@@ -438,7 +438,7 @@ def test_every_fault_of_the_null_device_is_tried_in_this_file() -> None:
     ("address", "code", "said"),
     [
         ("null://quiet", 3, "no board"),
-        ("null://quiet?latency=2s", 1, "FAIL"),
+        ("null://quiet?latency=20ms", 1, "FAIL"),
         ("null://quiet?fault=crash", 1, "SIGSEGV"),
         ("null://quiet?fault=busy", 3, "somebody@elsewhere"),
         ("null://quiet?fault=too-hot", 3, "heat sink"),
@@ -451,7 +451,7 @@ def test_run_ends_with_the_documented_exit_code(
     (project / "model.tflite").write_bytes(tiny_tflite())
     (project / "small.toml").write_text(
         'schema = 1\nname = "small"\ndevices = ["localhost"]\n[model]\nfile = "model.tflite"\n'
-        '[measure]\nsession = "300 ms"\n[[gates]]\ngate = "latency"\nmax = "1 s"\n'
+        '[measure]\nsession = "3 s"\n[[gates]]\ngate = "latency"\nmax = "15 ms"\n'
     )
     done = edgepipe("run", "small.toml", "--device", address)
     assert done.returncode == code, done.stdout + done.stderr
