@@ -1,0 +1,142 @@
+"""``edgepipe compare``, on the null device: what it judges and says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgepipe import bench, cli
+from edgepipe.artifact import make_artifact
+from edgepipe.bench import MeasureOptions
+from edgepipe.commands import compare
+from edgepipe.device import open_device
+from edgepipe.gate import Status, Verdict
+from edgepipe.inventory import resolve_targets
+from edgepipe.measurement import Measurement
+from edgepipe.tflite_ops.tiny import tiny_tflite
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> tuple[Path, Path]:
+    for name, layers in (("base", 1), ("candidate", 2)):
+        (tmp_path / f"{name}.tflite").write_bytes(tiny_tflite(layers=layers))
+    return tmp_path / "base.tflite", tmp_path / "candidate.tflite"
+
+
+def on_a_board(address: str, models: tuple[Path, Path], **options: Any) -> tuple[tuple[Verdict, ...], dict[str, Measurement]]:  # fmt: skip
+    """As the command judges what the null device measured, were it a real board."""
+    base, candidate = (make_artifact("tflite", p, inputs=(), outputs=()) for p in models)
+    (target,) = resolve_targets([], address=address, profile=None)
+    result = bench.measure(
+        candidate, open_device(address), target.profile,
+        MeasureOptions(session=0.2, **options), baseline=base,
+    )  # fmt: skip
+    measured = {
+        m.metric: dataclasses.replace(m, context={k: v for k, v in m.context.items() if k != "simulated"})
+        for m in result.measurements
+    }  # fmt: skip
+    return compare.judge(measured, candidate, 0.03, device="board"), measured
+
+
+def test_an_unchanged_model_passes_in_one_sentence(models: tuple[Path, Path]) -> None:
+    verdicts, measured = on_a_board("null://quiet", models)
+    assert {v.status for v in verdicts} == {Status.PASS}
+    first, *rest = compare.render(verdicts, measured).splitlines()
+    assert first.startswith("PASS: candidate is 0.")
+    assert "3 sessions x 30 rounds, 1 thread, CPU time), tolerance 3 %, detectable from " in first
+    assert rest[0].startswith("  wall time: ")
+    assert [line.split()[1] for line in rest if line.startswith("PASS")] == ["memory_anon", "memory_file", "model_bytes"]  # fmt: skip
+
+
+def test_a_slower_and_larger_model_fails_with_its_operators(models: tuple[Path, Path]) -> None:
+    verdicts, measured = on_a_board("null://quiet?slowdown=1.062&growth=284kB", models)
+    text = compare.render(verdicts, measured)
+    assert [v.status for v in verdicts] == ["FAIL", "FAIL", "PASS", "PASS"]
+    assert verdicts[0].value == pytest.approx(0.062, abs=0.012)
+    assert text.startswith("FAIL: candidate is ")
+    assert "all ops together" in text
+    assert "FAIL: memory_anon" in text
+
+
+def test_sessions_are_added_until_they_are_used_up(models: tuple[Path, Path]) -> None:
+    # the truth is the tolerance: nobody can tell
+    (slowdown, *_), _ = on_a_board("null://noisy?slowdown=1.03&seed=2", models)
+    assert slowdown.status is Status.INCONCLUSIVE
+    assert "12 sessions" in slowdown.reason
+    (slowdown, *_), _ = on_a_board("null://noisy?slowdown=1.03&seed=2", models, max_sessions=5)
+    assert "5 sessions" in slowdown.reason
+
+
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: object) -> tuple[int, str]:
+    code = cli.main(["compare", *map(str, arguments), "--quiet", "--store", str(tmp_path / "store")])  # fmt: skip
+    return code, capsys.readouterr().out
+
+
+def test_the_exit_code_is_the_verdicts_and_the_null_device_never_passes(
+    models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text = run(capsys, tmp_path, *models, "--device", "null://quiet?slowdown=1.1")
+    assert code == 1
+    assert text.startswith("FAIL: candidate is ")
+    code, text = run(capsys, tmp_path, *models, "--device", "null://quiet")
+    assert code == 3
+    assert "null device, which is no board" in text
+    code, text = run(capsys, tmp_path, *models, "--device", "null://quiet?slowdown=1.1", "--tolerance", "20 %")  # fmt: skip
+    assert code == 3
+    assert "tolerance 20 %" in text
+
+
+def test_json_holds_verdicts_and_raw_samples(
+    models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, text = run(capsys, tmp_path, *models, "--device", "null://quiet?slowdown=1.1", "--json")
+    data = json.loads(text)
+    assert data["verdict"] == "FAIL"
+    assert data["base"]["sha256"] != data["candidate"]["sha256"]
+    ratios = next(m for m in data["measurements"] if m["metric"] == "latency_ratio_cpu")
+    assert len(ratios["samples"]) >= 3
+
+
+def test_a_calibrated_board_is_quoted(
+    models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--device", "null://quiet?slowdown=1.1"]
+    _, before = run(capsys, tmp_path, *models, *where)
+    assert "noise of this board" not in before
+    cli.main(["calibrate", "--device", "null://quiet", "--quiet", "--store", str(tmp_path / "store")])  # fmt: skip
+    capsys.readouterr()
+    _, after = run(capsys, tmp_path, *models, *where)
+    assert "noise of this board" in after
+
+
+def test_a_candidate_that_crashes_fails_and_nothing_else_is_judged(
+    models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text = run(capsys, tmp_path, *models, "--device", "null://quiet?fault=crash")
+    assert code == 1
+    assert text.startswith("FAIL: ")
+    assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--tolerance", "3"), "is not a ratio"),
+        (("--tolerance", "0 %"), "tolerance"),
+        (("--device", ""), "--device is empty"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    arguments: tuple[str, ...], named: str, models: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    assert cli.main(["compare", *map(str, models), *arguments]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_model_is_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "text.tflite").write_text("hello")
+    assert cli.main(["compare", str(models[0]), str(tmp_path / "text.tflite")]) == 2
