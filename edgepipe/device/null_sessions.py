@@ -239,7 +239,7 @@ def _sustained(
         minutes.append(
             {
                 "start_s": start_s,
-                "count": max(1, int(min(window_s, spec["duration_s"] - start_s) / latency_s)),
+                "count": max(1, int(window_s / latency_s)),
                 "wall_ns": wall,
                 "cpu_ns": {"p50": round(wall["p50"] / scenario.noise.wait)},
                 "temperature_c": 45 + 15 * (1 - math.exp(-number / 2)) + (19 if throttled else 0),

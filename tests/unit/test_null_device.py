@@ -277,7 +277,7 @@ def test_outputs_are_what_this_host_computes_but_for_the_flips(folder: Path) -> 
 
 def test_a_sustained_run_gives_a_window_a_minute_and_energy_its_watts(folder: Path) -> None:
     (found,) = sessions(
-        "null://quiet", folder, [("sustained", ["model"])], duration_s=200, idle_s=1, run_s=1
+        "null://quiet", folder, [("sustained", ["model"])], duration_s=240, idle_s=1, run_s=1
     )
     assert [minute["start_s"] for minute in found["data"]["minutes"]] == [0, 60, 120, 180]
     (found,) = sessions("null://quiet", folder, [("energy", ["model"])], idle_s=5, run_s=10)
@@ -312,6 +312,16 @@ def test_every_record_of_the_board_says_that_it_is_simulated(folder: Path) -> No
     host.ask("start", JOB_DIR)
     lines, _ = host.follow()
     assert lines[0]["device"]["simulated"] is True
+
+
+def test_a_null_device_with_another_noise_is_another_board(folder: Path) -> None:
+    def identity(address: str) -> str:
+        host = Host(address, folder)
+        host.prepare([LATENCY])
+        return str(host.ask("facts", WORK_DIR)["device"]["identity"])
+
+    assert identity("null://quiet") == identity("null://quiet?slowdown=2&seed=7")
+    assert identity("null://quiet") != identity("null://noisy")
 
 
 def test_a_dropped_call_never_reached_the_board_and_a_lost_reply_did(folder: Path) -> None:
