@@ -1,0 +1,178 @@
+"""Release gates through the command line: a baseline is promoted, the next model measured beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgepipe.tflite_ops.tiny import conv_tflite, tiny_tflite
+
+RECIPE = """\
+schema = 1
+name = "small"
+devices = ["localhost"]
+[model]
+file = "model.tflite"
+[measure]
+threads = 1
+memory_sessions = 1
+warmup = "50 ms"
+session = "200 ms"
+max_sessions = 5
+[[gates]]
+gate = "latency"
+max = "5 s"
+statistic = "p50"
+[[gates]]
+gate = "slowdown"
+max = "30 %"
+[[gates]]
+gate = "growth"
+quantity = "anon"
+max = "1 MB"
+max_share = "100 %"
+"""
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+# 1 ms or so: long enough for its ratio to be steady on a busy machine
+BASE = {"layers": 4, "size": 14, "channels": 32}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "recipe.toml").write_text(RECIPE)
+    (folder / "model.tflite").write_bytes(conv_tflite(**BASE))
+    return folder
+
+
+@pytest.fixture
+def run(folder: Path) -> Run:
+    def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "edgepipe", *arguments],
+            cwd=folder,
+            env={**os.environ, **env},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    return run
+
+
+def verdicts(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
+    return {v["gate"]: v for v in json.loads(done.stdout)["verdicts"]}
+
+
+@pytest.mark.slow
+def test_a_release_is_promoted_and_the_next_one_is_measured_beside_it(
+    folder: Path, run: Run
+) -> None:
+    first = run("run", "recipe.toml")
+    assert first.returncode == 3, first.stderr
+    assert "there is no baseline on this profile" in first.stdout
+    assert "edgepipe gate --promote" in first.stdout
+
+    promoted = run("gate", "--promote")
+    assert promoted.returncode == 0, promoted.stderr
+    assert "git add ci/baselines/localhost/small.json ci/baselines/localhost/small.tflite" in promoted.stdout  # fmt: skip
+    assert "the first baseline: growth, slowdown had none to compare with" in promoted.stdout
+    kept = folder / "ci" / "baselines" / "localhost"
+    assert (kept / "small.tflite").read_bytes() == (folder / "model.tflite").read_bytes()
+    assert "nothing to do" in run("gate", "--promote").stdout
+
+    (folder / "model.tflite").write_bytes(conv_tflite(**BASE, extra_layers=6))
+    slower = run("run", "recipe.toml", "--json")
+    assert slower.returncode == 1, slower.stderr
+    judged = verdicts(slower)
+    assert judged["slowdown"]["status"] == "FAIL"
+    assert any(line.startswith("new: op") for line in judged["slowdown"]["details"])
+    assert judged["growth"]["status"] == "PASS"
+    refused = run("gate", "--promote")
+    assert refused.returncode == 1
+    assert "not promoted: " in refused.stdout
+    assert "slowdown on localhost is FAIL" in refused.stdout
+    assert json.loads((kept / "small.json").read_text())["run"] in promoted.stdout
+
+    # other threads than the baseline was measured with: the key is named, nothing passes or fails
+    text = (folder / "recipe.toml").read_text().replace("threads = 1", "threads = 2")
+    (folder / "recipe.toml").write_text(text)
+    other = run("run", "recipe.toml", "--json")
+    assert other.returncode == 3, other.stderr
+    assert "threads: baseline 1, run 2" in verdicts(other)["slowdown"]["reason"]
+
+
+def test_a_damaged_baseline_is_refused_before_anything_runs(folder: Path, run: Run) -> None:
+    kept = folder / "ci" / "baselines" / "localhost"
+    kept.mkdir(parents=True)
+    (kept / "small.json").write_text("{")
+    done = run("run", "recipe.toml")
+    assert done.returncode == 2
+    assert "is no baseline" in done.stderr
+    assert not (folder / ".edgepipe" / "cache").exists()
+
+
+def test_the_null_device_is_never_promoted(folder: Path, run: Run) -> None:
+    done = run("run", "recipe.toml", "--device", "null://quiet")
+    assert done.returncode == 3, done.stderr
+    promoted = run("gate", "--promote")
+    assert promoted.returncode == 3
+    assert "not promoted: localhost was measured on the null device" in promoted.stdout
+    assert not (folder / "ci").exists()
+
+
+def test_promotion_goes_by_the_gates_of_the_run_itself(folder: Path, run: Run) -> None:
+    done = run("gate", "--promote", "--recipe", "recipe.toml")
+    assert done.returncode == 2
+    assert "not by those of --recipe" in done.stderr
+
+
+def test_a_model_fed_otherwise_is_not_measured_beside_the_baseline(folder: Path, run: Run) -> None:
+    """On the null device, which lets a baseline be measured but not promoted: one is made by hand."""
+    assert run("run", "recipe.toml", "--device", "null://quiet").returncode == 3
+    (folder / "model.tflite").write_bytes(tiny_tflite(size=8))
+    make_baseline(folder)
+    done = run("run", "recipe.toml", "--device", "null://quiet", "--json")
+    assert done.returncode == 3, done.stderr
+    assert "model_inputs: baseline " in verdicts(done)["slowdown"]["reason"]
+
+
+def make_baseline(folder: Path) -> None:
+    """The latest run as a baseline, whatever its verdicts."""
+    from edgepipe.artifact import artifact_from_dict
+    from edgepipe.baseline import promote
+    from edgepipe.gate import Evidence
+    from edgepipe.store import Store
+
+    found = Store(folder / ".edgepipe").find_run("latest")
+    record = found.read()
+    sha = record["shipped"]["sha256"]
+    promote(
+        folder=folder / "ci" / "baselines", recipe="small", run_id=found.id,
+        shipped=artifact_from_dict(record["shipped"]), verdicts=(),
+        model=Evidence(sha, "", found.load_measurements("model")),
+        device=Evidence(sha, "localhost", found.load_measurements("localhost")),
+    )  # fmt: skip
+
+
+def test_a_simulated_slowdown_fails_and_a_simulated_pass_does_not_pass(
+    folder: Path, run: Run
+) -> None:
+    assert run("run", "recipe.toml", "--device", "null://quiet").returncode == 3
+    make_baseline(folder)
+    slower = run("run", "recipe.toml", "--device", "null://quiet?slowdown=1.5", "--json")
+    assert slower.returncode == 1, slower.stdout
+    assert verdicts(slower)["slowdown"]["status"] == "FAIL"
+    same = run("run", "recipe.toml", "--device", "null://quiet?seed=2", "--json")
+    assert same.returncode == 3, same.stdout
+    assert {v["status"] for v in verdicts(same).values()} == {"INCONCLUSIVE"}
