@@ -80,6 +80,7 @@ def test_published_keyword_weights_score_what_their_source_says(
     assert accuracy(recipe, model) == pytest.approx(0.848, abs=0.005)
 
 
+@pytest.mark.slow
 def test_training_that_was_killed_goes_on_where_it_was(
     project: Path, edgepipe: EdgepipeRunner
 ) -> None:

@@ -1,0 +1,45 @@
+"""What a compressing stage says of its result is counted, not guessed."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from edgepipe.torch_ops.result import describe_layers, totals
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
+        self.head = nn.Linear(4, 5)
+        self.unused = nn.Linear(7, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.up(self.depthwise(self.norm(self.conv(x)))).mean((2, 3)))
+
+
+def test_layers_are_counted_as_torch_counts_them() -> None:
+    model, inputs = Mixed().eval(), [torch.randn(1, 3, 8, 8)]
+    layers = describe_layers(model, inputs, {"conv": "halved"})
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(*inputs)
+    found = totals(layers)
+    assert found["macs"] == counter.get_total_flops() // 2
+    unused = sum(p.numel() for p in model.unused.parameters())
+    assert found["parameters"] == sum(p.numel() for p in model.parameters()) - unused
+    assert [layer.name for layer in layers] == ["conv", "norm", "depthwise", "up", "head"]
+    by_name = {layer.name: layer for layer in layers}
+    assert by_name["head"].bytes == 4 * 5 + 5 * 4
+    assert (by_name["conv"].note, by_name["head"].note) == ("halved", "")
+
+
+def test_counts_are_for_one_sample_whatever_the_batch() -> None:
+    model = Mixed().eval()
+    one, four = (totals(describe_layers(model, [torch.randn(n, 3, 8, 8)])) for n in (1, 4))
+    assert one == four
