@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from edgepipe.resources import target_dir
@@ -29,6 +31,15 @@ OPTIONS = {"sustained": {"duration_s": 1}, "energy": {"idle_s": 1, "run_s": 1}}
 def item(path: Path) -> dict[str, Any]:
     data = path.read_bytes()
     return {"path": str(path), "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def payload_module(name: str) -> ModuleType:
+    """A module of the payload, as the agent imports it."""
+    sys.path.insert(0, str(TARGET))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(TARGET))
 
 
 @functools.cache

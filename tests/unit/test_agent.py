@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import fcntl
-import importlib
 import json
 import platform
 import struct
@@ -13,7 +12,6 @@ import sys
 import venv
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -32,6 +30,7 @@ from .board_side import (
     item,
     make_job,
     outcome,
+    payload_module,
     plan,
     run,
     worker_of,
@@ -51,15 +50,6 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("bare")
     venv.create(folder, with_pip=False, symlinks=True)
     return str(folder / "bin" / "python")
-
-
-def load(name: str) -> ModuleType:
-    """A module of the payload, as the agent imports it."""
-    sys.path.insert(0, str(TARGET))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(TARGET))
 
 
 # ------------------------------------------------------------------------------ what it is
@@ -211,7 +201,7 @@ def test_status_beyond_the_journal_begins_anew(board: Path) -> None:
 
 
 def test_a_line_longer_than_a_reply_comes_whole(board: Path) -> None:
-    journal = load("journal")
+    journal = payload_module("journal")
     (board / "results.jsonl").write_bytes(journal.encode({"kind": "x", "text": "y" * 1000}))
     offset, text = journal.read_from(str(board), 0, 100)
     assert (offset, len(text)) == (0, (board / "results.jsonl").stat().st_size)
@@ -292,14 +282,14 @@ def test_no_job_is_code_64_and_makes_no_file(board: Path) -> None:
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(board: Path, entry: Any) -> None:
-    job, job_dir = load("job"), make_job(board, plan=[entry])
+    job, job_dir = payload_module("job"), make_job(board, plan=[entry])
     with pytest.raises(job.Stop) as stop:
         job.load_job(str(job_dir))
     assert stop.value.code == 64
 
 
 def test_a_tag_is_there_once(board: Path) -> None:
-    job, job_dir = load("job"), make_job(board, plan=plan("memory") * 2)
+    job, job_dir = payload_module("job"), make_job(board, plan=plan("memory") * 2)
     with pytest.raises(job.Stop, match="twice"):
         job.load_job(str(job_dir))
 
@@ -317,7 +307,7 @@ KEYS = ["models", "runtime", "inputs", "plan", "threads", "id", "start_below_c",
 def test_a_job_is_whole_or_refused(
     tmp_path_factory: pytest.TempPathFactory, key: str, value: Any
 ) -> None:
-    job = load("job")
+    job = payload_module("job")
     job_dir = make_job(tmp_path_factory.mktemp("job"), **{key: value})
     try:
         found = job.load_job(str(job_dir))
@@ -337,7 +327,7 @@ def test_the_identity_of_a_job_is_all_but_how_much_is_asked(
     def question(job: dict[str, int]) -> dict[str, int]:
         return {key: job[key] for key in job if key not in ("plan", "budget_s")}
 
-    identity = load("job").identity
+    identity = payload_module("job").identity
     assert (identity(first) == identity(second)) == (question(first) == question(second))
 
 
@@ -588,9 +578,9 @@ def calm(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_flags_say_what_happened_to_the_board(after: dict[str, Any], flags: list[str]) -> None:
-    assert load("board").health_flags(calm(), calm(**after)) == flags
+    assert payload_module("board").health_flags(calm(), calm(**after)) == flags
 
 
 def test_throttling_before_the_session_is_no_event_in_it() -> None:
     old = calm(throttling=["throttled_occurred"])
-    assert load("board").health_flags(old, old) == []
+    assert payload_module("board").health_flags(old, old) == []
