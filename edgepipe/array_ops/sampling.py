@@ -16,8 +16,8 @@ def stratified_sample(
 
     A mean over such a sample is an unbiased estimate of the whole set's (to the rounding of
     quotas), and its variance is at most that of a plain random sample (Cochran, Sampling
-    Techniques, 5.6): intervals that assume the latter hold. Worked example: 10 of 30 samples, 15 of
-    class 0, 12 of class 1 and 3 of class 2: quotas 5, 4 and 1.
+    Techniques, 5.6): intervals that assume the latter hold. Worked example: 10 of 30 samples, of
+    which 4, 5 and 21 are of three classes: 1.33, 1.67 and 7, so 1, 2 and 7.
     """
     if count <= 0 or count >= total:
         return np.arange(total), False
