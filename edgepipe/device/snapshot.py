@@ -21,6 +21,7 @@ HEALTH_FILES = (
     "/sys/devices/system/cpu/cpufreq/policy*/scaling_max_freq",
     "/sys/devices/system/cpu/cpufreq/policy*/cpuinfo_max_freq",
     "/sys/devices/platform/soc*/*firmware*/get_throttled",
+    "/sys/class/hwmon/*/name", "/sys/class/hwmon/*/in0_lcrit_alarm", "/proc/pressure/*",
 )  # fmt: skip
 # What is read once, beside them.
 FACT_FILES = (
@@ -65,7 +66,7 @@ def health(snapshot: Mapping[str, Any]) -> dict[str, Any]:
         }
     meminfo = dict(re.findall(r"^(\w+):\s+(\d+)", files.get("/proc/meminfo", ""), re.M))
     vmstat = dict(re.findall(r"^(\w+) (\d+)$", files.get("/proc/vmstat", ""), re.M))
-    load = files.get("/proc/loadavg", "").split()
+    load = re.match(r"([\d.]+) \S+ \S+ (\d+)/", files.get("/proc/loadavg", ""))
     governors = sorted({f["governor"] for f in frequencies.values() if f["governor"]})
     swap = "SwapTotal" in meminfo and "SwapFree" in meminfo
     return {
@@ -78,7 +79,10 @@ def health(snapshot: Mapping[str, Any]) -> dict[str, Any]:
         "throttling": _throttling(files),
         "frequencies": frequencies,
         "governor": ",".join(governors) or None,
-        "loadavg_1min": float(load[0]) if load else None,
+        "under_voltage_alarm": _under_voltage_alarm(files),
+        "loadavg_1min": float(load.group(1)) if load else None,
+        "runnable": int(load.group(2)) if load else None,
+        "pressure_us": {name: _pressure_us(files, name) for name in ("cpu", "memory", "io")},
         "memory_available_bytes": int(meminfo["MemAvailable"]) * 1024
         if "MemAvailable" in meminfo
         else None,
@@ -98,6 +102,8 @@ def health_flags(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[st
         flags.add("throttled_now")
     if set(now) - set(was):
         flags.add("throttle_event")
+    if after["under_voltage_alarm"]:
+        flags.add("under_voltage")
     for name, state in after["cooling"].items():
         # a fan that spins faster is not throttling
         if "fan" not in name.lower() and (state or 0) > (before["cooling"].get(name) or 0):
@@ -176,6 +182,20 @@ def _throttling(files: Mapping[str, str]) -> list[str] | None:
     except ValueError:
         return None
     return [name for bit, name in sorted(THROTTLE_BITS.items()) if bits >> bit & 1]
+
+
+def _under_voltage_alarm(files: Mapping[str, str]) -> int | None:
+    """1 while the supply is too weak (raspberrypi-hwmon), 0 while it is not, or None."""
+    for name in _folders(files, "/sys/class/hwmon/"):
+        if files.get(f"/sys/class/hwmon/{name}/name") == "rpi_volt":
+            return _integer(files.get(f"/sys/class/hwmon/{name}/in0_lcrit_alarm"))
+    return None
+
+
+def _pressure_us(files: Mapping[str, str], resource: str) -> int | None:
+    """Time that somebody waited for a resource since boot, us, or None (PSI)."""
+    found = re.search(r"^some .*total=(\d+)", files.get(f"/proc/pressure/{resource}", ""), re.M)
+    return int(found.group(1)) if found else None
 
 
 def _integer(text: str | None) -> int | None:
