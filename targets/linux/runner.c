@@ -47,7 +47,7 @@ enum {
 enum { MAX_ARMS = 2, MAX_TENSORS = 64, MAX_CPUS = 256, STDERR_TAIL = 4000 };
 
 /* As in worker.py: below this a sample is a batch of inferences. */
-static const int64_t BATCH_BELOW_NS = 200000, BATCH_TARGET_NS = 1000000;
+static const int64_t BATCH_BELOW_NS = 200000, BATCH_TARGET_NS = 250000;
 /* A session whose thread had the CPU for less than this share of the wall time was contended. */
 static const double CONTENDED_BELOW = 0.97;
 

@@ -49,10 +49,12 @@ from backends import (
 from memory import drop_from_page_cache, give_back_free_memory, memory_bytes, reset_peak
 from sysfs import names, read, read_int
 
-# Below this one sample is a batch of inferences: the call itself costs 0.5 us and a clock read
-# 0.1 us, which would be part of what is measured.
+# Below this one sample is a batch of inferences: reading the clocks costs 1 to 2 us, which would be
+# part of what is measured. And no longer a batch than that takes: on a machine with five processes
+# for every CPU, A/A sessions of a 0.14 ms model scatter by 0.2 % with batches of 0.25 ms, by 1.3 %
+# with 1 ms and by 4 % with 4 ms, as most of the long ones were interrupted and found cold caches.
 BATCH_BELOW_NS = 200000
-BATCH_TARGET_NS = 1000000
+BATCH_TARGET_NS = 250000
 # A session whose thread had the CPU for less than this share of the wall time was contended.
 CONTENDED_BELOW = 0.97
 PROFILED_INFERENCES = 30

@@ -168,7 +168,7 @@ def test_a_latency_session_gives_raw_wall_and_cpu_nanoseconds(tmp_path: Path) ->
 
 
 def test_a_fast_model_is_timed_in_batches(tmp_path: Path) -> None:
-    # 2 us per inference: the batch is meant to last 1 ms
+    # 2 us per inference: the batch is meant to last 0.25 ms
     assert work(make_spec(tmp_path, "latency"))["arms"]["model"]["inner_loops"] > 10
 
 
@@ -208,7 +208,7 @@ def test_two_models_are_timed_round_by_round_in_one_process(tmp_path: Path) -> N
 def test_a_model_beside_itself_takes_the_same_time(tmp_path: Path) -> None:
     model = tiny_tflite(size=256, layers=16)
     data = work(two_arms(tmp_path, model, model, session_s=0.5))
-    # one session of A/A on a machine that is 250 % oversubscribed: SD 0.3 % (MEASUREMENT 5.3)
+    # some 300 rounds of 0.25 ms; sessions scatter by 0.3 % with five processes for every CPU
     assert 0.95 < statistics.median(round_ratios(data)) < 1.05
     shas = {arm["output_sha256"] for arm in data["arms"].values()}
     assert len(shas) == 1
@@ -258,7 +258,7 @@ def test_another_session_has_another_order(tmp_path: Path) -> None:
         min_size=1,
     )
 )
-def test_a_sample_is_one_inference_or_a_millisecond_of_them(
+def test_a_sample_is_one_inference_or_a_quarter_millisecond_of_them(
     worker: Any, warmups: dict[str, list[int]]
 ) -> None:
     sizes = worker.batch_sizes(warmups)
@@ -266,7 +266,7 @@ def test_a_sample_is_one_inference_or_a_millisecond_of_them(
     slow, fast = max(typical.values()), min(typical.values())
     for arm, ns in typical.items():
         like = fast if slow <= 2 * fast else ns
-        assert sizes[arm] == 1 if like >= 200_000 else sizes[arm] * ns >= 1_000_000
+        assert sizes[arm] == 1 if like >= 200_000 else sizes[arm] * ns >= 250_000
     if slow <= 2 * fast:
         assert len(set(sizes.values())) == 1
 
