@@ -399,12 +399,8 @@ class NullDevice:
         models = {arm: self.files[spec["models"][arm]["path"]] for arm in spec["arms"]}
         if spec["kind"] == "outputs":
             (model,) = models.values()
-            inputs, raw = spec["inputs"], self.files[spec["inputs"]["path"]]
-            size, first = len(raw) // inputs["count"], spec.get("first", 0)
-            count = spec.get("count", inputs["count"] - first)
-            piece = raw[first * size : (first + count) * size]
-            given = {**inputs, "count": count}
-            data, content = null_sessions.outputs_data(model, given, piece, self.scenario)
+            raw = self.files[spec["inputs"]["path"]]
+            data, content = null_sessions.outputs_data(spec, self.scenario, model, raw)
             path = f"{job_dir}/outputs-{spec['tag']}.bin"
             self.files[path] = content
             return {**data, "path": path}

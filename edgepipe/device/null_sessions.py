@@ -50,7 +50,7 @@ def session_seconds(spec: Mapping[str, Any], scenario: Scenario) -> float:
     if kind == "energy":
         return float(1.0 + spec["idle_s"] + spec["run_s"])
     if kind == "outputs":
-        return float(1.0 + spec["inputs"]["count"] * inference_s)
+        return float(1.0 + _piece(spec)[1] * inference_s)
     return 1.0 + 30 * inference_s
 
 
@@ -275,36 +275,47 @@ def _energy(
 
 
 def outputs_data(
-    model: bytes, inputs: Mapping[str, Any], raw: bytes, scenario: Scenario
+    spec: Mapping[str, Any], scenario: Scenario, model: bytes, raw: bytes
 ) -> tuple[dict[str, Any], bytes]:
-    """(data of an `outputs` session without its path, the bytes of its file).
+    """(data of an ``outputs`` session without its path, the bytes of its file).
 
-    This host runs the model on the raw input bytes, so that what is compared with a device can be
-    tried out; the outputs of a share ``flips`` of the inferences are then upset, byte by byte.
+    This host runs the model on the raw input bytes ``raw``, of which the session's ``first`` and
+    ``count`` choose a piece, so that what is compared with a device can be tried out; the outputs of
+    a share ``flips`` of all inferences are then upset, byte by byte.
     """
     from edgepipe.tflite_ops.raw import RawSamples, stored_outputs
 
-    samples = RawSamples(raw, inputs["count"], tuple(inputs["tensors"]))
+    total = spec["inputs"]["count"]
+    first, count = _piece(spec)
+    inputs, outputs = model_tensors(model)
+    size = sum(tensor["bytes"] for tensor in inputs)
+    piece = raw[first * size : (first + count) * size]
+    samples = RawSamples(piece, count, tuple(spec["inputs"]["tensors"]))
     with tempfile.TemporaryDirectory(prefix="edgepipe-null-") as folder:
         path = Path(folder) / "model.tflite"
         path.write_bytes(model)
         found = stored_outputs(path, samples)
-    tensors = model_tensors(model)[1]
     rng = random.Random(f"{scenario.seed} flips")
-    upset = set(rng.sample(range(samples.count), round(scenario.flips * samples.count)))
+    upset = set(rng.sample(range(total), round(scenario.flips * total)))
     content = bytearray()
-    for number in range(samples.count):
-        for tensor in tensors:
-            values = found[tensor["name"]][number].tobytes()
-            content += values[::-1] if number in upset else values
+    for number in range(count):
+        for tensor in outputs:
+            value = found[tensor["name"]][number].tobytes()
+            content += value[::-1] if first + number in upset else value
     data = {
-        "outputs": tensors,
-        "count": samples.count,
+        "outputs": outputs,
+        "count": count,
         "size": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
         "reloads": 0,
     }
     return data, bytes(content)
+
+
+def _piece(spec: Mapping[str, Any]) -> tuple[int, int]:
+    """(first, count) of the samples that an ``outputs`` session runs; all where it does not say."""
+    first = int(spec.get("first", 0))
+    return first, int(spec.get("count", spec["inputs"]["count"] - first))
 
 
 def model_tensors(content: bytes) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

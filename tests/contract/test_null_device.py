@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow
 
 PLAN = [
     {"tag": "outputs-1", "kind": "outputs", "arms": ["base"]},
+    {"tag": "outputs-2", "kind": "outputs", "arms": ["base"], "first": 1, "count": 2},
     {"tag": "memory-1", "kind": "memory", "arms": ["base"]},
     {"tag": "latency-1", "kind": "latency", "arms": ["base", "candidate"]},
     {"tag": "ops-1", "kind": "ops", "arms": ["base"]},
@@ -62,7 +63,7 @@ def conversation(device: Device, folder: Path) -> dict[str, Any]:
             "candidate": push(tiny_tflite(size=256, layers=2), f"{work_dir}/models/candidate.tflite"),
         },
         "runtime": runtime,
-        "inputs": {**push(bytes(1024 * 3), f"{work_dir}/jobs/one/inputs.bin"), "count": 3, "tensors": ["x"]},
+        "inputs": {**push(bytes(range(64)) * 48, f"{work_dir}/jobs/one/inputs.bin"), "count": 3, "tensors": ["x"]},
         "backend": "auto", "kernel": "", "weight_cache": False, "threads": 1, "affinity": [],
         "warmup_s": 0.05, "session_s": 0.1, "min_inferences": 30, "seed": 0, "budget_s": 100,
         "lease_s": 0, "min_free_bytes": 1, "start_below_c": None, "cool_down_s": 1,
@@ -158,6 +159,17 @@ def test_the_null_device_answers_every_question_in_the_shape_of_the_real_agent(
         "facts.device.simulated: only the null device",
         "line start.device.simulated: only the null device",
     ]
+
+
+def test_both_compute_the_same_outputs(answers: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    for tag in ("outputs-1", "outputs-2"):
+        real, null = (answer[tag]["session"]["data"] for answer in answers)
+        assert (real["sha256"], real["count"], real["size"], real["outputs"]) == (
+            null["sha256"],
+            null["count"],
+            null["size"],
+            null["outputs"],
+        )
 
 
 @pytest.mark.parametrize("question", ["start", "status", "start again", "status of nothing", "end", "end of nothing", "usage"])  # fmt: skip

@@ -149,6 +149,21 @@ def test_a_link_that_breaks_while_outputs_are_pulled_costs_nothing(
     assert mismatch.samples == ((0.0,),)
 
 
+def test_outputs_come_back_in_pieces_and_flips_are_found(
+    models: tuple[Artifact, Artifact], profile: DeviceProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy as np
+
+    monkeypatch.setattr("edgepipe.bench.OUTPUTS_PER_SESSION", 4)
+    given = {"x": np.random.default_rng(0).uniform(1, 2, (10, 4)).astype(np.float32)}
+    for flips in (0.0, 0.3):
+        device = NullDevice(Scenario(flips=flips))
+        result = measure(models[1], device, profile, OPTIONS, samples=given)
+        assert [t for t in device.sessions_begun if "outputs" in t] == ["outputs-1", "outputs-2", "outputs-3"]  # fmt: skip
+        mismatch = next(m for m in result.measurements if m.metric == "device_mismatch")
+        assert mismatch.samples == ((flips,),)
+
+
 def test_a_link_that_stays_away_is_an_error_that_says_what_to_do(
     models: tuple[Artifact, Artifact], profile: DeviceProfile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
