@@ -24,6 +24,7 @@ from edgepipe.artifact import (
     save_artifact,
 )
 from edgepipe.baseline import DEFAULT_FOLDER, Baseline, baseline_path, model_inputs
+from edgepipe.calibration import quote_noise
 from edgepipe.data import fingerprint, named_files, source_hash
 from edgepipe.device import open_device
 from edgepipe.errors import EdgepipeError, StageError
@@ -484,19 +485,11 @@ def _measure(
         finally:
             device.close()
         write_json(work_dir / "raw.json", result.raw)
-        return (*result.measurements, *_sizes(shipped, baseline))
+        return result.measurements
 
     name = f"measure on {target.profile.name} ({target.address})"
-    return _measuring_step(steps, name, key, make, is_fresh)
-
-
-def _sizes(shipped: Artifact, baseline: Artifact | None) -> tuple[Measurement, ...]:
-    """Both models' file sizes, as evidence beside what was measured on the device."""
-    if baseline is None:
-        return ()
-    context = {"model_sha256": shipped.sha256, "baseline_sha256": baseline.sha256}
-    named = (("model_bytes", shipped), ("model_bytes_baseline", baseline))
-    return tuple(single(metric, "B", model.size_bytes, context) for metric, model in named)
+    found = _measuring_step(steps, name, key, make, is_fresh)
+    return {m.metric: m for m in quote_noise(steps.store.root, tuple(found.values()))}
 
 
 def _measure_options(recipe: Recipe) -> bench.MeasureOptions:

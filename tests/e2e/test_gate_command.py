@@ -170,9 +170,11 @@ def test_a_simulated_slowdown_fails_and_a_simulated_pass_does_not_pass(
 ) -> None:
     assert run("run", "recipe.toml", "--device", "null://quiet").returncode == 3
     make_baseline(folder)
+    assert run("calibrate", "--device", "null://quiet").returncode == 0
     slower = run("run", "recipe.toml", "--device", "null://quiet?slowdown=1.5", "--json")
     assert slower.returncode == 1, slower.stdout
     assert verdicts(slower)["slowdown"]["status"] == "FAIL"
+    assert "noise of this board" in verdicts(slower)["slowdown"]["reason"]
     same = run("run", "recipe.toml", "--device", "null://quiet?seed=2", "--json")
     assert same.returncode == 3, same.stdout
     assert {v["status"] for v in verdicts(same).values()} == {"INCONCLUSIVE"}
