@@ -45,9 +45,16 @@ def run(
     return json.loads(done.stdout), done.stderr
 
 
-def metric(store: Path, result: dict[str, Any], name: str, device: str = "model") -> float:
+def measurement(
+    store: Path, result: dict[str, Any], name: str, device: str = "model"
+) -> dict[str, Any]:
     path = store / "runs" / result["run"] / "measurements" / device / f"{name}.json"
-    return float(json.loads(path.read_text())["samples"][0][0])
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def metric(store: Path, result: dict[str, Any], name: str, device: str = "model") -> float:
+    return float(measurement(store, result, name, device)["samples"][0][0])
 
 
 def test_the_digits_recipe_passes_and_a_second_run_does_nothing(
@@ -83,6 +90,13 @@ def test_the_keyword_spotting_recipe_passes(
     # 848 of 1,000 clips were right with a front-end rebuilt from the same description; a different
     # rounding of its filters moves a handful of clips
     assert 0.83 < metric(tmp_path, result, "task_metric_reference") < 0.87
+    # the board's own answers to all of them, in pieces
+    drop = measurement(tmp_path, result, "device_accuracy_drop", "localhost")
+    assert drop["context"]["samples"] == drop["context"]["samples_total"] == 900
+    assert drop["samples"][0][0] == metric(tmp_path, result, "accuracy_drop")
+    low, high = drop["context"]["interval_points"]
+    assert low < drop["samples"][0][0] < high < low + 8
+    assert len(drop["context"]["by_class"]) == 10
 
 
 def test_the_accuracy_drop_may_be_counted_from_a_converted_model(
