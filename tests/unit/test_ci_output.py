@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edgepipe.ci_output import CiOutput, add_arguments, annotate, detect_service, junit_xml
@@ -129,6 +129,7 @@ def unescape(text: str) -> str:
     return text
 
 
+@example("50 %0A::warning::x")
 @given(st.text(alphabet=st.one_of(st.sampled_from("%\r\n:,;ADabc0125"), st.characters())))
 def test_no_text_of_a_board_breaks_out_of_its_annotation(text: str) -> None:
     verdict = {"gate": "size", "status": "FAIL", "device": "", "reason": text or "x", "details": []}

@@ -149,6 +149,18 @@ def test_a_stored_run_is_judged_again_from_its_evidence(
     assert json.loads(capsys.readouterr().out)["verdict"] == "PASS"
 
 
+def test_what_a_board_said_begins_no_line_of_its_own(run: Run) -> None:
+    """A CI service reads commands at the start of a line."""
+    hostile = "killed\n::error title=x::y\n| a | <b>"
+    verdict = {"gate": "runs_on_device", "status": "FAIL", "device": "pi", "reason": hostile, "details": [hostile]}  # fmt: skip
+    run.update(verdicts=[verdict])
+    for markdown in (False, True):
+        lines = render(run, markdown=markdown).splitlines()
+        assert sum("killed ::error" in line for line in lines) == 2
+        assert not any(line.lstrip("| ").startswith(("::", "a |")) for line in lines)
+    assert "&lt;b>" in render(run, markdown=True)
+
+
 def test_an_unfinished_run_is_not_judged(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run.update(status="interrupted")
     assert main(["gate", "--store", str(run.folder.parents[1])]) == 3
