@@ -449,7 +449,11 @@ class CRunnerJob(BoardJob):
             found += [f"arm={arm}", f"model={model['path']}", f"size={model['size']}", f"sha256={model['sha256']}"]  # fmt: skip
         if entry["kind"] == "outputs" and given is not None:
             found += [f"inputs={given['path']}", f"inputs_size={given['size']}", f"inputs_sha256={given['sha256']}"]  # fmt: skip
-            found += [f"input_count={given['count']}", *[f"input={name}" for name in given["tensors"]]]  # fmt: skip
+            found += [f"input={name}" for name in given["tensors"]]
+            if "first" in entry:  # a piece of the samples
+                found += [f"first_input={entry['first']}", f"input_count={entry['count']}"]
+            else:
+                found.append(f"input_count={given['count']}")
         return found
 
     def _identity(self, tag: str, kind: str, arms: Sequence[str]) -> str:

@@ -146,6 +146,13 @@ def test_outputs_are_those_of_the_model_bit_for_bit(board: CBoard, tiny: Path, t
     assert session_problem(crunner._session(reply)) == ""
 
 
+def test_a_piece_of_the_samples_gives_its_own_outputs(board: CBoard, tiny: Path, tmp_path: Path) -> None:  # fmt: skip
+    inputs = item(write(tmp_path, struct.pack("<20f", *range(20)), "in.bin"))
+    reply = call(words(board, tiny, kind="outputs", inputs=inputs["path"], inputs_size=80, inputs_sha256=inputs["sha256"], input_count=2, first_input=1, input="x"))  # fmt: skip
+    assert struct.unpack("<8f", Path(reply["data"]["path"]).read_bytes()) == tuple(2.0 * x + 1 for x in range(4, 12))  # fmt: skip
+    assert reply["data"]["count"] == 2
+
+
 @pytest.mark.parametrize(("size", "named"), [(40, "end in the middle"), (64, "longer")])
 def test_samples_of_another_length_are_a_bad_request(board: CBoard, tiny: Path, tmp_path: Path, size: int, named: str) -> None:  # fmt: skip
     inputs = item(write(tmp_path, bytes(size), "in.bin"))

@@ -535,6 +535,13 @@ def test_state_does_not_leak_from_one_sample_to_the_next(
     assert outputs_of(data) == [(1, 1, 1, 1)] * 3
 
 
+def test_a_piece_of_the_samples_gives_its_own_outputs(tmp_path: Path) -> None:
+    inputs = samples_for(tmp_path, [[n, 0, 0, 0] for n in range(5)])
+    data = work(make_spec(tmp_path, "outputs", inputs=inputs, first=1, count=3))
+    assert outputs_of(data) == [(2.0 * n + 1, 1, 1, 1) for n in (1, 2, 3)]
+    assert data["count"] == 3
+
+
 def test_outputs_appear_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "inputs.bin"
     path.write_bytes(bytes(100 * 16 + 1))
