@@ -152,6 +152,10 @@ def recipe_text(
         "# [[gates]]",
         '# gate = "accuracy_drop"',
         '# max = "1 point"',
+        "",
+        "# [[gates]]",
+        '# gate = "device_accuracy_drop"   # the same for what the device itself computes',
+        '# max = "1 point"',
     ]
     return "\n".join(lines) + "\n"
 
