@@ -427,7 +427,8 @@ def parse_status(
     reply = parse_object(stdout, stderr=stderr, returncode=returncode, address=address)
     state = reply.get("state")
     fine = (
-        isinstance(reply.get("error"), str | None)
+        len({key in reply for key in ("alive", "rebooted", "journal", "offset")}) == 1
+        and isinstance(reply.get("error"), str | None)
         and isinstance(reply.get("message", ""), str)
         and isinstance(reply.get("alive", False), bool)
         and isinstance(reply.get("rebooted", False), bool)

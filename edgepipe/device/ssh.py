@@ -280,6 +280,17 @@ class SshDevice:
         transport = self._client.get_transport()
         return transport is not None and bool(transport.is_active())
 
+    def _answers(self) -> bool:
+        """Whether the board still speaks; that a link is dead may show in one channel first."""
+        transport = self._client.get_transport()
+        try:
+            if transport is None:
+                return False
+            transport.open_session(timeout=_CONNECT_TIMEOUT_S).close()
+        except _LINK_ERRORS as exc:
+            return isinstance(exc, paramiko.ChannelException)  # it speaks, and allows no more
+        return True
+
     @contextlib.contextmanager
     def _connection_errors(self, doing: str) -> Iterator[None]:
         """What paramiko raises when the link breaks, as ConnectError."""
@@ -287,7 +298,7 @@ class SshDevice:
             yield
         except _LINK_ERRORS as exc:
             raise ConnectError(
-                f"lost the connection to {self.address} while {doing}: {exc or 'it was closed'}",
+                f"lost the connection to {self.address} while {doing}: {str(exc) or 'it was closed'}",
                 hint="is the board still up, and does it allow another session? try again",
                 code="connection-lost",
             ) from exc
@@ -434,7 +445,7 @@ class SshDevice:
         return TransferError(
             f"{verb} of {source} to {target} on {self.address} failed: {reason}",
             hint="check both paths, their permissions and the link",
-            code="" if self._is_alive() else "connection-lost",
+            code="" if self._answers() else "connection-lost",
         )
 
 
