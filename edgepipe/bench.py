@@ -240,6 +240,7 @@ def measure(
     context = _context(models, profile, options, job, board, outcome, facts)
     if outcome.failure is not None:
         reason = outcome.failure["message"]
+        _check_blame(outcome, link)
         log.info("the model does not run on the device: %s", reason)
         context = {**context, "reason": reason, "cause": outcome.failure}
         return BenchResult((single("runs_on_device", "", 0, context),), device_facts, raw)
@@ -503,6 +504,22 @@ def _run_sessions(
             break
         log.info("not decided after %d sessions: taking %d more", look, looks[number + 1] - look)
     return outcome
+
+
+def _check_blame(outcome: Outcome, device: Device) -> None:
+    """Raise NotReadyError where a session failed that the baseline took part in.
+
+    The model has sessions of its own before those with both: it is to blame only for them.
+    """
+    failed = next((line["session"] for line in reversed(outcome.journal) if line["kind"] == "session" and line["session"]["data"] is None), None)  # fmt: skip
+    if outcome.failure is None or failed is None or BASE not in failed["arms"]:
+        return
+    what = "the baseline" if failed["arms"] == [BASE] else "the baseline and the model together"
+    raise NotReadyError(
+        f"{what} cannot run on {device.address}: {outcome.failure['message']}",
+        hint="measure the model alone, or against a baseline that runs there (README, Release gates in CI)",
+        code="baseline-does-not-run",
+    )
 
 
 def plan_of(

@@ -12,7 +12,13 @@ from typing import Any
 
 import pytest
 
-from edgepipe.tflite_ops.tiny import conv_tflite, tiny_tflite
+from edgepipe.artifact import make_artifact
+from edgepipe.bench import MeasureOptions, measure
+from edgepipe.device import open_device
+from edgepipe.errors import NotReadyError
+from edgepipe.profile import find_profile
+from edgepipe.resources import profile_paths
+from edgepipe.tflite_ops.tiny import conv_tflite, crashing_tflite, tiny_tflite
 
 RECIPE = """\
 schema = 1
@@ -145,6 +151,19 @@ def test_a_model_fed_otherwise_is_not_measured_beside_the_baseline(folder: Path,
     done = run("run", "recipe.toml", "--device", "null://quiet", "--json")
     assert done.returncode == 3, done.stderr
     assert "model_inputs: baseline " in verdicts(done)["slowdown"]["reason"]
+
+
+def test_a_baseline_that_crashes_is_no_failure_of_the_model(tmp_path: Path) -> None:
+    paths = [tmp_path / "base.tflite", tmp_path / "candidate.tflite"]
+    for path, content in zip(paths, (crashing_tflite(), tiny_tflite()), strict=True):
+        path.write_bytes(content)
+    base, candidate = (make_artifact("tflite", path, inputs=(), outputs=()) for path in paths)
+    options = MeasureOptions(threads=1, sessions=1, memory_sessions=1, ops=False, warmup=0.01, session=0.05)  # fmt: skip
+    profile = find_profile("localhost", profile_paths())
+    with pytest.raises(NotReadyError, match=r"the baseline cannot run on local: .*SIGSEGV"):
+        measure(candidate, open_device("local"), profile, options, baseline=base)
+    failed = measure(base, open_device("local"), profile, options, baseline=candidate)
+    assert [m.samples for m in failed.measurements if m.metric == "runs_on_device"] == [((0.0,),)]
 
 
 def make_baseline(folder: Path) -> None:
