@@ -39,6 +39,8 @@ COMPARABLE = (
 )  # fmt: skip
 # Without these a record is comparable with nothing, and must not become a baseline.
 REQUIRED = ("model_inputs", "profile", "machine", "page_size_bytes", "runtime", "runtime_version", "threads", "boot_id")  # fmt: skip
+# Figures that depend on the evaluation data; comparable only on the same.
+ON_DATA = ("task_metric", "accuracy_drop", "parity", "device_task_metric", "device_accuracy_drop", "device_flips", "device_mismatch")  # fmt: skip
 # Kept for the reader of a baseline; no address or name of a machine.
 CONDITIONS = ("device_model", "os", "governor", "temperature_before_c", "temperature_after_c", "data_sha256")  # fmt: skip
 
@@ -333,6 +335,7 @@ def changes(
     """(metric, old, new, change) for every figure a promotion would replace, as a person reads them."""
     measured = {**model.measurements, **device.measurements}
     before: Mapping[str, Mapping[str, Any]] = old.figures if old else {}
+    other_data = old is not None and old.conditions.get("data_sha256") != _conditions(measured)["data_sha256"]  # fmt: skip
     rows = []
     for metric in METRICS:
         was = before.get(metric, {}).get("p50")
@@ -341,6 +344,8 @@ def changes(
             continue
         unit = METRICS[metric].unit
         change = "" if was is None or now is None or not was else f"{100 * (now / was - 1):+.1f} %"
+        if change and other_data and metric.startswith(ON_DATA):
+            change = "(other data)"
         old_text, new_text = ("-" if v is None else format_value(v, unit) for v in (was, now))
         rows.append((metric, old_text, new_text, change))
     return tuple(rows)

@@ -238,6 +238,21 @@ def test_a_promotion_says_what_it_changes(tmp_path: Path, shipped: Artifact) -> 
     assert set(first.values()) == {"-"}
 
 
+def test_figures_on_other_evaluation_data_are_not_compared(tmp_path: Path, shipped: Artifact) -> None:  # fmt: skip
+    def on_data(value: float, data: str) -> Evidence:
+        context = {"model_sha256": shipped.sha256, "data_sha256": data}
+        return Evidence(shipped.sha256, "", {"task_metric": single("task_metric", "", value, context)})  # fmt: skip
+
+    device = evidence(shipped)
+    promote(
+        folder=tmp_path, recipe="digits", run_id="r", shipped=shipped, model=on_data(0.8, "d1"),
+        device=device, verdicts=(),
+    )  # fmt: skip
+    old = load_baseline(tmp_path, "pi", "digits")
+    assert ("task_metric", "0.8", "0.9", "(other data)") in changes(old, on_data(0.9, "d2"), device)
+    assert ("task_metric", "0.8", "0.9", "+12.5 %") in changes(old, on_data(0.9, "d1"), device)
+
+
 def test_a_promotion_that_cannot_copy_the_model_leaves_the_old_one(
     tmp_path: Path, shipped: Artifact
 ) -> None:
