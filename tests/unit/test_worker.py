@@ -517,6 +517,7 @@ def test_outputs_come_back_for_given_inputs(tmp_path: Path) -> None:
     inputs = samples_for(tmp_path, [[0, 1, 2, 3], [4, 5, 6, 7]])
     data = work(make_spec(tmp_path, "outputs", inputs=inputs))
     assert outputs_of(data) == [(1, 3, 5, 7), (9, 11, 13, 15)]
+    assert not list(tmp_path.glob("*.part"))
 
 
 @pytest.mark.parametrize(
