@@ -44,6 +44,9 @@ def render(run: Run, *, markdown: bool, record: Mapping[str, Any] | None = None)
     """The report a person reads. ``record`` stands for the run's own where it was judged again."""
     record = run.read() if record is None else record
     lines = [_heading(record, markdown), ""]
+    beside = record.get("measured_against") or {}
+    if beside:
+        lines += [*(f"measured beside the baseline {sha[:12]} on {profile}" for profile, sha in beside.items()), ""]  # fmt: skip
     if record.get("error"):
         error = record["error"]
         lines += [f"{error['error']}: {error['message']}", *([f"hint: {error['hint']}"] if error.get("hint") else []), ""]  # fmt: skip
