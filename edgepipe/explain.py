@@ -54,7 +54,11 @@ def explain(gate: Gate, verdict: Verdict, measurements: Mapping[str, Measurement
         return most_expensive_ops(measurements)
     if name in ("memory", "growth"):
         return memory_by_stage(measurements, getattr(gate, "quantity", ""))
-    if name in ("accuracy_drop", "device_accuracy_drop", "task_metric", "device_task_metric", "parity"):  # fmt: skip
+    if name == "device_agreement":
+        return answers_that_differ(measurements)
+    if name in ("device_accuracy_drop", "device_task_metric"):
+        return (*answers_that_differ(measurements), *classes_that_lost(measurements), *layers_that_lost(measurements))  # fmt: skip
+    if name in ("accuracy_drop", "task_metric", "parity"):
         return (*classes_that_lost(measurements), *layers_that_lost(measurements))
     if name == "full_integer":
         return float_islands(measurements)
@@ -204,17 +208,30 @@ def _signed_bytes(value: float) -> str:
 
 def classes_that_lost(measurements: Mapping[str, Measurement]) -> tuple[str, ...]:
     """The classes in which the shipped file is right less often than the reference."""
-    for metric in ("device_accuracy_drop", "accuracy_drop"):
-        found = measurements.get(metric)
-        rows = [r for r in (found.context.get("by_class") or () if found else ()) if r["reference_right"] > r["right"]]  # fmt: skip
-        if rows:
-            rows.sort(key=lambda r: r["right"] - r["reference_right"])
-            more = [f"and {len(rows) - SHOWN} more classes"] if len(rows) > SHOWN else []
-            return (
-                *(f"class {r['class']}: {r['right']} of {r['n']} right, the reference {r['reference_right']}" for r in rows[:SHOWN]),
-                *more,
-            )  # fmt: skip
-    return ()
+    found = measurements.get("device_accuracy_drop") or measurements.get("accuracy_drop")
+    rows = [r for r in (found.context.get("by_class") or () if found else ()) if r["reference_right"] > r["right"]]  # fmt: skip
+    rows.sort(key=lambda r: r["right"] - r["reference_right"])
+    more = [f"and {len(rows) - SHOWN} more classes"] if len(rows) > SHOWN else []
+    return (
+        *(f"class {r['class']}: {r['right']} of {r['n']} right, the reference {r['reference_right']}" for r in rows[:SHOWN]),
+        *more,
+    )  # fmt: skip
+
+
+def answers_that_differ(measurements: Mapping[str, Measurement]) -> tuple[str, ...]:
+    """Whether the board computes something else than this host on the same file, and where."""
+    found = measurements.get("device_flips")
+    if found is None:
+        return ()
+    count, samples = found.context["flipped"], found.context["samples"]
+    if not count:
+        return ("the device and this host answer every sample alike: the loss is the model's",)
+    first = [
+        f"sample {f['sample']}: {f['device']} there, {f['host']} here, labelled {f.get('label', 'nothing')}"
+        for f in found.context["flips"][:SHOWN]
+        if "host" in f
+    ]  # fmt: skip
+    return (f"the device answers {count} of {samples} samples otherwise than this host does with the same file", *first)  # fmt: skip
 
 
 def layers_that_lost(measurements: Mapping[str, Measurement]) -> tuple[str, ...]:

@@ -51,7 +51,9 @@ def judge(
         for verdict, kept in zip(given, standing, strict=True):
             if kept is verdict:
                 found = next((d for d in devices if d.device == verdict.device), model)
-                lines = explain(gate, verdict, found.measurements)
+                # a device's answers may be explained by what is known of the file itself
+                known = {**model.measurements, **found.measurements}
+                lines = explain(gate, verdict, known)
                 kept = dataclasses.replace(verdict, details=(*verdict.details, *lines))
             verdicts.append(kept)
     return tuple(verdicts)

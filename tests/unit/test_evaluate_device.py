@@ -26,7 +26,8 @@ from edgepipe.evaluate import (
     evaluate,
 )
 from edgepipe.gate import DeviceAccuracyDropGate, DeviceTaskMetricGate, Evidence, Status
-from edgepipe.measurement import Measurement
+from edgepipe.judge import judge
+from edgepipe.measurement import Measurement, single
 from edgepipe.metrics import METRICS
 from edgepipe.tflite_ops import quantize as quantize_ops
 from edgepipe.tflite_ops import raw
@@ -333,6 +334,27 @@ def test_the_gates_bind_on_what_the_board_computed(model: Artifact, tmp_path: Pa
     assert [g.judge(good).status for g in (floor, drop)] == [Status.PASS] * 2
     assert [g.judge(bad).status for g in (floor, drop)] == [Status.FAIL] * 2
     assert "40 samples" in drop.judge(bad).reason
+
+
+def test_a_loss_on_the_board_is_explained_by_the_layers_of_the_file(
+    model: Artifact, tmp_path: Path
+) -> None:
+    found = judged(model, chosen(model, digits(tmp_path, np.arange(40) % 4)), {1: 0, 5: 0})
+    layers = [{"layer": "mean", "operator": "MEAN", "sqnr_db": 4.4}]
+    parity = single("parity_sqnr", "dB", 4.4, {"model_sha256": model.sha256, "layers": layers})
+    (_, verdict) = judge(
+        [DeviceAccuracyDropGate(max=1.0)],
+        Evidence(model.sha256, "", {"parity_sqnr": parity}),
+        [evidence(model, found)],
+        baselines={},
+        measured_against={},
+        run_id="r",
+    )
+    assert verdict.status is Status.FAIL
+    assert [line.partition(":")[0] for line in verdict.details] == [
+        "the device answers 2 of 40 samples otherwise than this host does with the same file",
+        "sample 1", "sample 5", "class 1", "layer mean (MEAN)",
+    ]  # fmt: skip
 
 
 def test_a_small_sample_does_not_exclude_a_hard_limit(model: Artifact, tmp_path: Path) -> None:

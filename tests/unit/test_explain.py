@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from edgepipe.explain import explain, match_ops
 from edgepipe.gate import (
     AccuracyDropGate,
+    DeviceAccuracyDropGate,
     Evidence,
     FullIntegerGate,
     Gate,
@@ -116,6 +117,18 @@ def test_accuracy_names_the_classes_that_lost_most_and_the_noisiest_layers() -> 
     assert text[0] == "class 7: 2 of 10 right, the reference 9"
     assert "and 2 more classes" in text
     assert any("CONV_2D" in line and "7.0 dB" in line for line in text)
+
+
+def test_a_device_that_computes_otherwise_is_told_from_a_model_that_lost() -> None:
+    gate = DeviceAccuracyDropGate(max=1.0)
+    flips = [{"sample": 7, "host": 1, "device": 0, "label": 1}]
+    wrong = single("device_flips", "", 0.1, {"flipped": 1, "samples": 10, "flips": flips})
+    assert lines(gate, wrong).splitlines() == [
+        "the device answers 1 of 10 samples otherwise than this host does with the same file",
+        "sample 7: 0 there, 1 here, labelled 1",
+    ]
+    alike = single("device_flips", "", 0.0, {"flipped": 0, "samples": 10, "flips": []})
+    assert lines(gate, alike).endswith("the loss is the model's")
 
 
 def test_float_operators_are_named() -> None:
