@@ -56,6 +56,23 @@ def package_library_sha256(folder):
     return sha256_of(max(libraries, key=os.path.getsize)) if libraries else None
 
 
+def installed(backend, module, name, found):
+    """The runtime of a package that `packages` found."""
+    return {
+        "backend": backend, "name": name, "version": found["version"], "module": module,
+        "path": found["path"], "sha256": package_library_sha256(found["path"]),
+    }  # fmt: skip
+
+
+def is_unchanged(runtime):
+    """A runtime chosen before is what it was. (A pushed library is checked as models are.)"""
+    found = packages()
+    return runtime["backend"] == "litert-c" or any(
+        module in found and installed(backend, module, name, found[module]) == runtime
+        for backend, module, name in INSTALLED
+    )
+
+
 def choose_runtime(wanted, library, unfit, attempt):
     """The first backend that loads and passes the self-test -> (runtime, rejected ones).
 
@@ -74,10 +91,7 @@ def choose_runtime(wanted, library, unfit, attempt):
         rejected.append({"backend": "litert-c", "reason": "no libLiteRt.so was pushed"})
     for backend, module, name in INSTALLED:
         if module in found:
-            candidates.append(
-                {"backend": backend, "name": name, "version": found[module]["version"],
-                 "module": module, "path": found[module]["path"], "sha256": None}
-            )  # fmt: skip
+            candidates.append(installed(backend, module, name, found[module]))
         else:
             reason = "Python %s has no %s" % (platform.python_version(), module)
             rejected.append({"backend": backend, "reason": reason})
@@ -85,10 +99,7 @@ def choose_runtime(wanted, library, unfit, attempt):
     for candidate in candidates:
         if wanted not in ("auto", candidate["backend"]) or candidate["backend"] in known_unfit:
             continue
-        if candidate["backend"] == "litert-c":
-            reason = library_fault(library)
-        else:
-            reason, candidate["sha256"] = None, package_library_sha256(candidate["path"])
+        reason = library_fault(library) if candidate["backend"] == "litert-c" else None
         reason = reason or attempt(candidate)
         if reason is None:
             return candidate, rejected

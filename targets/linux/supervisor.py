@@ -38,7 +38,7 @@ from job import (
     load_job,
 )
 from lease import Lease, boot_id, boottime_s
-from runtimes import choose_runtime
+from runtimes import choose_runtime, is_unchanged
 
 WORKER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker.py")
 HEARTBEAT_S = 5.0
@@ -289,10 +289,11 @@ class Supervisor:
                     self.finished = {}
             elif record["kind"] == "session" and current and is_finished(record["session"]):
                 self.finished[record["tag"]] = record["session"]
-        if any(session["data"] is not None for session in self.finished.values()):
+        measured = any(session["data"] is not None for session in self.finished.values())
+        if measured and is_unchanged(self.runtime):
             self.runs_on_device = True
-        else:
-            self.runtime = None  # nothing depends on the choice: make it again
+        else:  # nothing that counts depends on the choice: make it again
+            self.finished, self.runtime = {}, None
         if self.finished:
             log("%d finished sessions are kept" % len(self.finished))
 

@@ -176,6 +176,39 @@ def test_the_chosen_runtime_is_kept_for_the_rest_of_a_job(board: Path) -> None:
     assert starts == ["litert-c", "litert-interpreter", "litert-interpreter"]
 
 
+def test_a_runtime_installed_anew_voids_what_the_old_one_measured(board: Path) -> None:
+    package = board / "site" / "tflite_runtime"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "interpreter.py").write_text("from ai_edge_litert.interpreter import *")
+    old = package.parent / "tflite_runtime-2.14.0.dist-info"
+    old.mkdir()
+    job_dir = make_job(board, backend="tflite-runtime-interpreter")
+    environment = {"PYTHONPATH": str(package.parent)}
+    runtime = run(job_dir, **environment).start["runtime"]
+    assert (runtime["name"], runtime["version"]) == ("tflite-runtime", "2.14.0")
+    assert run(job_dir, **environment).tags == ["memory-1"]
+    old.rename(package.parent / "tflite_runtime-2.17.0.dist-info")
+    again = run(job_dir, **environment)
+    assert (again.tags, again.start["runtime"]["version"]) == (["memory-1"] * 2, "2.17.0")
+
+
+def test_start_waits_for_a_supervisor_that_is_about_to_exit(board: Path) -> None:
+    job_dir = make_job(board)
+    state = run(job_dir).state
+    change_job(job_dir, plan=plan("memory", "memory"))
+    with (job_dir / "lock").open("w") as stream:  # as between its last state and its exit
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        stream.write(str(state["pid"]))
+        stream.flush()
+        process = subprocess.Popen([sys.executable, AGENT, "start", job_dir], stdout=-1)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=1)
+    reply = json.loads(process.communicate(timeout=60)[0])
+    assert reply["state"]["pid"] != state["pid"]
+    assert outcome(job_dir).tags == ["memory-1", "memory-2"]
+
+
 def test_status_waits_for_news_and_gives_what_is_beyond_the_offset(board: Path) -> None:
     job_dir = make_job(board, plan=plan("memory", "latency"), session_s=2)
     call("start", job_dir)
@@ -308,7 +341,8 @@ def test_a_job_is_whole_or_refused(
     tmp_path_factory: pytest.TempPathFactory, key: str, value: Any
 ) -> None:
     job = payload_module("job")
-    job_dir = make_job(tmp_path_factory.mktemp("job"), **{key: value})
+    job_dir = make_job(tmp_path_factory.mktemp("job"))
+    change_job(job_dir, **{key: value})
     try:
         found = job.load_job(str(job_dir))
     except job.Stop as stop:

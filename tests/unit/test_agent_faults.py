@@ -221,11 +221,11 @@ def test_a_full_disk_is_found_before_anything_runs(board: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A board whose file system has 256 KiB, nearly half of it for the job."""
+    """A board whose file system has 600 KiB, nearly half of it for the ballast."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True
     )
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
@@ -428,6 +428,8 @@ def test_start_puts_a_supervisor_of_another_boot_aside(board: Path, sysroot: Sys
     old = call("start", job_dir)["state"]["pid"]
     worker_of(job_dir, "latency-1")
     sysroot.set(boot_id="boot-2")
+    status = call("status", job_dir, 0)
+    assert (status["rebooted"], status["alive"]) == (True, False)
     new = call("start", job_dir)["state"]
     assert (new["boot_id"], is_gone(old)) == ("boot-2", True)
 
