@@ -80,6 +80,8 @@ MIN_FREE_BYTES = 1 << 20
 OUTPUTS_PER_SESSION = 250
 # An energy session: long enough for 50 readings of each at 10 Hz.
 ENERGY_IDLE_S, ENERGY_RUN_S = 5.0, 5.0
+# A long run is summarised per minute; a shorter one in as many windows as show a steady state.
+WINDOW_S, MIN_WINDOWS = 60.0, 10
 # Giving the board back may not take as long as getting through to it.
 END_PATIENCE_S = 10.0
 
@@ -545,7 +547,8 @@ def plan_of(
     if options.energy:
         add("energy-1", "energy", [ours], idle_s=ENERGY_IDLE_S, run_s=ENERGY_RUN_S)
     if options.sustained:
-        add("sustained-1", "sustained", [ours], duration_s=options.sustained)
+        window_s = min(WINDOW_S, options.sustained / MIN_WINDOWS)
+        add("sustained-1", "sustained", [ours], duration_s=options.sustained, window_s=window_s)
     return plan
 
 

@@ -190,6 +190,44 @@ def test_progress_is_logged_for_every_session(
     assert any(line.startswith("session 1/1: p50 ") and "cpu " in line for line in lines)
 
 
+def test_two_models_are_measured_side_by_side(model: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    base = artifact(tmp_path / "base", tiny_tflite(size=64))
+    options = dataclasses.replace(QUICK, sessions=3, max_sessions=3, ops=True)
+    result = measure(model, LocalDevice(), profile(tmp_path / "w"), options, baseline=base)
+    found = by_metric(result)
+    for metric in ("latency_wall", "latency_cpu", "memory_anon", "memory_file", "op_time"):
+        ours, theirs = found[metric], found[f"{metric}_baseline"]
+        assert len(ours.samples) == len(theirs.samples)
+        assert (ours.context["model_sha256"], theirs.context["model_sha256"]) == (model.sha256, base.sha256)  # fmt: skip
+    ratios = found["latency_ratio_cpu"]
+    assert [len(s) for s in ratios.samples] == [len(s) for s in found["latency_cpu"].samples]
+    # round by round, of the very samples that are in the record
+    first = found["latency_cpu"].samples[0][0] / found["latency_cpu_baseline"].samples[0][0]
+    assert ratios.samples[0][0] == pytest.approx(first)
+    tags = [line["tag"] for line in result.raw["journal"] if line["kind"] == "session"]
+    assert tags[-3:] == ["latency-1", "latency-2", "latency-3"]
+
+
+def test_options_of_the_runtime_are_used_and_recorded(model: Artifact, tmp_path: Path) -> None:
+    options = dataclasses.replace(QUICK, kernel="builtin", memory_sessions=0, ops=True, sustained=0.5)  # fmt: skip
+    found = by_metric(measure(model, LocalDevice(), profile(tmp_path / "w"), options))
+    context = found["latency_wall"].context
+    assert (context["kernel_mode"], context["weight_cache"], context["simulated"]) == ("builtin", False, False)  # fmt: skip
+    assert context["model_inputs"] == [{"name": "x", "shape": [1, 4], "dtype": "float32"}]
+    assert {op["where"] for op in found["op_time"].context["ops"]} == {"builtin"}
+    assert len(found["sustained_latency"].context["minutes"]) == bench.MIN_WINDOWS
+
+
+def test_energy_that_was_demanded_and_cannot_be_told_is_not_left_out(
+    model: Artifact, tmp_path: Path
+) -> None:
+    options = dataclasses.replace(QUICK, memory_sessions=0, energy=True)
+    with pytest.raises(NotReadyError, match="cannot tell its energy") as caught:
+        measure(model, LocalDevice(), profile(tmp_path / "w"), options)
+    assert caught.value.code == "no-energy"
+
+
 @pytest.mark.data
 def test_an_int8_model_computes_the_same_bits_there(data_dir: Path, tmp_path: Path) -> None:
     path = data_dir / "mlperf-tiny" / "kws_ref_model.tflite"

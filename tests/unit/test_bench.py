@@ -98,6 +98,12 @@ def test_a_longer_plan_asks_for_all_of_a_shorter_one() -> None:
     assert set(longer) - set(shorter) == {"latency-4", "latency-5"}
 
 
+@pytest.mark.parametrize(("sustained", "window_s"), [(5.0, 0.5), (600.0, 60.0), (7200.0, 60.0)])
+def test_a_long_run_is_told_of_by_the_minute(sustained: float, window_s: float) -> None:
+    *_, last = plan_of(MeasureOptions(sustained=sustained), ["model"], 1)
+    assert (last["duration_s"], last["window_s"]) == (sustained, window_s)
+
+
 # ------------------------------------------------------------------------------- looks
 
 
