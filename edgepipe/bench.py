@@ -636,6 +636,7 @@ def _context(
         )  # fmt: skip
     compared = {} if baseline is None else {
         "baseline_sha256": baseline.sha256, "baseline_bytes": baseline.size_bytes,
+        "baseline_inputs": _model_inputs(sessions, BASE),
         "tolerance": options.tolerance,
     }  # fmt: skip
     return {

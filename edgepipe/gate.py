@@ -230,6 +230,8 @@ class SlowdownGate:
         if clock == "cpu" and threads != 1:
             reason = f"CPU time says nothing of the latency of {threads} threads: judge wall time"
             return Verdict(self.name, Status.INCONCLUSIVE, reason, evidence.device)
+        if other_inputs := _other_inputs(found):
+            return Verdict(self.name, Status.INCONCLUSIVE, other_inputs, evidence.device)
         decision = decide_sessions(found, self.max)
         details: tuple[str, ...] = ()
         status, but = Status(decision.status), ""
@@ -255,6 +257,15 @@ class SlowdownGate:
             reason += f": {_why_open(decision)}"
         value = decision.estimate - 1 if math.isfinite(decision.estimate) else None
         return Verdict(self.name, status, reason, evidence.device, value, self.max, "ratio", details)  # fmt: skip
+
+
+def _other_inputs(found: Measurement) -> str:
+    """Why two models that are fed otherwise cannot be compared, or an empty string; names may differ."""
+    models = [found.context.get(key) or () for key in ("baseline_inputs", "model_inputs")]
+    base, candidate = ([f"{i['dtype']} {i['shape']}" for i in inputs] for inputs in models)
+    if not base or base == candidate:
+        return ""
+    return f"the models cannot be compared: the baseline is fed {', '.join(base)}, the model {', '.join(candidate)}"  # fmt: skip
 
 
 def decide_sessions(ratios: Measurement, tolerance: float) -> stats.RatioDecision:

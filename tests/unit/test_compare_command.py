@@ -113,10 +113,26 @@ def test_a_calibrated_board_is_quoted(
     assert "noise of this board" in after
 
 
+@pytest.mark.slow
+def test_models_that_are_fed_otherwise_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for size in (4, 8):
+        (tmp_path / f"{size}.tflite").write_bytes(tiny_tflite(size=size))
+    quick = ["--device", "local", "--session", "50 ms", "--max-sessions", "3"]
+    code, text = run(capsys, tmp_path, tmp_path / "4.tflite", tmp_path / "8.tflite", *quick)
+    assert code == 3
+    assert "is fed float32 [1, 4], the model float32 [1, 8]" in text
+
+
 def test_a_candidate_that_crashes_fails_and_nothing_else_is_judged(
     models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, text = run(capsys, tmp_path, *models, "--device", "null://quiet?fault=crash")
+    # sessions 1 and 2 are the memory of base and candidate
+    crash = "null://quiet?fault=crash@session:{}"
+    code, text = run(capsys, tmp_path, *models, "--device", crash.format(1))
+    assert (code, text) == (3, "")  # a base that does not run says nothing of the candidate
+    code, text = run(capsys, tmp_path, *models, "--device", crash.format(2))
     assert code == 1
     assert text.startswith("FAIL: ")
     assert len(text.splitlines()) == 1

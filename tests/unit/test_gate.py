@@ -269,6 +269,16 @@ def test_a_slowdown_that_cannot_be_told_is_inconclusive(
     assert why in verdict.reason
 
 
+def test_models_that_are_fed_otherwise_are_not_compared() -> None:
+    small, large = ({"name": "x", "dtype": "int8", "shape": [1, n]} for n in (96, 224))
+    gate, same = SlowdownGate(max=0.03), ratios(0.0)
+    other = beside_baseline(same, same, baseline_inputs=[large], model_inputs=[small])
+    assert gate.judge(other).status is Status.INCONCLUSIVE
+    assert "is fed int8 [1, 224], the model int8 [1, 96]" in gate.judge(other).reason
+    renamed = beside_baseline(same, same, baseline_inputs=[small], model_inputs=[{**small, "name": "y"}])  # fmt: skip
+    assert gate.judge(renamed).status is Status.PASS
+
+
 def test_sessions_are_excluded_for_a_cause_and_too_many_make_the_device_unfit() -> None:
     samples = (*ratios(0.0, sessions=4), (1.5,) * 100)
     one = SlowdownGate(max=0.03).judge(beside_baseline(samples, samples, {4: "throttled"}))
