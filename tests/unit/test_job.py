@@ -328,16 +328,28 @@ def test_an_end_without_all_sessions_is_never_a_result() -> None:
     assert sum(a == "start" for a in agent.asked) == 3
 
 
-def test_a_dead_agent_is_started_again_and_its_sessions_kept() -> None:
+def test_a_dead_agent_is_started_again_and_its_sessions_kept_and_told_of_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     dead = news(START, done("memory-1"), alive=False)
     agent = ScriptedAgent(status=[dead, news(after=ALL[:2], alive=False), news(*ALL, **DONE)])
-    outcome = board_job(agent).run(PLAN)
+    with caplog.at_level("INFO", logger="edgepipe"):
+        outcome = board_job(agent).run(PLAN)
     assert len(outcome.sessions) == 2
+    assert caplog.text.count("memory 1/2") == caplog.text.count("memory 2/2") == 1
     assert [a for a in agent.asked if not a.startswith("status")] == ["start", "end --keep", "start"]  # fmt: skip
 
 
 def test_an_agent_that_ended_between_two_looks_is_not_taken_for_dead() -> None:
     agent = ScriptedAgent(status=[news(*ALL, alive=False), news(after=ALL, alive=False, **DONE)])
+    assert len(board_job(agent).run(PLAN).sessions) == 2
+    assert agent.asked.count("start") == 1
+
+
+def test_a_journal_longer_than_one_answer_is_fetched_to_its_end() -> None:
+    size = len("".join(map(line, ALL)))
+    part = news(*ALL[:2], state={"phase": "done", "code": 0, "journal_bytes": size})
+    agent = ScriptedAgent(status=[part, news(*ALL[2:], after=ALL[:2], **DONE)])
     assert len(board_job(agent).run(PLAN).sessions) == 2
     assert agent.asked.count("start") == 1
 
@@ -358,9 +370,10 @@ def test_a_restarted_board_is_measured_from_the_start_once() -> None:
     )  # fmt: skip
     outcome = board_job(agent).run(PLAN)
     assert (outcome.boot_id, len(outcome.sessions)) == ("b2", 2)
+    agent = ScriptedAgent(status=[{"rebooted": True}])
     with pytest.raises(NotStable) as caught:
-        board_job(ScriptedAgent(status=[{"rebooted": True}])).run(PLAN)
-    assert caught.value.code == "rebooted"
+        board_job(agent).run(PLAN)
+    assert (caught.value.code, agent.asked.count("start")) == ("rebooted", 2)
 
 
 def test_sessions_from_before_a_reboot_are_not_mixed_with_later_ones() -> None:
@@ -375,21 +388,25 @@ def test_a_journal_that_was_altered_is_read_again_after_a_new_start() -> None:
     agent = ScriptedAgent(status=[altered, news(*ALL, **DONE)])
     outcome = board_job(agent).run(PLAN)
     assert {s["data"]["anon_bytes"] for s in outcome.sessions} == {4096}
-    assert agent.asked.count("start") == 2
+    assert agent.asked == ["start", "status 0 20", "end --keep", "start", "status 0 20"]
 
 
 def test_a_journal_that_shrank_is_read_from_its_start_again() -> None:
     shrunk = news(START) | {"offset": len(line(START))}
     agent = ScriptedAgent(status=[news(*ALL[:2]), shrunk, news(*ALL, **DONE)])
-    assert len(board_job(agent).run(PLAN).sessions) == 2
+    outcome = board_job(agent).run(PLAN)
+    assert (len(outcome.sessions), outcome.journal) == (2, ALL)
 
 
-def test_an_agent_without_a_heartbeat_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_agent_without_a_heartbeat_is_dead(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(job_module, "HEARTBEAT_MARGIN_S", -3.0)  # with 2.5 s of a session: at once
     agent = ScriptedAgent(status=[news(START)] + [news(after=ALL[:1])] * 2 + [news(*ALL, **DONE)])
     outcome = board_job(agent).run(PLAN)
     assert len(outcome.sessions) == 2
     assert "end --keep" in agent.asked
+    assert "it shows no sign of life" in caplog.text
 
 
 def test_an_agent_that_does_not_answer_is_asked_again(caplog: pytest.LogCaptureFixture) -> None:
