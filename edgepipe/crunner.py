@@ -420,7 +420,8 @@ class CRunnerJob(BoardJob):
             except CommandTimeout as exc:
                 raise self._over_budget(f"in session {entry['tag']}") from exc
             answer = _answer(done, self.device.address)
-            own = (_owner(answer) or {}).get("job") == self.job["id"]
+            owner = _owner(answer)  # None: it is being written
+            own = owner is None or owner.get("job") == self.job["id"]
             if answer["code"] != 75 or not own or time.monotonic() > give_up_s:
                 return answer
             time.sleep(1.0)

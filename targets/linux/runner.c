@@ -325,7 +325,8 @@ static void write_lease(int file, double until_boottime_s)
                           "\"until_boottime_s\": %.3f, \"boot_id\": \"%s\"}",
                           job.id, job.owner, (int)getpid(), (long long)time(NULL), until_boottime_s,
                           boot ? boot : "");
-    if (ftruncate(file, 0) || pwrite(file, text, length, 0) != length)
+    /* in this order: whoever looks meanwhile finds an owner */
+    if (pwrite(file, text, length, 0) != length || ftruncate(file, length))
         fprintf(stderr, "runner: the lease was not written: %s\n", strerror(errno));
 }
 
@@ -1497,6 +1498,7 @@ static void run_session(void)
             unlink(part);
         }
     }
+    close(lease); /* before the answer, which waits for whoever reads it */
     if (fwrite(reply, 1, size, stdout) != size || fflush(stdout))
         exit(BUG);
     exit(code);
