@@ -60,8 +60,10 @@ def run_worker(spec, timeout_s, tick=lambda: None):
     ``tick()`` is called about every HEARTBEAT_S; what it raises ends the worker and comes through.
     """
     kills_before = board.oom_kills()
+    # the library needs no package: without `site`, whatever is installed there costs no memory
+    bare = ["-S"] if spec["runtime"]["backend"] == "litert-c" else []
     process = subprocess.Popen(
-        [sys.executable, WORKER, str(os.getpid())],
+        [sys.executable] + bare + [WORKER, str(os.getpid())],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/",
         env=dict(os.environ, PYTHONHASHSEED="0"),  # one layout of dicts: memory repeats better
     )  # fmt: skip
