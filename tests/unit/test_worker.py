@@ -362,11 +362,11 @@ def test_operators_are_timed_one_by_one(tmp_path: Path) -> None:
 def test_the_operators_together_take_about_the_time_of_the_inference(tmp_path: Path) -> None:
     model = slow_tflite()
     ops = work(make_spec(tmp_path, "ops", model))["ops"]
-    total = sum(statistics.median(op["ns"]) for op in ops)
+    total = sum(min(op["ns"]) for op in ops)
     arm = work(make_spec(tmp_path, "latency", model, session_s=0.5))["arms"]["model"]
-    # 98.8 % on an idle machine (MEASUREMENT 3); two processes at two moments of a busy one differ
-    # more, but a unit mistaken or operators counted twice are factors
-    assert 0.6 < total / statistics.median(arm["cpu_ns"]) < 1.6
+    # near 1 on an idle machine; the shortest times are the ones least disturbed on a busy one, and
+    # a unit mistaken or operators counted twice are factors
+    assert 0.5 < total / min(arm["cpu_ns"]) < 1.8
 
 
 def test_operators_outside_the_delegate_are_told_from_those_inside(tmp_path: Path) -> None:
