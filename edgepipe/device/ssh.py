@@ -309,7 +309,7 @@ class SshDevice:
         try:
             yield
         except (EOFError, paramiko.SSHException, paramiko.SFTPError) as exc:
-            if not self._is_alive() or isinstance(exc, paramiko.ChannelException):
+            if isinstance(exc, paramiko.ChannelException) or not self._answers():
                 raise  # the whole connection is gone, or no further session is allowed
             raise ConnectError(
                 f"{self.address} lets us in, but its SFTP server does not answer: {_reason(exc)}",
