@@ -426,8 +426,8 @@ def fit_cost(timings: Sequence[Timing], invoke_s: float) -> OpCost:
 
 def _tiles(timings: Sequence[Timing]) -> list[tuple[int, int]]:
     channels = [op.channels for t in timings for op in t.ops]
-    sides = [TILES if any(c[side] for c in channels) else (1,) for side in (0, 1)]
-    return sorted(itertools.product(*sides), key=math.prod)
+    inside, out = (TILES if any(c[side] for c in channels) else (1,) for side in (0, 1))
+    return sorted(itertools.product(inside, out), key=math.prod)
 
 
 def _left_out_errors(

@@ -38,9 +38,11 @@ from edgepipe.measurement import (
     measurement_to_dict,
     single,
 )
+from edgepipe.op_table import load_op_table
+from edgepipe.profile import find_profile
 from edgepipe.recipe import Recipe
-from edgepipe.resources import target_dir
-from edgepipe.stage import StageContext
+from edgepipe.resources import profile_paths, target_dir
+from edgepipe.stage import StageContext, functions_of, profiles_of
 from edgepipe.stages.load import LoadModel
 from edgepipe.store import Run, Store, write_json
 
@@ -218,10 +220,16 @@ def run_stages(recipe: Recipe, steps: _Steps) -> list[Artifact]:
                 *_identity(recipe, parent),
                 str(recipe.seed),
                 *(fingerprint(recipe.data[name]) for name in stage.data_names()),
+                *(source_hash(name, recipe.path.parent) for name in functions_of(stage)),
+                *(_op_table(name, steps.store) for name in profiles_of(stage)),
             ],
         )
         models.append(_build(steps, stage.name, key, parent, stage, recipe))
     return models
+
+
+def _op_table(profile: str, store: Store) -> str:
+    return repr(load_op_table(store.root, find_profile(profile, profile_paths())))
 
 
 def _identity(recipe: Recipe, *models: Artifact) -> list[str]:
@@ -253,6 +261,8 @@ def _build(
                 seed=recipe.seed,
                 log_path=steps.log_path(name),
                 checkpoint=steps.store.root / "checkpoints" / key,
+                root=recipe.path.parent,
+                store=steps.store.root,
             )
             try:
                 made = stage.run(context) if parent is None else stage.run(parent, context)

@@ -19,7 +19,7 @@ from edgepipe.gate import GATES, Gate
 from edgepipe.metrics import TASK_METRICS
 from edgepipe.resources import profile_paths
 from edgepipe.schema import build, near_miss, read_toml, record
-from edgepipe.stage import Stage
+from edgepipe.stage import Stage, functions_of, profiles_of
 from edgepipe.stages import STAGES, stage_class
 from edgepipe.stages.load import ModelSource, check_source
 
@@ -146,6 +146,11 @@ def load_recipe(path: Path) -> Recipe:
         for used in stage.data_names() if stage else ():
             if used not in known_data:
                 problems.append(f"[[stages]] {number} ({stage.name}): reads [data.{used}], which is not there{near_miss(used, sorted(known_data))}")  # fmt: skip
+        for function in functions_of(stage) if stage else ():
+            _check_file(function, root, f"[[stages]] {number} ({stage.name})", problems)
+        for profile in profiles_of(stage) if stage else ():
+            if profile not in known_profiles:
+                problems.append(f"[[stages]] {number} ({stage.name}): unknown profile {profile!r}{near_miss(profile, list(known_profiles))} (`edgepipe devices list` shows them)")  # fmt: skip
     _check_evaluation(evaluate, known_data, stages, gates, root, problems)
     if any(gate and gate.scope == "device" for gate in gates) and not devices:
         problems.append("devices: some gates need a device, but none is named")

@@ -22,7 +22,9 @@ class StageContext:
     Files are written under ``work_dir``, which becomes the cache entry when `run` returns and is
     removed when it raises. ``log_path`` is for long tool output; it is kept either way.
     ``checkpoint`` is a file (not there at first) in which long work may save its state: it outlives
-    Ctrl-C and a kill, and is removed once the stage has its result.
+    Ctrl-C and a kill, and is removed once the stage has its result. ``root`` is the recipe's folder,
+    which names of files and functions in options are relative to; ``store`` the folder of the store,
+    where operator tables lie (`op_table.load_op_table`).
     """
 
     work_dir: Path
@@ -30,6 +32,8 @@ class StageContext:
     seed: int
     log_path: Path
     checkpoint: Path | None = None
+    root: Path | None = None
+    store: Path = Path(".edgepipe")
 
 
 class Stage(Protocol):
@@ -37,6 +41,8 @@ class Stage(Protocol):
 
     ``ops`` are the modules or packages whose source decides the result and ``packages`` the
     distributions whose version does: both go into the cache key. ``title`` is one line for help.
+
+    A stage may also have ``functions()`` and ``profiles()`` (see `functions_of`, `profiles_of`).
     """
 
     name: ClassVar[str]
@@ -51,3 +57,15 @@ class Stage(Protocol):
         ...
 
     def run(self, artifact: Artifact, context: StageContext) -> Artifact: ...
+
+
+def functions_of(stage: Stage) -> tuple[str, ...]:
+    """The user's functions ("file.py:name") that a stage calls: their source is part of its key."""
+    found: tuple[str, ...] = stage.functions() if hasattr(stage, "functions") else ()
+    return found
+
+
+def profiles_of(stage: Stage) -> tuple[str, ...]:
+    """The device profiles whose operator tables decide a stage's result: they are part of its key."""
+    found: tuple[str, ...] = stage.profiles() if hasattr(stage, "profiles") else ()
+    return found
