@@ -82,13 +82,18 @@ class Attention(nn.Module):
         nn.init.constant_(self.query[1].weight, HEAD_CHANNELS**-0.5)  # type: ignore[arg-type]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        query, key, value = (  # (N, C, H, W) -> (N, heads, C / heads, patches)
-            layer(x).flatten(2).unflatten(1, (self.heads, HEAD_CHANNELS))
+        # tokens with channels last, as TFLite keeps maps anyway: (N, C, H, W) -> (N, heads, patches, C / heads)
+        query, key, value = (
+            layer(x)
+            .permute(0, 2, 3, 1)
+            .flatten(1, 2)
+            .unflatten(2, (self.heads, HEAD_CHANNELS))
+            .transpose(1, 2)
             for layer in (self.query, self.key, self.value)
         )
-        weights = torch.softmax(query.transpose(2, 3) @ key, dim=-1)  # (N, heads, patches, patches)
-        seen = value @ weights.transpose(2, 3)  # (N, heads, C / heads, patches)
-        return self.project(seen.flatten(1, 2).unflatten(2, tuple(x.shape[2:])))
+        weights = torch.softmax(query @ key.transpose(2, 3), dim=-1)  # (N, heads, patches, patches)
+        seen = (weights @ value).transpose(1, 2).flatten(2)  # (N, patches, C)
+        return self.project(seen.unflatten(1, tuple(x.shape[2:])).permute(0, 3, 1, 2))
 
 
 def _two_layers(count: int) -> nn.Sequential:
