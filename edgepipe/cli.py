@@ -42,7 +42,7 @@ COMMANDS: dict[str, str] = {
 
 # Which extra of pyproject.toml brings a package that only some commands need.
 EXTRAS = {
-    "torch": "torch", "torch_pruning": "torch", "safetensors": "torch", "onnxscript": "torch",
+    "torch": "torch", "torch_pruning": "torch", "tensorly": "torch", "safetensors": "torch", "onnxscript": "torch",
     "numpy": "convert", "onnx": "convert", "onnxruntime": "convert", "ai_edge_litert": "convert",
     "litert_quantizer": "convert", "PIL": "convert", "paramiko": "ssh", "sklearn": "demo",
 }  # fmt: skip

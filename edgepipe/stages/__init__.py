@@ -9,6 +9,7 @@ from edgepipe.stage import Stage
 STAGES: dict[str, tuple[str, str]] = {
     "finetune": ("edgepipe.stages.finetune", "Finetune"),
     "prune": ("edgepipe.stages.prune", "Prune"),
+    "low_rank": ("edgepipe.stages.low_rank", "LowRank"),
     "export_onnx": ("edgepipe.stages.export_onnx", "ExportOnnx"),
     "to_tflite": ("edgepipe.stages.to_tflite", "ToTflite"),
     "qat": ("edgepipe.stages.qat", "Qat"),

@@ -1,14 +1,19 @@
 """Replaying the edits that compression made to a model, from plain data and without its library.
 
-A pruned model is its builder's model plus a list of edits, each readable on its own::
+A compressed model is its builder's model plus a list of edits, each readable on its own::
 
     {"edit": "prune", "layer": "features.3", "axis": "out", "remove": [1, 6]}
     {"edit": "prune_parameter", "parameter": "position", "dim": 2, "remove": [0]}
+    {"edit": "low_rank", "layer": "features.4", "method": "tucker", "ranks": [16, 8]}
+    {"edit": "sparse", "layer": "features.6", "pattern": "2:4"}
 
 ``axis`` is ``out`` or ``in`` of a convolution or linear layer; layers with one axis (batch norm,
 depthwise convolution, ...) use ``out``. ``remove`` are indices at the moment of the edit, so edits
 are replayed in order. Example: removing channel 1 of ``Conv2d(1, 4, 3)`` turns its weight
 (4, 1, 3, 3) into (3, 1, 3, 3), keeping rows 0, 2 and 3.
+
+``low_rank`` puts a sequence of smaller layers in the place of one (`factor_layers`). ``sparse``
+changes no structure: it marks a layer whose zero weights stay zero in all training (`sparse_weights`).
 """
 
 from __future__ import annotations
@@ -36,6 +41,10 @@ PRUNABLE_LAYERS = (
 )
 
 
+# the attribute of a layer that a ``sparse`` edit marked: its pattern
+SPARSE = "sparse_pattern"
+
+
 def apply_edits(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> nn.Module:
     """Apply ``edits`` to ``model`` in place, in order, and return it.
 
@@ -49,6 +58,12 @@ def apply_edits(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> nn.Modu
             elif edit["edit"] == "prune_parameter":
                 owner, _, name = edit["parameter"].rpartition(".")
                 _slice(model.get_submodule(owner), name, edit["dim"], edit["remove"])
+            elif edit["edit"] == "low_rank":
+                layer = model.get_submodule(edit["layer"])
+                factors = factor_layers(layer, method=edit["method"], ranks=edit["ranks"])
+                model.set_submodule(edit["layer"], factors)
+            elif edit["edit"] == "sparse":
+                _mark_sparse(model.get_submodule(edit["layer"]), edit["pattern"])
             else:
                 raise ValueError(f"unknown kind of edit {edit['edit']!r}")
         except (KeyError, AttributeError, IndexError, TypeError, ValueError) as exc:
@@ -58,6 +73,93 @@ def apply_edits(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> nn.Modu
                 hint="the builder no longer makes the model that was compressed; restore it, or run the recipe again",
             ) from exc
     return model
+
+
+def factor_layers(layer: nn.Module, *, method: str, ranks: Sequence[int]) -> nn.Sequential:
+    """The layers that ``layer`` becomes, with weights yet to be filled in.
+
+    ``svd`` [r]: a linear layer or 1x1 convolution (in -> r -> out). ``tucker`` [r_out, r_in]: 1x1
+    (in -> r_in), kxk (r_in -> r_out), 1x1 (r_out -> out) (Kim et al. 2016, section 3.1). ``cp`` [r]:
+    1x1 (in -> r), kx1 and 1xk on each channel alone, 1x1 (r -> out) (Lebedev et al. 2015, eq. 3).
+    Stride, padding and dilation go to the layers with the kernel; the last has the bias. Raises
+    ValueError for a layer or method that do not go together.
+    """
+    ranks = [int(rank) for rank in ranks]
+    if min(ranks) < 1 or len(ranks) != (2 if method == "tucker" else 1):
+        raise ValueError(f"ranks {ranks} are no ranks of {method}")
+    with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten
+        if isinstance(layer, nn.Linear) and method == "svd":
+            parts: list[nn.Module] = [
+                nn.Linear(layer.in_features, ranks[0], bias=False),
+                nn.Linear(ranks[0], layer.out_features, bias=layer.bias is not None),
+            ]
+        elif isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros":
+            parts = _factor_convolution(layer, method, ranks)
+        else:
+            raise ValueError(f"no {method} of a {type(layer).__name__}")
+    weight: torch.Tensor = layer.weight
+    return nn.Sequential(*parts).to(weight.device, weight.dtype).train(layer.training)
+
+
+def _factor_convolution(layer: nn.Conv2d, method: str, ranks: list[int]) -> list[nn.Module]:
+    narrow, wide, has_bias = layer.in_channels, layer.out_channels, layer.bias is not None
+    stride = (layer.stride[0], layer.stride[1])
+    dilation = (layer.dilation[0], layer.dilation[1])
+    if isinstance(layer.padding, str):
+        # "same" is symmetric for odd kernels, and `low_rank` takes no others
+        side = [d * (k - 1) // 2 for d, k in zip(dilation, layer.kernel_size, strict=True)]
+        padding = (side[0], side[1]) if layer.padding == "same" else (0, 0)
+    else:
+        padding = (layer.padding[0], layer.padding[1])
+    height, width = layer.kernel_size
+    if method == "svd" and layer.kernel_size == (1, 1):
+        # the stride comes first: what it skips is never computed
+        first = nn.Conv2d(narrow, ranks[0], 1, stride=stride, padding=padding, bias=False)
+        return [first, nn.Conv2d(ranks[0], wide, 1, bias=has_bias)]
+    if method == "tucker":
+        core = nn.Conv2d(
+            ranks[1], ranks[0], (height, width), stride=stride, padding=padding, dilation=dilation, bias=False
+        )  # fmt: skip
+        return [nn.Conv2d(narrow, ranks[1], 1, bias=False), core, nn.Conv2d(ranks[0], wide, 1, bias=has_bias)]  # fmt: skip
+    if method == "cp":
+        rank = ranks[0]
+        down = nn.Conv2d(
+            rank, rank, (height, 1), stride=(stride[0], 1), padding=(padding[0], 0),
+            dilation=(dilation[0], 1), groups=rank, bias=False,
+        )  # fmt: skip
+        across = nn.Conv2d(
+            rank, rank, (1, width), stride=(1, stride[1]), padding=(0, padding[1]),
+            dilation=(1, dilation[1]), groups=rank, bias=False,
+        )  # fmt: skip
+        return [nn.Conv2d(narrow, rank, 1, bias=False), down, across, nn.Conv2d(rank, wide, 1, bias=has_bias)]  # fmt: skip
+    raise ValueError(f"no {method} of a {height}x{width} convolution")
+
+
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """``"2:4"`` -> (2, 4): at most 2 of each 4 weights along the input channels are not zero;
+    ``"unstructured"`` -> (0, 0). Raises ValueError."""
+    if pattern == "unstructured":
+        return 0, 0
+    kept, _, block = pattern.partition(":")
+    if not (kept.isdecimal() and block.isdecimal() and 0 < int(kept) < int(block)):
+        raise ValueError(f"pattern {pattern!r} is neither 'unstructured' nor N:M with N below M")
+    return int(kept), int(block)
+
+
+def _mark_sparse(layer: nn.Module, pattern: str) -> None:
+    parse_pattern(pattern)
+    if not isinstance(getattr(layer, "weight", None), nn.Parameter):
+        raise ValueError(f"a {type(layer).__name__} has no weight")  # noqa: TRY004 - as all misfits
+    setattr(layer, SPARSE, pattern)
+
+
+def sparse_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of the layers that ``sparse`` edits marked, by parameter name."""
+    return {
+        f"{name}.weight" if name else "weight": module.get_parameter("weight")
+        for name, module in model.named_modules()
+        if hasattr(module, SPARSE)
+    }
 
 
 def is_depthwise(layer: nn.Module) -> bool:

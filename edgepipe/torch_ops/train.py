@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from edgepipe.errors import DataError, NotReadyError, StageError
 from edgepipe.torch_ops.augment import check_augmentation, mixed, view
+from edgepipe.torch_ops.edits import sparse_weights
 from edgepipe.torch_ops.run import call_model
 from edgepipe.training import TrainingOptions
 
@@ -145,7 +146,8 @@ def train(
     of the optimiser. The learning rate is warmed up, then (``cosine``) lowered to 0 over all steps
     (Loshchilov & Hutter 2017, eq. 5, no restarts). ``checkpoint`` is a file that the state is saved
     in now and then, and that training goes on from where it exists; it is left for the caller to
-    remove. Same seed, data, options and thread count give the same weights, stopped or not.
+    remove. Zero weights of layers that a ``sparse`` edit marked stay zero. Same seed, data, options
+    and thread count give the same weights, stopped or not.
 
     Raises DataError where labels do not fit the outputs, StageError where the loss is not finite.
     """
@@ -190,6 +192,7 @@ class _Loop:
         # a last batch of one sample has no variance, which batch normalisation divides by
         self.starts = [s for s in range(0, count, size) if count - s > 1 or count == 1]
         self.total = options.epochs * len(self.starts)
+        self.sparse = sparse_weights(model)
         self.average = _Average(model, options.ema) if options.ema else None
         self.best: dict[str, torch.Tensor] | None = None
         self.best_score, self.since_best = -math.inf, 0
@@ -275,11 +278,15 @@ class _Loop:
         loss.backward()  # type: ignore[no-untyped-call]
         if options.clip_norm:
             nn.utils.clip_grad_norm_(self.parameters, options.clip_norm)
+        kept = [(p, p.detach() != 0) for p in self.sparse.values()]
         self.method.step()
+        with torch.no_grad():
+            for parameter, mask in kept:
+                parameter.mul_(mask)
         if self.after_step is not None:
             self.after_step(step, self.total)
         if self.average is not None:
-            self.average.update(self.model)
+            self.average.update(self.model, self.sparse)
         right = (output.detach().argmax(1) == target).float().mean().item()
         size = len(rows)
         self.sums = (self.sums[0] + value * size, self.sums[1] + right * size, self.sums[2] + size)
@@ -371,12 +378,14 @@ class _Average:
         self.state = {k: v.detach().clone() for k, v in model.named_parameters()}
         self.state["_steps"] = torch.zeros(())
 
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: nn.Module, sparse: Mapping[str, nn.Parameter]) -> None:
         steps = float(self.state["_steps"])
         decay = min(self.decay, (1 + steps) / (10 + steps))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 self.state[name].lerp_(parameter, 1 - decay)
+            for name, parameter in sparse.items():  # an average with what was cut away is not zero
+                self.state[name].mul_(parameter != 0)
         self.state["_steps"] += 1
 
     def copy_to(self, model: nn.Module) -> None:

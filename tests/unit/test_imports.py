@@ -13,13 +13,13 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "edgepipe"
 
 FRAMEWORKS = (
-    "torch", "torch_pruning", "safetensors", "tensorflow", "onnx", "onnxscript", "onnxruntime", "onnx2tf",
+    "torch", "torch_pruning", "tensorly", "safetensors", "tensorflow", "onnx", "onnxscript", "onnxruntime", "onnx2tf",
     "ai_edge_litert", "litert_quantizer", "paramiko", "numpy", "scipy", "PIL", "sklearn",
 )  # fmt: skip
 
 # Who may import what, anywhere in the file. Longest prefix wins; nobody else may at all.
 ALLOWED = {
-    "edgepipe.torch_ops": {"torch", "torch_pruning", "safetensors", "onnx", "numpy"},
+    "edgepipe.torch_ops": {"torch", "torch_pruning", "tensorly", "safetensors", "onnx", "numpy"},
     "edgepipe.tflite_ops": {"onnx", "onnxruntime", "ai_edge_litert", "litert_quantizer", "numpy"},
     "edgepipe.array_ops": {"numpy", "PIL"},
     "edgepipe.device.ssh": {"paramiko"},
