@@ -25,7 +25,7 @@ from edgepipe.artifact import (
 )
 from edgepipe.baseline import DEFAULT_FOLDER, Baseline, baseline_path, model_inputs
 from edgepipe.calibration import quote_noise
-from edgepipe.data import fingerprint, named_files, source_hash
+from edgepipe.data import fingerprint, named_files, source_hash, user_path
 from edgepipe.device import open_device
 from edgepipe.errors import EdgepipeError, StageError
 from edgepipe.evaluate import DeviceEvaluation, choose_evaluation, evaluate
@@ -42,7 +42,14 @@ from edgepipe.op_table import load_op_table
 from edgepipe.profile import find_profile
 from edgepipe.recipe import Recipe
 from edgepipe.resources import profile_paths, target_dir
-from edgepipe.stage import StageContext, functions_of, profiles_of
+from edgepipe.stage import (
+    StageContext,
+    arguments_of,
+    earlier_of,
+    files_of,
+    functions_of,
+    profiles_of,
+)
 from edgepipe.stages.load import LoadModel
 from edgepipe.store import Run, Store, write_json
 
@@ -208,7 +215,7 @@ def run_stages(recipe: Recipe, steps: _Steps) -> list[Artifact]:
         source.packages,
         [str(recipe.seed), *_source_hashes(recipe)],
     )
-    models = [_build(steps, "load", key, None, source, recipe)]
+    models = [_build(steps, "load", key, (), source, recipe)]
     for stage in recipe.stages:
         parent = models[-1]
         key = step_key(
@@ -220,11 +227,14 @@ def run_stages(recipe: Recipe, steps: _Steps) -> list[Artifact]:
                 *_identity(recipe, parent),
                 str(recipe.seed),
                 *(fingerprint(recipe.data[name]) for name in stage.data_names()),
+                *_identity(recipe, *(models[number] for number in earlier_of(stage))),
                 *(source_hash(name, recipe.path.parent) for name in functions_of(stage)),
+                *(hash_path(user_path(file, recipe.path.parent)) for file in files_of(stage)),
+                *named_files(arguments_of(stage), recipe.path.parent),
                 *(_op_table(name, steps.store) for name in profiles_of(stage)),
             ],
         )
-        models.append(_build(steps, stage.name, key, parent, stage, recipe))
+        models.append(_build(steps, stage.name, key, models, stage, recipe))
     return models
 
 
@@ -235,9 +245,13 @@ def _op_table(profile: str, store: Store) -> str:
 def _identity(recipe: Recipe, *models: Artifact) -> list[str]:
     """Everything about models that decides what is made of them or measured on them."""
     parts = [f"{m.kind} {m.sha256} {m.inputs!r} {m.outputs!r}" for m in models]
-    if recipe.model.builder and any(m.kind == "torch" for m in models):
-        # the code of a builder that is installed lies outside the artifact
-        parts.append(source_hash(recipe.model.builder, recipe.model.root))
+    for model in models:
+        if (
+            model.kind == "torch"
+        ):  # the code of a builder that is installed lies outside the artifact
+            builder = json.loads((model.path / "model.json").read_text(encoding="utf-8"))["builder"]
+            is_file = builder.partition(":")[0].endswith(".py")
+            parts.append(source_hash(builder, model.path if is_file else recipe.model.root))
     return parts
 
 
@@ -251,7 +265,7 @@ def _is_whole(entry: Path) -> bool:
 
 
 def _build(
-    steps: _Steps, name: str, key: str, parent: Artifact | None, stage: Any, recipe: Recipe
+    steps: _Steps, name: str, key: str, models: Sequence[Artifact], stage: Any, recipe: Recipe
 ) -> Artifact:
     with steps.step(name, key, _is_whole) as work_dir:
         if work_dir is not None:
@@ -263,9 +277,10 @@ def _build(
                 checkpoint=steps.store.root / "checkpoints" / key,
                 root=recipe.path.parent,
                 store=steps.store.root,
+                models=tuple(models),
             )
             try:
-                made = stage.run(context) if parent is None else stage.run(parent, context)
+                made = stage.run(models[-1], context) if models else stage.run(context)
             except StageError as exc:
                 exc.log_path = exc.log_path or str(context.log_path)
                 raise

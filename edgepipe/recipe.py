@@ -19,7 +19,7 @@ from edgepipe.gate import GATES, Gate
 from edgepipe.metrics import TASK_METRICS
 from edgepipe.resources import profile_paths
 from edgepipe.schema import build, near_miss, read_toml, record
-from edgepipe.stage import Stage, functions_of, profiles_of
+from edgepipe.stage import Stage, earlier_of, files_of, functions_of, profiles_of
 from edgepipe.stages import STAGES, stage_class
 from edgepipe.stages.load import ModelSource, check_source
 
@@ -148,6 +148,12 @@ def load_recipe(path: Path) -> Recipe:
                 problems.append(f"[[stages]] {number} ({stage.name}): reads [data.{used}], which is not there{near_miss(used, sorted(known_data))}")  # fmt: skip
         for function in functions_of(stage) if stage else ():
             _check_file(function, root, f"[[stages]] {number} ({stage.name})", problems)
+        for file in files_of(stage) if stage else ():
+            if not path_exists(user_path(file, root)):
+                problems.append(f"[[stages]] {number} ({stage.name}): {user_path(file, root)} does not exist")  # fmt: skip
+        for earlier in earlier_of(stage) if stage else ():
+            if not 0 <= earlier < number:
+                problems.append(f"[[stages]] {number} ({stage.name}): reads the result of stage {earlier}, which comes no earlier (legal: 0 to {number - 1})")  # fmt: skip
         for profile in profiles_of(stage) if stage else ():
             if profile not in known_profiles:
                 problems.append(f"[[stages]] {number} ({stage.name}): unknown profile {profile!r}{near_miss(profile, list(known_profiles))} (`edgepipe devices list` shows them)")  # fmt: skip

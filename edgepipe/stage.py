@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from edgepipe.artifact import Artifact
 from edgepipe.data import DataSource
@@ -24,7 +24,8 @@ class StageContext:
     ``checkpoint`` is a file (not there at first) in which long work may save its state: it outlives
     Ctrl-C and a kill, and is removed once the stage has its result. ``root`` is the recipe's folder,
     which names of files and functions in options are relative to; ``store`` the folder of the store,
-    where operator tables lie (`op_table.load_op_table`).
+    where operator tables lie (`op_table.load_op_table`). ``models`` are the results of all steps so
+    far, the model that the recipe starts from first.
     """
 
     work_dir: Path
@@ -34,6 +35,7 @@ class StageContext:
     checkpoint: Path | None = None
     root: Path | None = None
     store: Path = Path(".edgepipe")
+    models: tuple[Artifact, ...] = ()
 
 
 class Stage(Protocol):
@@ -42,7 +44,8 @@ class Stage(Protocol):
     ``ops`` are the modules or packages whose source decides the result and ``packages`` the
     distributions whose version does: both go into the cache key. ``title`` is one line for help.
 
-    A stage may also have ``functions()`` and ``profiles()`` (see `functions_of`, `profiles_of`).
+    A stage may also have ``functions()``, ``profiles()``, ``files()``, ``arguments()`` and
+    ``earlier()`` (see `functions_of` and its neighbours).
     """
 
     name: ClassVar[str]
@@ -68,4 +71,22 @@ def functions_of(stage: Stage) -> tuple[str, ...]:
 def profiles_of(stage: Stage) -> tuple[str, ...]:
     """The device profiles whose operator tables decide a stage's result: they are part of its key."""
     found: tuple[str, ...] = stage.profiles() if hasattr(stage, "profiles") else ()
+    return found
+
+
+def files_of(stage: Stage) -> tuple[Path, ...]:
+    """The files that a stage reads besides data: their content is part of its key."""
+    found: tuple[Path, ...] = stage.files() if hasattr(stage, "files") else ()
+    return found
+
+
+def arguments_of(stage: Stage) -> tuple[Any, ...]:
+    """What the user's functions are called with: the content of files named there is part of the key."""
+    found: tuple[Any, ...] = stage.arguments() if hasattr(stage, "arguments") else ()
+    return found
+
+
+def earlier_of(stage: Stage) -> tuple[int, ...]:
+    """Numbers of the stages (0 = the source model) whose results a stage reads besides its own input."""
+    found: tuple[int, ...] = stage.earlier() if hasattr(stage, "earlier") else ()
     return found
