@@ -138,6 +138,7 @@ def train(
     extra: nn.Module | None = None,
     after_step: Callable[[int, int], None] | None = None,
     checkpoint: Path | None = None,
+    views: int = 0,
 ) -> list[Epoch]:
     """Train ``model`` in place; it is left on the CPU in evaluation mode.
 
@@ -146,13 +147,14 @@ def train(
     of the optimiser. The learning rate is warmed up, then (``cosine``) lowered to 0 over all steps
     (Loshchilov & Hutter 2017, eq. 5, no restarts). ``checkpoint`` is a file that the state is saved
     in now and then, and that training goes on from where it exists; it is left for the caller to
-    remove. Zero weights of layers that a ``sparse`` edit marked stay zero. Same seed, data, options
+    remove. ``views`` is how many variations of the data there are, taken in turn (0: another in
+    every epoch). Zero weights of layers that a ``sparse`` edit marked stay zero. Same seed, data, options
     and thread count give the same weights, stopped or not.
 
     Raises DataError where labels do not fit the outputs, StageError where the loss is not finite.
     """
     device = pick_device(options.device)
-    loop = _Loop(model, data, options, seed, stage, validation, objective, extra, after_step, device)  # fmt: skip
+    loop = _Loop(model, data, options, seed, stage, validation, objective, extra, after_step, device, views)  # fmt: skip
     if checkpoint is not None and checkpoint.exists():
         loop.load(checkpoint)
     with torch.random.fork_rng(devices=[]):
@@ -167,10 +169,10 @@ class _Loop:
     def __init__(
         self, model: nn.Module, data: TrainingSet, options: TrainingOptions, seed: int, stage: str,
         validation: TrainingSet | None, objective: Objective | None, extra: nn.Module | None,
-        after_step: Callable[[int, int], None] | None, device: torch.device,
+        after_step: Callable[[int, int], None] | None, device: torch.device, views: int,
     ) -> None:  # fmt: skip
         self.model, self.data, self.options, self.seed, self.stage = model, data, options, seed, stage  # fmt: skip
-        self.validation, self.after_step, self.device = validation, after_step, device
+        self.validation, self.after_step, self.device, self.views = validation, after_step, device, views
         self.objective = objective or cross_entropy(options.label_smoothing)
         self.extra = extra if extra is not None else nn.Module()
         check_labels(model, data, "training", stage)
@@ -212,7 +214,7 @@ class _Loop:
         while self.epoch <= options.epochs:
             self.model.train()
             order = torch.randperm(len(self.data), generator=self.generator(self.epoch))
-            variation = view(options.augment, len(self.data), seed=self.seed, number=self.epoch)
+            variation = view(options.augment, len(self.data), seed=self.seed, number=self.view_number())
             while self.position < len(self.starts):
                 start = self.starts[self.position]
                 self.step(order[start : start + options.batch_size], variation)
@@ -260,7 +262,7 @@ class _Loop:
         inputs = [t.to(self.device) for t in inputs]
         target = target.to(self.device)
         batch = Batch(
-            self.model, inputs, target, rows, self.epoch if variation is not None else -1,
+            self.model, inputs, target, rows, self.view_number() if variation is not None else -1,
             step, self.total, partner, weight,
         )  # fmt: skip
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.mixed):
@@ -309,6 +311,10 @@ class _Loop:
         loss, right, seen = self.sums
         rate = self.options.lr * self.rate(self.done() - 1)
         self.history.append(Epoch(loss / seen, right / seen, score, rate))
+
+    def view_number(self) -> int:
+        """Which variation of the data this epoch sees, from 1."""
+        return (self.epoch - 1) % self.views + 1 if self.views else self.epoch
 
     def done(self) -> int:
         """Steps that are behind us."""
