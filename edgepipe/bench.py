@@ -111,7 +111,7 @@ class MeasureOptions:
     backend: Literal["auto", "litert-c", "litert-interpreter", "tflite-runtime-interpreter"] = (
         "auto"
     )
-    kernel: Literal["", "xnnpack", "builtin", "reference"] = ""
+    kernel: Literal["", "xnnpack", "builtin"] = ""
     weight_cache: bool = False
     ops: bool = True
     energy: bool | Literal["auto"] = "auto"

@@ -7,10 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepipe.cli import Output
+from edgepipe.commands.on_device import (
+    add_device_arguments,
+    add_samples_argument,
+    find_target,
+    measure_options,
+    opened,
+    read_samples,
+    tflite_model,
+)
 
 if TYPE_CHECKING:
-    from edgepipe.artifact import Artifact
-    from edgepipe.bench import BenchResult, MeasureOptions
+    from edgepipe.bench import BenchResult
     from edgepipe.measurement import Measurement
     from edgepipe.report import Table
 
@@ -18,7 +26,7 @@ if TYPE_CHECKING:
 OPS_SHOWN, WINDOWS_SHOWN = 5, 12
 # Metrics that are not rows of the first table.
 OWN_TABLE = ("runs_on_device", "sustained_latency")
-KERNELS = ("xnnpack", "builtin", "reference")
+KERNELS = ("xnnpack", "builtin")
 BACKENDS = ("auto", "litert-c", "litert-interpreter", "tflite-runtime-interpreter")
 # One-sided confidence of the p90 bounds, as in the latency gate.
 CONFIDENCE = 0.99
@@ -33,51 +41,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "exit code 1: the model crashes or cannot be loaded there"
     )
     parser.add_argument("model", type=Path, help="the model, a .tflite file")
-    parser.add_argument("--device", metavar="ADDRESS", help="where to measure: local or ssh://user@host[:port] (default: local, or the profile's from edgepipe.local.toml)")  # fmt: skip
-    parser.add_argument("--profile", metavar="NAME", help="device profile that describes it (default: localhost)")  # fmt: skip
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of the runtime (default: the profile's)")  # fmt: skip
+    add_device_arguments(parser)
     parser.add_argument("--sessions", type=int, metavar="N", help="latency sessions, a fresh process each (default: 3)")  # fmt: skip
-    parser.add_argument("--session", metavar="TIME", help='how long one session measures (default: "2 s")')  # fmt: skip
     parser.add_argument("--warmup", metavar="TIME", help='warm-up before each session (default: "0.5 s")')  # fmt: skip
     parser.add_argument("--memory-sessions", type=int, metavar="N", help="memory sessions (default: 2)")  # fmt: skip
     parser.add_argument("--backend", choices=BACKENDS, help="demand one way of running the model (default: auto, the first that works)")  # fmt: skip
     parser.add_argument("--kernel", choices=KERNELS, help="demand one kind of kernels (default: the runtime's own choice)")  # fmt: skip
     parser.add_argument("--weight-cache", action="store_true", help="keep XNNPACK's packed weights in a file: less memory, faster loads")  # fmt: skip
     parser.add_argument("--sustained", metavar="TIME", help='then run for this long, like "10 min", and report the steady state; not part of the budget')  # fmt: skip
-    parser.add_argument("--no-ops", action="store_true", help="do not time single operators")
+    parser.add_argument("--no-ops", action="store_false", dest="ops", help="do not time single operators")  # fmt: skip
     parser.add_argument("--affinity", metavar="CPUS", help="stay on these CPUs of the device, like 0,1")  # fmt: skip
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the random inputs (default: 0)")  # fmt: skip
-    parser.add_argument("--budget", metavar="TIME", help='give up after this long (default: "10 min")')  # fmt: skip
-    parser.add_argument("--samples", type=Path, metavar="FILE", help=".npz (arrays by input name) or .npy: also compare the device's outputs with this machine's")  # fmt: skip
+    add_samples_argument(parser)
     parser.add_argument("--keep", action="store_true", help="leave the job's files on the device")
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
     from edgepipe import bench
-    from edgepipe.device import open_device
     from edgepipe.errors import EXIT_FAIL, EXIT_PASS
-    from edgepipe.inventory import resolve_targets
     from edgepipe.measurement import measurement_to_dict
 
-    options = _options(args)
-    model = tflite_model(args.model)
-    # a profile without an address is looked up; with neither it is this machine
-    address = "local" if args.device is None and args.profile is None else args.device
-    (target,) = resolve_targets([], address=address, profile=args.profile)
-    samples = None
-    if args.samples:
-        from edgepipe.tflite_ops.raw import read_samples
-        from edgepipe.tflite_ops.run import refuse_crashing
-
-        samples = read_samples(args.samples)
-        refuse_crashing(args.model)  # to compare outputs it is run in this process as well
-    device = open_device(target.address)
-    try:
+    options = measure_options(args, command="bench", affinity=_affinity(args.affinity))
+    model, target = tflite_model(args.model), find_target(args)
+    samples = read_samples(args, args.model)
+    with opened(target) as device:
         result = bench.measure(
             model, device, target.profile, options, samples=samples, keep=args.keep
         )
-    finally:
-        device.close()
     title = f"{args.model} on {target.profile.name} ({target.address})"
     out.text(render(result, title))
     out.json(
@@ -94,40 +84,15 @@ def run(args: argparse.Namespace, out: Output) -> int:
     return EXIT_PASS if runs.samples[0][0] else EXIT_FAIL
 
 
-def _options(args: argparse.Namespace) -> MeasureOptions:
-    from edgepipe.bench import MeasureOptions
+def _affinity(text: str | None) -> list[int] | None:
     from edgepipe.errors import RequestError
-    from edgepipe.schema import build
-
-    names = ("threads", "sessions", "session", "warmup", "memory_sessions", "backend", "seed", "budget", "kernel", "sustained")  # fmt: skip
-    data: dict[str, Any] = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    data |= {"weight_cache": args.weight_cache, "ops": not args.no_ops}
-    if args.affinity is not None:
-        try:
-            data["affinity"] = [int(cpu) for cpu in args.affinity.split(",")]
-        except ValueError as exc:
-            raise RequestError(
-                f"--affinity {args.affinity!r} is no list of CPU numbers",
-                hint="write --affinity 0,1",
-            ) from exc
-    return build(MeasureOptions, data, where="edgepipe bench", error=RequestError)
-
-
-def tflite_model(path: Path) -> Artifact:
-    """The file as an artifact without specs: the runner reads shapes from the file itself."""
-    from edgepipe.artifact import make_artifact
-    from edgepipe.errors import ArtifactError
 
     try:
-        with path.open("rb") as stream:
-            head = stream.read(8)
-    except OSError as exc:
-        raise ArtifactError(f"cannot read {path}: {exc.strerror}", hint="check the path", code="no-such-file") from exc  # fmt: skip
-    if head[4:8] != b"TFL3":  # the file identifier of tflite schema.fbs
-        raise ArtifactError(
-            f"{path} is not a TFLite file", hint="convert it first: edgepipe convert MODEL"
-        )
-    return make_artifact("tflite", path, inputs=(), outputs=())
+        return None if text is None else [int(cpu) for cpu in text.split(",")]
+    except ValueError as exc:
+        raise RequestError(
+            f"--affinity {text!r} is no list of CPU numbers", hint="write --affinity 0,1"
+        ) from exc
 
 
 def render(result: BenchResult, title: str) -> str:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgepipe.cli import Output
+from edgepipe.commands.on_device import (
+    add_device_arguments,
+    find_target,
+    measure_options,
+    opened,
+    tflite_model,
+)
 
 if TYPE_CHECKING:
     from edgepipe.calibration import Noise
@@ -21,31 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "exit code 3: the model seems to differ from itself, so no verdict of this board can be trusted"
     )
     parser.add_argument("model", type=Path, nargs="?", help="the model, a .tflite file (default: an int8 network of the cost of MobileNetV2)")  # fmt: skip
-    parser.add_argument("--device", metavar="ADDRESS", help="where to measure: local or ssh://user@host[:port] (default: local, or the profile's from edgepipe.local.toml)")  # fmt: skip
-    parser.add_argument("--profile", metavar="NAME", help="device profile that describes it (default: localhost)")  # fmt: skip
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of the runtime (default: the profile's)")  # fmt: skip
-    parser.add_argument("--session", metavar="TIME", help='how long one session measures (default: "2 s")')  # fmt: skip
-    parser.add_argument("--budget", metavar="TIME", help='give up after this long (default: "10 min")')  # fmt: skip
+    add_device_arguments(parser)
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
     import dataclasses
     import tempfile
 
-    from edgepipe.bench import MeasureOptions
     from edgepipe.calibration import calibrate, detectable, save_noise
-    from edgepipe.commands.bench import tflite_model
-    from edgepipe.device import open_device
-    from edgepipe.errors import EXIT_NOT_READY, EXIT_PASS, RequestError
+    from edgepipe.errors import EXIT_NOT_READY, EXIT_PASS
     from edgepipe.gate import Status, decide_sessions
-    from edgepipe.inventory import resolve_targets
-    from edgepipe.schema import build
 
-    names = ("threads", "session", "budget")
-    data: dict[str, Any] = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    options = build(MeasureOptions, data, where="edgepipe calibrate", error=RequestError)
-    address = "local" if args.device is None and args.profile is None else args.device
-    (target,) = resolve_targets([], address=address, profile=args.profile)
+    options, target = measure_options(args, command="calibrate"), find_target(args)
     with tempfile.TemporaryDirectory(prefix="edgepipe-") as folder:
         path = args.model
         if path is None:
@@ -54,11 +48,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
             path = Path(folder) / "calibration.tflite"
             path.write_bytes(conv_tflite())
         model = tflite_model(path)
-        device = open_device(target.address)
-        try:
+        with opened(target) as device:
             noise, measured = calibrate(model, device, target.profile, options)
-        finally:
-            device.close()
     saved = save_noise(Path(args.store), noise)
     clock = "cpu" if noise.sd_cpu is not None else "wall"
     decision = decide_sessions(measured[f"latency_ratio_{clock}"], options.tolerance)

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgepipe.cli import Output
+from edgepipe.commands.on_device import (
+    add_device_arguments,
+    add_samples_argument,
+    find_target,
+    measure_options,
+    opened,
+    read_samples,
+    tflite_model,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from edgepipe.artifact import Artifact
-    from edgepipe.bench import MeasureOptions
     from edgepipe.gate import Verdict
     from edgepipe.measurement import Measurement
 
@@ -28,14 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("base", type=Path, help="the model to compare with, a .tflite file")
     parser.add_argument("candidate", type=Path, help="the model to judge, a .tflite file with the same inputs")  # fmt: skip
-    parser.add_argument("--device", metavar="ADDRESS", help="where to measure: local or ssh://user@host[:port] (default: local, or the profile's from edgepipe.local.toml)")  # fmt: skip
-    parser.add_argument("--profile", metavar="NAME", help="device profile that describes it (default: localhost)")  # fmt: skip
+    add_device_arguments(parser)
     parser.add_argument("--tolerance", metavar="RATIO", help='how much slower it may be (default: "3 %%")')  # fmt: skip
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of the runtime (default: the profile's)")  # fmt: skip
     parser.add_argument("--max-sessions", type=int, metavar="N", help="give up after so many latency sessions (default: 12)")  # fmt: skip
-    parser.add_argument("--session", metavar="TIME", help='how long one session measures (default: "2 s")')  # fmt: skip
-    parser.add_argument("--budget", metavar="TIME", help='give up after this long (default: "10 min")')  # fmt: skip
-    parser.add_argument("--samples", type=Path, metavar="FILE", help=".npz (arrays by input name) or .npy: also compare the candidate's outputs with this machine's")  # fmt: skip
+    add_samples_argument(parser)
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
@@ -43,30 +47,17 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
     from edgepipe import bench
     from edgepipe.calibration import quote_noise
-    from edgepipe.commands.bench import tflite_model
-    from edgepipe.device import open_device
     from edgepipe.gate import EXIT_CODES, overall
-    from edgepipe.inventory import resolve_targets
     from edgepipe.measurement import measurement_to_dict
 
-    options = _options(args)
+    options = measure_options(args, command="compare")
     base, candidate = tflite_model(args.base), tflite_model(args.candidate)
-    address = "local" if args.device is None and args.profile is None else args.device
-    (target,) = resolve_targets([], address=address, profile=args.profile)
-    samples = None
-    if args.samples:
-        from edgepipe.tflite_ops.raw import read_samples
-        from edgepipe.tflite_ops.run import refuse_crashing
-
-        samples = read_samples(args.samples)
-        refuse_crashing(args.candidate)  # to compare outputs it is run in this process as well
-    device = open_device(target.address)
-    try:
+    target = find_target(args)
+    samples = read_samples(args, args.candidate)
+    with opened(target) as device:
         result = bench.measure(
             candidate, device, target.profile, options, samples=samples, baseline=base
         )
-    finally:
-        device.close()
     measured = {m.metric: m for m in quote_noise(Path(args.store), result.measurements)}
     verdicts = judge(measured, candidate, options.tolerance, device=target.profile.name)
     out.text(render(verdicts, measured))
@@ -84,16 +75,6 @@ def run(args: argparse.Namespace, out: Output) -> int:
         }
     )
     return EXIT_CODES[status]
-
-
-def _options(args: argparse.Namespace) -> MeasureOptions:
-    from edgepipe.bench import MeasureOptions
-    from edgepipe.errors import RequestError
-    from edgepipe.schema import build
-
-    names = ("tolerance", "threads", "max_sessions", "session", "budget")
-    data: dict[str, Any] = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    return build(MeasureOptions, data, where="edgepipe compare", error=RequestError)
 
 
 def judge(

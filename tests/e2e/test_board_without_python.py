@@ -15,7 +15,7 @@ import pytest
 
 from edgepipe import bench
 from edgepipe.bench import MeasureOptions
-from edgepipe.commands.bench import tflite_model
+from edgepipe.commands.on_device import tflite_model
 from edgepipe.device import open_device
 from edgepipe.device.ssh import SshDevice
 from edgepipe.errors import NotReadyError

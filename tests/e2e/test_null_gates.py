@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from edgepipe import stats
 from edgepipe.artifact import Artifact
 from edgepipe.bench import BenchResult, MeasureOptions, measure
-from edgepipe.commands.bench import tflite_model
+from edgepipe.commands.on_device import tflite_model
 from edgepipe.device import retry
 from edgepipe.device.base import Completed
 from edgepipe.device.scenario import FAULTS, STEPS, Scenario, parse_scenario
