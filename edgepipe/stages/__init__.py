@@ -10,6 +10,7 @@ STAGES: dict[str, tuple[str, str]] = {
     "finetune": ("edgepipe.stages.finetune", "Finetune"),
     "prune": ("edgepipe.stages.prune", "Prune"),
     "low_rank": ("edgepipe.stages.low_rank", "LowRank"),
+    "sparsify": ("edgepipe.stages.sparsify", "Sparsify"),
     "export_onnx": ("edgepipe.stages.export_onnx", "ExportOnnx"),
     "to_tflite": ("edgepipe.stages.to_tflite", "ToTflite"),
     "qat": ("edgepipe.stages.qat", "Qat"),
