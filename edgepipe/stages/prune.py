@@ -3,86 +3,73 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-from typing import ClassVar, Literal
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from edgepipe.artifact import Artifact, make_artifact
-from edgepipe.errors import StageOptionError
+from edgepipe.pruning import PruningOptions
 from edgepipe.schema import record
 from edgepipe.stage import StageContext
 
-log = logging.getLogger(__name__)
-
 
 @record
-class Prune:
-    """Options of the stage.
-
-    ``ratio`` is the share of channels to remove, of each layer or (``ranking = "global"``) of all
-    layers together; what stays is rounded to the nearest multiple of ``round_to``. Layers whose
-    name matches a pattern in ``ignore`` (like ``"features.0"`` or ``"head.*"``), and layers that
-    make the outputs, keep all channels.
-    """
+class Prune(PruningOptions):
+    """The options are those of `PruningOptions`."""
 
     name: ClassVar[str] = "prune"
     title: ClassVar[str] = "remove the least important channels"
     accepts: ClassVar[tuple[str, ...]] = ("torch",)
     produces: ClassVar[str] = "same"
     ops: ClassVar[tuple[str, ...]] = (
-        "edgepipe.torch_ops.prune", "edgepipe.torch_ops.run",
-        "edgepipe.torch_ops.model", "edgepipe.torch_ops.edits", "edgepipe.torch_ops.result",
+        "edgepipe.pruning", "edgepipe.training", "edgepipe.op_table", "edgepipe.torch_ops.prune",
+        "edgepipe.torch_ops.prune_steps", "edgepipe.torch_ops.channel_groups",
+        "edgepipe.torch_ops.attention", "edgepipe.torch_ops.train", "edgepipe.torch_ops.augment",
+        "edgepipe.torch_ops.data", "edgepipe.torch_ops.run", "edgepipe.torch_ops.model",
+        "edgepipe.torch_ops.edits", "edgepipe.torch_ops.result", "edgepipe.array_ops.load",
     )  # fmt: skip
-    packages: ClassVar[tuple[str, ...]] = ("torch", "torch-pruning", "safetensors")
+    packages: ClassVar[tuple[str, ...]] = ("torch", "torch-pruning", "safetensors", "numpy")
 
-    ratio: float = 0.5
-    round_to: int = 8
-    ranking: Literal["layer", "global"] = "layer"
-    ignore: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
-            raise StageOptionError(
-                f"prune: ratio {self.ratio:g} is not between 0 and 1",
-                hint="0.3 removes three channels in ten",
-            )
-        if self.round_to < 1:
-            raise StageOptionError(f"prune: round_to {self.round_to} is below 1")
-
-    def data_names(self) -> tuple[str, ...]:
-        return ()
+    def profiles(self) -> tuple[str, ...]:
+        return (self.target.profile,) if self.target is not None and self.target.profile else ()
 
     def run(self, artifact: Artifact, context: StageContext) -> Artifact:
         """The pruned model with its edits; loaded again at once, it must give the same outputs."""
-        from edgepipe.torch_ops.edits import apply_edits
+        from edgepipe.torch_ops.data import training_set
         from edgepipe.torch_ops.model import load_model, read_description
-        from edgepipe.torch_ops.prune import plan_pruning
+        from edgepipe.torch_ops.prune_steps import prune_in_steps
         from edgepipe.torch_ops.result import describe_layers, save_result
         from edgepipe.torch_ops.run import example_inputs
+
+        @functools.cache
+        def samples(name: str) -> Any:
+            return training_set(context.data[name], artifact.inputs) if name else None
 
         model = load_model(artifact.path)
         description = read_description(artifact.path)
         examples = example_inputs([(s.shape, s.dtype) for s in artifact.inputs], seed=context.seed)
         before = describe_layers(model, examples)
-        plan = plan_pruning(
+        pruned, done = prune_in_steps(
             model,
             examples,
-            ratio=self.ratio,
-            round_to=self.round_to,
-            ranking=self.ranking,
-            ignore=self.ignore,
+            self,
+            cost=self._cost(examples, context),
+            seed=context.seed,
+            data=samples(self.data) if self.importance == "taylor" else None,
+            training=samples(self.finetune.data) if self.finetune else None,
+            training_validation=samples(self.finetune.validation) if self.finetune else None,
+            validation=samples(self.validation),
+            checkpoint=context.checkpoint,
         )
-        pruned = apply_edits(model, plan.edits)
         folder = context.work_dir / "model"
-        notes = {name: f"{was} -> {now} channels" for name, (was, now) in plan.channels.items()}
-        notes |= {name: f"left whole: it {why}" for name, why in plan.left_whole.items()}
         facts = save_result(
             before,
             pruned,
             folder,
-            dataclasses.replace(description, edits=(*description.edits, *plan.edits)),
+            dataclasses.replace(description, edits=(*description.edits, *done.edits)),
             examples,
             stage=self.name,
-            notes=notes,
+            notes=done.notes(),
         )
         return make_artifact(
             "torch",
@@ -92,7 +79,25 @@ class Prune:
             parent=artifact,
             facts={
                 **facts,
-                "channels": {name: list(pair) for name, pair in plan.channels.items()},
-                "left_whole": plan.left_whole,
+                "channels": done.channels,
+                "heads": done.heads,
+                "left_whole": done.left_whole,
+                "steps": done.steps,
+                "stopped": done.stopped,
             },
         )
+
+    def _cost(self, examples: Any, context: StageContext) -> Callable[[Any], float]:
+        """What ``target`` limits, of a model; its MACs without a target."""
+        from edgepipe.torch_ops.result import describe_layers, totals
+
+        if self.target is not None and self.target.latency:
+            from edgepipe.op_table import estimate_layers, load_op_table
+            from edgepipe.profile import find_profile
+            from edgepipe.resources import profile_paths
+
+            profile = find_profile(self.target.profile, profile_paths())
+            table = load_op_table(context.store, profile)
+            return lambda model: estimate_layers(describe_layers(model, examples), table).latency_s
+        metric = self.target.metric if self.target is not None else "macs"
+        return lambda model: totals(describe_layers(model, examples))[metric]

@@ -26,9 +26,11 @@ class Attention(nn.Module):
         self.batch_first, self.dropout = layer.batch_first, layer.dropout
         # nn.TransformerEncoderLayer asks for these to decide whether it may go round this forward
         self.in_proj_bias, self._qkv_same_embed_dim = None, False
-        weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
+        weights: tuple[torch.Tensor, ...]
         if layer.in_proj_weight is not None:
             weights = layer.in_proj_weight.chunk(3)
+        else:
+            weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
         biases = (None,) * 3 if layer.in_proj_bias is None else layer.in_proj_bias.chunk(3)
         self.query, self.key, self.value = map(_linear, weights, biases)
         self.out_proj = _linear(layer.out_proj.weight, layer.out_proj.bias)
@@ -47,7 +49,7 @@ class Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         given = (self.query(query), self.key(key), self.value(value))
         if not self.batch_first:  # (L, N, E) -> (N, L, E)
-            given = tuple(t.transpose(0, 1) for t in given)  # type: ignore[assignment]
+            given = tuple(t.transpose(0, 1) for t in given)
         # (N, L, E) -> (N, heads, L, head_dim)
         q, k, v = (t.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2) for t in given)
         scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5

@@ -4,13 +4,17 @@ A compressed model is its builder's model plus a list of edits, each readable on
 
     {"edit": "prune", "layer": "features.3", "axis": "out", "remove": [1, 6]}
     {"edit": "prune_parameter", "parameter": "position", "dim": 2, "remove": [0]}
+    {"edit": "plain_attention", "layer": "blocks.0.attention"}
+    {"edit": "set", "layer": "blocks.0.attention", "attribute": "num_heads", "value": 3}
     {"edit": "low_rank", "layer": "features.4", "method": "tucker", "ranks": [16, 8]}
     {"edit": "sparse", "layer": "features.6", "pattern": "2:4"}
 
 ``axis`` is ``out`` or ``in`` of a convolution or linear layer; layers with one axis (batch norm,
 depthwise convolution, ...) use ``out``. ``remove`` are indices at the moment of the edit, so edits
 are replayed in order. Example: removing channel 1 of ``Conv2d(1, 4, 3)`` turns its weight
-(4, 1, 3, 3) into (3, 1, 3, 3), keeping rows 0, 2 and 3.
+(4, 1, 3, 3) into (3, 1, 3, 3), keeping rows 0, 2 and 3. ``plain_attention`` puts four linear layers
+(`attention.Attention`) in the place of an ``nn.MultiheadAttention``, whose heads can then be cut like
+channels; ``set`` says how many are left.
 
 ``low_rank`` puts a sequence of smaller layers in the place of one (`factor_layers`). ``sparse``
 changes no structure: it marks a layer whose zero weights stay zero in all training (`sparse_weights`).
@@ -28,6 +32,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from edgepipe.errors import ArtifactError
+from edgepipe.torch_ops.attention import Attention
 
 PRUNABLE_LAYERS = (
     _ConvNd,
@@ -58,6 +63,16 @@ def apply_edits(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> nn.Modu
             elif edit["edit"] == "prune_parameter":
                 owner, _, name = edit["parameter"].rpartition(".")
                 _slice(model.get_submodule(owner), name, edit["dim"], edit["remove"])
+            elif edit["edit"] == "plain_attention":
+                attention = model.get_submodule(edit["layer"])
+                if not isinstance(attention, nn.MultiheadAttention):
+                    raise TypeError(f"a {type(attention).__name__} is no MultiheadAttention")
+                model.set_submodule(edit["layer"], Attention(attention))
+            elif edit["edit"] == "set":
+                module = model.get_submodule(edit["layer"])
+                if type(getattr(module, edit["attribute"])) is not int:
+                    raise TypeError(f"{edit['attribute']} is no whole number")
+                setattr(module, edit["attribute"], edit["value"])
             elif edit["edit"] == "low_rank":
                 layer = model.get_submodule(edit["layer"])
                 factors = factor_layers(layer, method=edit["method"], ranks=edit["ranks"])

@@ -1,10 +1,7 @@
-"""Structured channel pruning: which channels to remove, as edits that `edits.apply_edits` replays.
+"""Structured pruning: which channels to remove, as edits that `edits.apply_edits` replays.
 
-Layers that must lose the same channels together (a convolution, its batch norm, what is added to
-it, the next layer's inputs) come from torch-pruning's dependency graph, and so does the importance
-of a channel: the L2 norm of its weights, averaged over the layers of its group (Fang et al. 2023,
-"DepGraph", https://arxiv.org/abs/2301.12900, eq. 5, no sparsity training). torch-pruning only plans;
-the model is changed by the edits alone, so that a saved model needs no torch-pruning to load.
+torch-pruning only says what goes together (`channel_groups`); the model is changed by the edits
+alone, so that a saved model needs no torch-pruning to load.
 """
 
 from __future__ import annotations
@@ -15,110 +12,87 @@ import fnmatch
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-import torch_pruning
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from edgepipe.errors import StageError, StageOptionError
+from edgepipe.pruning import PruningOptions
 from edgepipe.schema import near_miss
-from edgepipe.torch_ops.edits import PRUNABLE_LAYERS, apply_edits, is_depthwise
-from edgepipe.torch_ops.run import flatten_outputs
+from edgepipe.torch_ops.channel_groups import Group, Proof, edits_for, find_groups
+from edgepipe.torch_ops.edits import apply_edits, is_depthwise
+from edgepipe.torch_ops.run import call_model
+from edgepipe.torch_ops.train import TrainingSet, check_labels
 
 log = logging.getLogger(__name__)
 
 STAGE = "prune"
 
+# A target is reached where the result is below it by no more than this share of it
+NEAR = 0.02
+BISECTIONS = 12  # halvings of the ratio: to 1 channel in 4096
+GRADIENT_BATCH = 32
+
+Cost = Callable[[nn.Module], float]
+
 
 @dataclasses.dataclass(frozen=True)
 class PruningPlan:
-    """``edits`` to make; channels ``(before, after)`` per group, named by its first layer; groups
-    that stay whole, with the reason."""
+    """``edits`` to make; ``channels`` (before, after) of each group that is cut, named by its first
+    layer; ``heads`` likewise for those that are attention; groups left whole, with the reason."""
 
     edits: tuple[dict[str, Any], ...]
     channels: dict[str, tuple[int, int]]
+    heads: dict[str, tuple[int, int]]
     left_whole: dict[str, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Group:
-    name: str
-    root: nn.Module
-    importance: torch.Tensor  # (channels,)
-
-
-# (layer or parameter, axis, dim of a parameter else -1) -> indices to remove from it
-_Cuts = dict[tuple[str, str, int], set[int]]
 
 
 def plan_pruning(
     model: nn.Module,
     inputs: Sequence[torch.Tensor],
+    options: PruningOptions,
     *,
-    ratio: float,
-    round_to: int,
-    ranking: Literal["layer", "global"],
-    ignore: Sequence[str],
+    seed: int = 0,
+    data: TrainingSet | None = None,
+    widths: Mapping[str, int] | None = None,
+    share: float = 1.0,
+    limit: tuple[Cost, float] | None = None,
 ) -> PruningPlan:
-    """Choose the least important channels; ``model`` is not changed.
+    """Choose what to remove; ``model`` is not changed.
 
-    ``ratio`` is the share of channels to remove, of each group or (``ranking`` ``global``) of all
-    together; what is kept is rounded to the nearest multiple of ``round_to``, at least one.
-    Example: 64 channels, ratio 0.3, round_to 8 -> 44.8 -> 48 kept. Groups that end in an output of
-    the model, match a pattern in ``ignore``, hold a layer that cannot be cut (grouped convolution,
-    attention, recurrent), or without which the model does not run, stay whole.
+    With ``limit`` (cost, most) as little is removed as brings ``cost`` of the model down to ``most``;
+    else ``ratio`` says how much: example: 64 channels, ratio 0.3, round_to 8 -> 44.8 -> 48 kept.
+    ``share`` makes that the first of several steps (0.5: half of the way), ``widths`` are the channels
+    that the groups had before the first. ``data`` is for ``importance = "taylor"``.
 
-    Raises StageError where the model cannot be traced, a layer would be left empty, or nothing can
-    be pruned; StageOptionError for a pattern that matches no layer.
+    Groups that end in an output of the model, match a pattern in ``ignore``, hold a layer that cannot
+    be cut (recurrent, group norm), or without which the others compute something else, stay whole.
+    Raises StageError where the model cannot be traced, a layer would be left empty, nothing can be
+    pruned, or ``limit`` cannot be reached; StageOptionError for a pattern that matches no layer.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch-pruning warns of what is checked here
-        return _plan(copy.deepcopy(model).eval(), inputs, ratio, round_to, ranking, ignore)
-
-
-def _plan(
-    model: nn.Module,
-    inputs: Sequence[torch.Tensor],
-    ratio: float,
-    round_to: int,
-    ranking: str,
-    ignore: Sequence[str],
-) -> PruningPlan:
-    names = {module: name for name, module in model.named_modules()}
-    for pattern in ignore:
-        if not fnmatch.filter(names.values(), pattern):
-            raise StageOptionError(
-                f"prune: ignore pattern {pattern!r} matches no layer{near_miss(pattern, list(names.values()))}",
-                hint=f"layers: {', '.join(n for n in names.values() if n)}"[:500],
-            )
-    graph = _trace(model, inputs)
-    try:
-        groups, left_whole = _find_groups(graph, names, ignore)
-        kept = _channels_to_keep(groups, ratio=ratio, round_to=round_to, ranking=ranking)
-        cuts: dict[str, _Cuts] = {}
-        for group in groups:
-            count = len(group.importance)
-            if kept[group.name] >= count:
-                left_whole[group.name] = f"has {count} channels, to be rounded to {round_to}"
-                continue
-            # stable: of equal channels the first are removed, on every machine
-            chosen = torch.argsort(group.importance, stable=True)[: count - kept[group.name]]
-            cuts[group.name] = _cuts(graph, group.root, sorted(chosen.tolist()), names)
-    except (IndexError, KeyError, AssertionError, AttributeError, RuntimeError) as exc:
-        raise _cannot_trace(exc) from exc
-    expected = _shapes(model, inputs)
-    if cuts and _try_edits(model, inputs, _edits(cuts.values()), expected):
-        for name in list(cuts):  # some group cannot be cut: find out which
-            problem = _try_edits(model, inputs, _edits([cuts[name]]), expected)
-            if problem:
-                left_whole[name] = f"is needed whole: {problem}"
-                del cuts[name]
+        model = copy.deepcopy(model).eval()
+        _check_patterns(model, options)
+        model, opened = _with_plain_attention(model, inputs)
+        groups, left_whole = find_groups(model, inputs, ignore=options.ignore)
+        importance = _importances(model, groups, options, seed, data, left_whole)
+    groups = [group for group in groups if group.name in importance]
+    choice = _Choice(model, groups, importance, options, widths or {}, share)
+    kept = choice.by_ratio(options.removed_share) if limit is None else choice.by_cost(*limit)
+    for group in groups:
+        if kept[group.name] == group.units:
+            left_whole[group.name] = f"has {group.channels} channels, to be rounded to {options.multiple}"  # fmt: skip
     for name, reason in left_whole.items():
         log.info("%s is left whole: it %s", name, reason)
-    if not cuts:
+    cut = [group for group in groups if kept[group.name] < group.units]
+    if not cut:
         reasons = "; ".join(f"{name} {reason}" for name, reason in list(left_whole.items())[:4])
         raise StageError(
             f"no layer of this model can be pruned: {reasons or 'no convolution or linear layer'}",
@@ -126,151 +100,248 @@ def _plan(
             hint="lower round_to, raise ratio, or leave the stage out",
             code="nothing-to-prune",
         )
-    edits = _edits(cuts.values())
-    problem = _try_edits(model, inputs, edits, expected)
+    edits = choice.edits(kept)
+    problem = Proof(model, inputs).why_not_exact(edits)
     if problem:
         raise StageError(
-            f"the pruned model does not run: {problem}",
+            f"the pruned model is not exact: {problem}",
             stage=STAGE,
-            hint=f"keep some layers whole, like ignore = [{next(iter(cuts))!r}]",
+            hint=f"keep some layers whole, like ignore = [{cut[0].name!r}]",
+            code="not-exact",
         )
-    channels = {g.name: (len(g.importance), kept[g.name]) for g in groups if g.name in cuts}
-    return PruningPlan(tuple(edits), channels, left_whole)
-
-
-def _find_groups(
-    graph: Any, names: dict[nn.Module, str], ignore: Sequence[str]
-) -> tuple[list[_Group], dict[str, str]]:
-    """Groups that may be cut, and why the others may not."""
-    scorer = torch_pruning.importance.GroupMagnitudeImportance(p=2)
-    groups, left_whole = [], {}
-    for group in graph.get_all_groups(root_module_types=(_ConvNd, nn.Linear)):
-        reason = _why_whole(graph, group, names, ignore)
-        cut = {dep.target.module for dep, _ in group if graph.is_out_channel_pruning_fn(dep.handler)}  # fmt: skip
-        first = next(name for module, name in names.items() if module in cut)
-        if reason:
-            left_whole[first] = reason
-        else:
-            groups.append(_Group(first, group[0].dep.target.module, scorer(group)))
-    return groups, left_whole
-
-
-def _trace(model: nn.Module, inputs: Sequence[torch.Tensor]) -> Any:
-    for parameter in model.parameters():  # the graph is found by following gradients
-        parameter.requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            return torch_pruning.DependencyGraph().build_dependency(
-                model,
-                example_inputs=tuple(inputs),
-                output_transform=flatten_outputs,
-                verbose=False,
-            )
-    except Exception as exc:
-        raise _cannot_trace(exc) from exc
-
-
-def _cannot_trace(exc: Exception) -> StageError:
-    return StageError(
-        f"the dependencies between the layers cannot be traced: {type(exc).__name__}: {str(exc)[:300]}",
-        stage=STAGE,
-        hint="torch-pruning follows convolutions, linear and normalisation layers, but not recurrent ones or "
-        "shuffled channels; leave the stage out for this model",
-        code="cannot-trace",
+    touched = {edit["layer"] for edit in edits if "layer" in edit}
+    opened = [e for e in opened if any(name.startswith(e["layer"] + ".") for name in touched)]
+    return PruningPlan(
+        (*opened, *edits),
+        {g.name: (g.channels, kept[g.name] * g.size) for g in cut},
+        {g.name: (g.units, kept[g.name]) for g in cut if g.counts},
+        left_whole,
     )
 
 
-def _why_whole(
-    graph: Any, group: Any, names: dict[nn.Module, str], ignore: Sequence[str]
-) -> str:  # fmt: skip
-    """The reason why a group must keep all its channels, or an empty string."""
-    for dep, _ in group:
-        module = dep.target.module
-        cuts_outputs = graph.is_out_channel_pruning_fn(dep.handler)
-        if cuts_outputs and not dep.target.outputs:
-            return "makes an output of the model"
-        if isinstance(module, nn.Parameter) or module not in names:
-            continue
-        name = names[module]
-        if cuts_outputs and any(fnmatch.fnmatch(name, pattern) for pattern in ignore):
-            return f"is ignored: {name}"
-        grouped = isinstance(module, _ConvNd) and module.groups > 1 and not is_depthwise(module)
-        if grouped or isinstance(module, nn.GroupNorm) or not isinstance(module, PRUNABLE_LAYERS):
-            return f"goes with {name}, a {'grouped ' if grouped else ''}{type(module).__name__}"
-    return ""
+def _with_plain_attention(
+    model: nn.Module, inputs: Sequence[torch.Tensor]
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """The model with every ``nn.MultiheadAttention`` opened up, so that heads can be removed, and the
+    edits that do it; the model as it is where that would change what it computes."""
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    edits = [{"edit": "plain_attention", "layer": name} for name in layers]
+    if not edits:
+        return model, []
+    problem = Proof(model, inputs).why_not_exact(edits)
+    if problem:
+        log.info("attention heads are left alone: %s", problem)
+        return model, []
+    return apply_edits(model, edits), edits
 
 
-def _channels_to_keep(
-    groups: Sequence[_Group], *, ratio: float, round_to: int, ranking: str
-) -> dict[str, int]:
-    threshold = math.nan
-    if ranking == "global" and groups:
-        # importances are divided by their group's mean, so that groups compare
-        threshold = torch.cat([g.importance for g in groups]).quantile(ratio).item()
-    kept = {}
-    for group in groups:
-        count = len(group.importance)
-        wanted = count * (1 - ratio)
-        if ranking == "global":
-            wanted = float((group.importance > threshold).sum())
-        if wanted < 1:
+def _check_patterns(model: nn.Module, options: PruningOptions) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    for key, patterns in (("ignore", options.ignore), ("ratios", tuple(options.ratios))):
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise StageOptionError(
+                    f"prune: {key} pattern {pattern!r} matches no layer{near_miss(pattern, names)}",
+                    hint=f"layers: {', '.join(names)}"[:500],
+                )
+
+
+class _Choice:
+    """How many units of each group are kept, by name; the least important go first."""
+
+    def __init__(
+        self, model: nn.Module, groups: Sequence[Group], importance: Mapping[str, torch.Tensor],
+        options: PruningOptions, widths: Mapping[str, int], share: float,
+    ) -> None:  # fmt: skip
+        self.model, self.groups, self.importance, self.options = model, groups, importance, options
+        self.widths = {g.name: widths.get(g.name, g.channels) for g in groups}
+        self.share = share
+        # stable: of equal units the first are removed, on every machine
+        self.order = {n: torch.argsort(values, stable=True).tolist() for n, values in importance.items()}  # fmt: skip
+        self.own = {g.name: self._own_ratio(g) for g in groups}
+
+    def _own_ratio(self, group: Group) -> float | None:
+        for pattern, ratio in self.options.ratios.items():
+            if any(fnmatch.fnmatch(layer, pattern) for layer in group.layers):
+                return ratio
+        return None
+
+    def edits(self, kept: Mapping[str, int]) -> list[dict[str, Any]]:
+        gone = {g.name: self.order[g.name][: g.units - kept[g.name]] for g in self.groups}
+        return edits_for((group, gone[group.name]) for group in self.groups)
+
+    def step(self, group: Group) -> int:
+        """Units are kept in multiples of this."""
+        return 1 if group.counts else self.options.multiple // math.gcd(self.options.multiple, group.size)  # fmt: skip
+
+    def by_ratio(self, ratio: float, *, never_empty: bool = False) -> dict[str, int]:
+        threshold = math.nan
+        if self.options.ranking == "global":
+            threshold = self._threshold(ratio)
+        kept = {}
+        for group in self.groups:
+            name, step, own = group.name, self.step(group), self.own[group.name]
+            wanted = self.widths[name] * (1 - self.share * (ratio if own is None else own)) / group.size  # fmt: skip
+            if own is None and self.options.ranking == "global":
+                wanted = float((self.importance[name] > threshold).sum())
+            if wanted * group.size < 1 and not never_empty:
+                raise StageError(
+                    f"ratio {ratio if own is None else own:g} would leave layer {name!r} ({group.channels} channels) empty",
+                    stage=STAGE,
+                    hint=f'lower ratio, or ignore = ["{name}"]',
+                    code="layer-emptied",
+                )
+            kept[name] = min(group.units, max(step, round(wanted / step) * step))
+        return kept
+
+    def _threshold(self, ratio: float) -> float:
+        """The importance up to which units go, so that ``share`` of ``ratio`` of those there were is gone."""
+        ranked = [g for g in self.groups if self.own[g.name] is None]
+        if not ranked:
+            return math.nan
+        values = torch.cat([self.importance[g.name] for g in ranked]).sort().values
+        before = sum(self.widths[g.name] / g.size for g in ranked)
+        remove = round(self.share * ratio * before - (before - len(values)))
+        return values[min(remove, len(values)) - 1].item() if remove > 0 else -math.inf
+
+    def by_cost(self, cost: Cost, most: float) -> dict[str, int]:
+        """The largest choice that costs no more than ``most``.
+
+        Bisection finds the smallest ratio that does; since channels go in blocks, that may be well
+        below, so blocks are then given back, the most important first, while the cost allows it.
+        """
+
+        def price(kept: Mapping[str, int]) -> float:
+            return cost(apply_edits(copy.deepcopy(self.model), self.edits(kept)))
+
+        whole = {g.name: g.units for g in self.groups}
+        start = price(whole)
+        if start <= most:
             raise StageError(
-                f"ratio {ratio:g} would leave layer {group.name!r} ({count} channels) empty",
+                f"the model costs {start:.6g} already, no more than the target of {most:.6g}",
                 stage=STAGE,
-                hint=f'lower ratio, or ignore = ["{group.name}"]',
-                code="layer-emptied",
+                hint="lower the target, or leave the stage out",
+                code="nothing-to-prune",
             )
-        kept[group.name] = min(count, max(round_to, round(wanted / round_to) * round_to))
-    return kept
+        low, high = 0.0, 1.0
+        self.share = 1.0  # a step of several has its own `most`
+        kept = self.by_ratio(high, never_empty=True)
+        found = price(kept)
+        if found > most:
+            raise StageError(
+                f"the target of {most:.6g} cannot be reached: with {self.options.multiple} channels left in every "
+                f"layer that may be cut, the model still costs {found:.6g}",
+                stage=STAGE,
+                hint="lower round_to, ignore fewer layers, or raise the target",
+                code="target-unreachable",
+            )
+        above = {name: kept[name] if self.own[name] is not None else n for name, n in whole.items()}
+        if price(above) <= most:  # what `ratios` say is enough
+            return above
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            trial = self.by_ratio(middle, never_empty=True)
+            if trial == above or (trial != kept and price(trial) > most):
+                low, above = middle, trial
+            else:
+                high, kept = middle, trial
+        for group in sorted(self.groups, key=lambda g: self._worth(g, kept), reverse=True):
+            while kept[group.name] < above[group.name]:
+                more = min(above[group.name], kept[group.name] + self.step(group))
+                if price({**kept, group.name: more}) > most:
+                    break
+                kept[group.name] = more
+        return kept
+
+    def _worth(self, group: Group, kept: Mapping[str, int]) -> float:
+        """Mean importance of the block that would be given back."""
+        gone = self.order[group.name][: group.units - kept[group.name]][-self.step(group) :]
+        return self.importance[group.name][gone].mean().item() if gone else 0.0
 
 
-def _cuts(graph: Any, root: nn.Module, chosen: list[int], names: dict[nn.Module, str]) -> _Cuts:
-    """What to remove where, so that the ``chosen`` output channels of ``root`` are gone."""
-    prune_out: Callable[..., Any] = graph.get_pruner_of_module(root).prune_out_channels
-    cuts: _Cuts = {}
-    for dep, indices in graph.get_pruning_group(root, prune_out, chosen):
-        module = dep.target.module
-        if isinstance(module, nn.Parameter):
-            key = (graph._param_to_name[module], "", dep.target.pruning_dim)
-        elif module in names:
-            is_in = graph.is_in_channel_pruning_fn(
-                dep.handler
-            ) and not graph.is_out_channel_pruning_fn(dep.handler)
-            key = (names[module], "in" if is_in else "out", -1)
+def _importances(
+    model: nn.Module, groups: Sequence[Group], options: PruningOptions, seed: int,
+    data: TrainingSet | None, left_whole: dict[str, str],
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Importance (units,) of each group, divided by its mean, so that groups compare.
+
+    The scores of all weights that go with a unit, summed for each layer and averaged over layers
+    (DepGraph, eq. 5): their squares (``l2``), magnitudes (``l1``), or what the loss would change
+    without them (``taylor``); of batch norms alone (``batch_norm``: Liu et al. 2017, "Network
+    Slimming"); or numbers drawn from ``seed``.
+    """
+    scores = _scores(model, options, seed, data)
+    found = {}
+    for group in groups:
+        if options.importance == "random":
+            generator = torch.Generator().manual_seed(seed ^ zlib.crc32(group.name.encode()))
+            found[group.name] = torch.rand(group.units, generator=generator, dtype=torch.float64)
+            continue
+        total, layers = torch.zeros(group.units, dtype=torch.float64), 0
+        for (name, axis, _), places in group.places.items():
+            layer = model.get_submodule(name) if axis else None
+            score = scores.get(f"{name}.weight" if name else "weight")
+            if layer is None or score is None or score.numel() == 1:  # a PReLU's shared slope
+                continue
+            if options.importance == "batch_norm" and not isinstance(layer, _BatchNorm):
+                continue
+            channels = _by_channel(layer, score, axis)
+            indices, units = (torch.tensor(column) for column in zip(*places, strict=True))
+            total.index_add_(0, units, channels[indices])
+            layers += 1
+        if layers:
+            mean = total.mean()
+            found[group.name] = total / mean if mean > 0 else torch.ones_like(total)
         else:
-            continue  # an operation such as cat or flatten: nothing stored
-        cuts.setdefault(key, set()).update(indices)
-    return cuts
+            left_whole[group.name] = "has no batch norm to rank its channels by"
+    return found
 
 
-def _edits(groups: Iterable[_Cuts]) -> list[dict[str, Any]]:
-    """All indices are those of the unpruned model, so several groups' cuts of a layer are one edit."""
-    removed: _Cuts = {}
-    for cuts in groups:
-        for key, indices in cuts.items():
-            removed.setdefault(key, set()).update(indices)
-    return [
-        {"edit": "prune", "layer": name, "axis": axis, "remove": sorted(indices)}
-        if axis
-        else {"edit": "prune_parameter", "parameter": name, "dim": dim, "remove": sorted(indices)}
-        for (name, axis, dim), indices in removed.items()
-    ]
+def _by_channel(layer: nn.Module, score: torch.Tensor, axis: str) -> torch.Tensor:
+    """Scores like the weight of ``layer`` -> their sums (channels,) along an axis."""
+    if score.ndim == 1:  # batch norm, PReLU
+        return score
+    if isinstance(layer, nn.LayerNorm):
+        return score.flatten(0, -2).sum(0)
+    if isinstance(layer, nn.Embedding):
+        return score.sum(0)
+    transposed = isinstance(layer, _ConvTransposeNd)
+    # weight: (out, in/groups, *kernel); transposed: (in, out/groups, *kernel)
+    if axis == ("in" if transposed else "out") or is_depthwise(layer):
+        return score.flatten(1).sum(1)
+    groups = layer.groups if isinstance(layer, _ConvNd) else 1
+    blocks = score.reshape(groups, score.shape[0] // groups, score.shape[1], -1)
+    return blocks.sum((1, 3)).flatten()  # (groups, rows, share, kernel) -> (groups * share,)
 
 
-def _shapes(model: nn.Module, inputs: Sequence[torch.Tensor]) -> list[torch.Size]:
-    with torch.no_grad():
-        return [t.shape for t in flatten_outputs(model(*inputs))]
+def _scores(
+    model: nn.Module, options: PruningOptions, seed: int, data: TrainingSet | None
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """A score (double) for each weight of the model, by name."""
+    weights = {name: p.detach().double() for name, p in model.named_parameters()}
+    if options.importance == "taylor":
+        if data is None:
+            raise StageOptionError("prune: importance = 'taylor' needs data", hint='data = "train"')
+        return _taylor(model, data, options.samples, seed)
+    if options.importance == "l2":
+        return {name: weight.square() for name, weight in weights.items()}
+    return {name: weight.abs() for name, weight in weights.items()}
 
 
-def _try_edits(
-    model: nn.Module,
-    inputs: Sequence[torch.Tensor],
-    edits: list[dict[str, Any]],
-    expected: list[torch.Size],
-) -> str:
-    """Why a copy of the model with these edits is no working model, or an empty string."""
-    try:
-        shapes = _shapes(apply_edits(copy.deepcopy(model), edits), inputs)
-    except Exception as exc:  # noqa: BLE001 - whatever the user's forward raises is the answer
-        return f"{type(exc).__name__}: {str(exc).splitlines()[0][:200]}"
-    return "" if shapes == expected else f"outputs {shapes} instead of {expected}"
+def _taylor(
+    model: nn.Module, data: TrainingSet, samples: int, seed: int
+) -> dict[str, torch.Tensor]:
+    """(weight x gradient of the loss)^2, averaged over batches (Molchanov et al. 2019, eq. 8)."""
+    check_labels(model, data, "pruning", STAGE)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(data), generator=generator)[:samples]
+    parameters = dict(model.named_parameters())
+    total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
+    for start in range(0, len(rows), GRADIENT_BATCH):
+        inputs, target = data.batch(rows[start : start + GRADIENT_BATCH])
+        loss = functional.cross_entropy(call_model(model, inputs)[0], target)
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for (name, weight), gradient in zip(parameters.items(), gradients, strict=True):
+            if gradient is not None:
+                total[name] += (weight.detach().double() * gradient.double()).square()
+    return total

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from edgepipe.errors import ArtifactError, StageError, StageOptionError
+from edgepipe.pruning import PruningOptions
 from edgepipe.torch_ops.edits import apply_edits
 from edgepipe.torch_ops.prune import PruningPlan, plan_pruning
 from edgepipe.torch_ops.run import count_macs, same_outputs
@@ -56,8 +57,7 @@ def make(widths: tuple[int, int, int] = (8, 12, 16), *, residual: bool = True, c
 
 
 def plan(model: nn.Module, **options: Any) -> PruningPlan:
-    chosen = {"ratio": 0.5, "round_to": 1, "ranking": "layer", "ignore": (), **options}
-    return plan_pruning(model, INPUT, **chosen)
+    return plan_pruning(model, INPUT, PruningOptions(**{"round_to": 1, **options}))
 
 
 @settings(max_examples=25, deadline=None)
