@@ -172,7 +172,12 @@ class _Loop:
         after_step: Callable[[int, int], None] | None, device: torch.device, views: int,
     ) -> None:  # fmt: skip
         self.model, self.data, self.options, self.seed, self.stage = model, data, options, seed, stage  # fmt: skip
-        self.validation, self.after_step, self.device, self.views = validation, after_step, device, views
+        self.validation, self.after_step, self.device, self.views = (
+            validation,
+            after_step,
+            device,
+            views,
+        )
         self.objective = objective or cross_entropy(options.label_smoothing)
         self.extra = extra if extra is not None else nn.Module()
         check_labels(model, data, "training", stage)
@@ -214,7 +219,9 @@ class _Loop:
         while self.epoch <= options.epochs:
             self.model.train()
             order = torch.randperm(len(self.data), generator=self.generator(self.epoch))
-            variation = view(options.augment, len(self.data), seed=self.seed, number=self.view_number())
+            variation = view(
+                options.augment, len(self.data), seed=self.seed, number=self.view_number()
+            )
             while self.position < len(self.starts):
                 start = self.starts[self.position]
                 self.step(order[start : start + options.batch_size], variation)
