@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import json
 import logging
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ def noise_of(measured: Mapping[str, Measurement], *, now: datetime.datetime) -> 
     walls = _log_ratios(wall)
     cpus = _log_ratios(measured["latency_ratio_cpu"]) if "latency_ratio_cpu" in measured else []
     for values in (walls, cpus or walls):
-        if len(values) < min(stats.LOOKS) or not all(map(_is_finite, values)):
+        if len(values) < min(stats.LOOKS) or not all(map(math.isfinite, values)):
             causes = ", ".join(sorted(set(wall.excluded.values()))) or "its clock is too coarse"
             raise NotStable(
                 f"{len(values)} of {len(wall.samples)} sessions count on {wall.context.get('device')}: {causes}",
@@ -110,10 +111,6 @@ def noise_of(measured: Mapping[str, Measurement], *, now: datetime.datetime) -> 
 
 def _log_ratios(ratios: Measurement) -> list[float]:
     return [stats.session_log_ratio(s) for s in ratios.valid_sessions]
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0
 
 
 def detectable(deviation: float, tolerance: float) -> tuple[tuple[int, float], ...]:

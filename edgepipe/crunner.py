@@ -41,13 +41,13 @@ from edgepipe.job import (
     OPTIONAL,
     BoardJob,
     Outcome,
-    Session,
     bad_answer,
     line_problem,
     parse_object,
 )
 from edgepipe.payload import Payload
 from edgepipe.resources import target_dir
+from edgepipe.sessions import Session
 
 log = logging.getLogger(__name__)
 
@@ -343,8 +343,7 @@ class CRunnerJob(BoardJob):
         has, needs = facts["device"]["glibc"], library.get("glibc")
         if needs and (has is None or _numbers(has) < _numbers(needs)):
             self._raise_for(69, "no-runtime", f"the library needs glibc {needs}, this board has {has}", None)  # fmt: skip
-        device, parent = self.device, self.job_dir
-        device.run(["mkdir", "-p", parent], timeout_s=COMMAND_TIMEOUT_S)
+        self.device.run(["mkdir", "-p", self.job_dir], timeout_s=COMMAND_TIMEOUT_S)
         answer = self._call({"tag": "self-test", "kind": "self-test", "arms": []})
         if answer["code"] == 124:
             raise self._over_budget("in the self-test of the runtime")

@@ -28,6 +28,7 @@ from edgepipe.errors import (
     TransferError,
 )
 from edgepipe.payload import Payload
+from edgepipe.sessions import Session
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +48,6 @@ MAX_REBOOTS = 1
 ENDED = ("done", "failed")
 # Kinds of session that not every board or backend can do, which says nothing of the model.
 OPTIONAL = ("ops", "energy")
-
-Session = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)

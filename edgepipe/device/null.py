@@ -27,13 +27,11 @@ SCHEMA = 2
 HOME = "/home/null"
 # What the board calls its processor: it stands for the board of any profile.
 MACHINE = "any"
-_EPOCH_S = (
-    1_767_225_600.0  # 2026-01-01: a fixed one, so that a record depends on nothing but its scenario
-)
+# 2026-01-01: a fixed one, so that a record depends on nothing but its scenario
+_EPOCH_S = 1_767_225_600.0
 _BOOT_S = 1000.0  # age of the board when it is opened
 _REBOOT_S = 20.0
 _BROKEN_LINK_S = 2.0
-HOT_C = 95.0
 _FREE_BYTES = 8_000_000_000
 _MAX_RETRIES = 2
 _SESSION_KINDS = ("latency", "memory", "outputs", "ops", "sustained", "energy")
@@ -320,7 +318,7 @@ class NullDevice:
             if limit_c is not None and self._strikes("too-hot", "", 0):
                 self._note(job, phase="cooling")
                 yield float(description["cool_down_s"])
-                raise _Stop(78, "too-hot", f"the board is at {HOT_C} C after {description['cool_down_s']:.0f} s, measuring starts below {limit_c:g} C")  # fmt: skip
+                raise _Stop(78, "too-hot", f"the board is at {null_sessions.HOT_C} C after {description['cool_down_s']:.0f} s, measuring starts below {limit_c:g} C")  # fmt: skip
             self._note(job, phase="running", tag=entry["tag"])
             yield from self._run_session(job, job_dir, entry, deadline_s)
             if entry["tag"] not in job.finished:  # somebody killed the worker

@@ -236,8 +236,8 @@ def test_a_board_that_throttles_says_so_in_that_latency_session_alone(folder: Pa
 def test_a_fast_model_is_measured_in_batches(folder: Path) -> None:
     (found,) = sessions("null://quiet?latency=25us", folder, [LATENCY])
     arm = found["data"]["arms"]["model"]
-    assert arm["inner_loops"] == 40
-    assert statistics.median(arm["cpu_ns"]) == pytest.approx(40 * 25_000, rel=0.05)
+    assert arm["inner_loops"] == 10
+    assert statistics.median(arm["cpu_ns"]) == pytest.approx(10 * 25_000, rel=0.05)
 
 
 def test_memory_grows_by_what_the_scenario_says(folder: Path) -> None:
