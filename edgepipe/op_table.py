@@ -149,7 +149,7 @@ def estimate(ops: Sequence[Op], table: OpTable) -> Estimate:
     """Predict the latency of a model of these operators.
 
     An operator whose kind or dtype the table lacks is priced by the nearest that it has (the kind in
-    the other dtype), and named. Raises RequestError for a table without any cost.
+    the other dtype, or by its bytes), and named. Raises RequestError for a table without any cost.
     """
     if not table.costs:
         raise RequestError(f"the operator table of {table.profile} is empty", hint=_CALIBRATE.format(table.profile))  # fmt: skip
@@ -181,7 +181,7 @@ def _cost_of(op: Op, table: OpTable) -> tuple[OpCost, bool]:
         return OpCost(op_s=0.0, mac_s=0.0, byte_s=0.0), False
     known = op.kind in COST_KINDS
     kind = op.kind if known else "copy"
-    for wanted in (f"{kind} {op.dtype}", f"{kind} int8", f"{kind} float32"):
+    for wanted in (f"{kind} {op.dtype}", f"{kind} float32", f"{kind} int8"):
         if wanted in table.costs:
             return table.costs[wanted], not known or wanted != f"{kind} {op.dtype}"
     # every kind is made of moving bytes and multiplying: take the dearest that is known
@@ -250,6 +250,8 @@ def op_of_operator(operator: Operator, graph: Subgraph) -> Op:
     if macs and output is not None:
         moved = sum(t.size_bytes for t in tensors.values() if t.is_constant) + output.size_bytes
     dtype = "int8" if output is not None and not output.is_float else "float32"
+    if macs and dtype == "float32" and weights is not None and weights.dtype == "int8":
+        dtype = "dynamic"  # quantised at every call: no kernel of either kind
     return Op(operator.name, kind, dtype, macs, moved, channels)
 
 

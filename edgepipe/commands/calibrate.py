@@ -17,6 +17,7 @@ from edgepipe.commands.on_device import (
 
 if TYPE_CHECKING:
     from edgepipe.calibration import Noise
+    from edgepipe.op_table import OpTable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "on verdicts on that board quote it, for 30 days.\n\n"
         "  edgepipe calibrate --device ssh://pi@raspberrypi --profile rpi4b_4gb\n"
         "  edgepipe calibrate model.tflite --threads 4\n\n"
+        "With --ops, find out instead what operators cost there: latencies on that board are then\n"
+        "predicted from measurements (`edgepipe inspect --profile`, prune to a latency), not guessed.\n\n"
+        "  edgepipe calibrate --ops --device ssh://pi@raspberrypi --profile rpi4b_4gb\n\n"
         "exit code 3: the model seems to differ from itself, so no verdict of this board can be trusted"
     )
     parser.add_argument("model", type=Path, nargs="?", help="the model, a .tflite file (default: an int8 network of the cost of MobileNetV2)")  # fmt: skip
+    parser.add_argument(
+        "--ops", action="store_true", help="time operators of every kind: some five minutes"
+    )
     add_device_arguments(parser)
 
 
@@ -39,6 +46,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from edgepipe.errors import EXIT_NOT_READY, EXIT_PASS
     from edgepipe.gate import Status, decide_sessions
 
+    if args.ops:
+        return _time_operators(args, out)
     options, target = measure_options(args, command="calibrate"), find_target(args)
     with tempfile.TemporaryDirectory(prefix="edgepipe-") as folder:
         path = args.model
@@ -61,6 +70,47 @@ def run(args: argparse.Namespace, out: Output) -> int:
     table = {c: detectable(sd, options.tolerance) for c, sd in _deviations(noise).items()}
     out.json({"noise": dataclasses.asdict(noise), "path": str(saved), "tolerance": options.tolerance, "detectable": table, "agrees_with_itself": same})  # fmt: skip
     return EXIT_PASS if same else EXIT_NOT_READY
+
+
+def _time_operators(args: argparse.Namespace, out: Output) -> int:
+    import dataclasses
+
+    from edgepipe.errors import EXIT_PASS, RequestError
+    from edgepipe.op_table import save_op_table
+    from edgepipe.op_timing import SESSION, time_operators
+
+    if args.model is not None:
+        raise RequestError("--ops times models of its own, not yours", hint="leave the model out", code="bad-usage")  # fmt: skip
+    short = {name: value for name, value in SESSION.items() if getattr(args, name, None) is None}
+    options, target = measure_options(args, command="calibrate", **short), find_target(args)
+    with opened(target) as device:
+        table = time_operators(device, target.profile, options)
+    saved = save_op_table(Path(args.store), target.profile, table)
+    out.text(render_costs(table, title=f"{target.profile.name} ({target.address})"))
+    out.text(f"kept in {saved}")
+    out.json({"op_table": dataclasses.asdict(table), "path": str(saved)})
+    return EXIT_PASS
+
+
+def render_costs(table: OpTable, *, title: str) -> str:
+    """What operators cost, for people: rates rather than seconds per MAC."""
+    from edgepipe.report import Table, text_table
+    from edgepipe.units import format_seconds, format_value
+
+    rows = []
+    for name, cost in table.costs.items():
+        tile = "-" if cost.tile == (1, 1) else f"{cost.tile[0]} -> {cost.tile[1]}"
+        rows.append((
+            name, format_seconds(cost.op_s), f"{1e-9 / cost.mac_s:.3g}" if cost.mac_s else "-",
+            f"{1e-9 / cost.byte_s:.3g}" if cost.byte_s else "-", tile, format_value(cost.error, "ratio"),
+        ))  # fmt: skip
+    header = ("operators", "each", "10^9 MAC/s", "GB/s", "whole channels", "error")
+    head = f"Operators of {title}: {table.threads} thread(s), {format_seconds(table.invoke_s)} beside them"  # fmt: skip
+    note = (
+        'The last columns: channels (in -> out) that kernels work on at once, a "-" where they make no '
+        "difference; and how far each model is off when it is predicted from the others (median)."
+    )
+    return f"{text_table(Table(head, header, tuple(rows)))}\n{note}"
 
 
 def _deviations(noise: Noise) -> dict[str, float]:

@@ -102,6 +102,92 @@ def _quantized(
     return tensor
 
 
+def op_chain_tflite(
+    kind: str, *, dtype: str = "int8", size: int = 1, channels: tuple[int, int] = (8, 8),
+    repeats: int = 8, seed: int = 0,
+) -> bytes:  # fmt: skip
+    """``repeats`` operators of one kind, to find out what one costs, as file bytes.
+
+    ``kind`` is one of `op_table.COST_KINDS`: ``conv`` (3x3), ``pointwise``, ``depthwise`` (3x3) and
+    ``dense`` go from ``channels[0]`` to ``channels[1]`` channels and back (a depthwise one keeps
+    the first), ``elementwise`` (ADD) and ``activation`` (HARD_SWISH) follow one another; ``pool``
+    (global AVERAGE_POOL_2D) and ``copy`` (CONCATENATION) lie side by side, each an output. Input
+    ``x`` is (1, size, size, channels[0]), of a dense one (1, channels[0]); ``dtype`` is int8 or float32.
+    """
+    generator = np.random.default_rng(seed)
+    scale = 1 / 32
+    graph, buffers = schema.SubGraphT(), [_buffer(None)]
+    graph.tensors, graph.operators = [], []
+
+    def add(name: str, shape: tuple[int, ...], values: np.ndarray | None = None, scales: tuple[float, ...] = (scale,), axis: int = 0) -> int:  # fmt: skip
+        tensor = _tensor(name, shape, 0)
+        if values is not None:
+            buffers.append(schema.BufferT())
+            buffers[-1].data = np.frombuffer(values.tobytes(), np.uint8)
+            tensor.buffer = len(buffers) - 1
+        if dtype == "int8":
+            integers = schema.TensorType.INT32 if values is not None and values.dtype == np.int32 else schema.TensorType.INT8  # fmt: skip
+            _quantized(tensor, list(scales), integers)
+            tensor.quantization.quantizedDimension = axis
+        graph.tensors.append(tensor)
+        return len(graph.tensors) - 1
+
+    def weighted(number: int, inside: int, out: int) -> list[int]:
+        """The tensor numbers of new random weights and biases."""
+        shape, axis, fan_in = {
+            "conv": ((out, 3, 3, inside), 0, 9 * inside),
+            "pointwise": ((out, 1, 1, inside), 0, inside),
+            "depthwise": ((1, 3, 3, out), 3, 9),
+            "dense": ((out, inside), 0, inside),
+        }[kind]
+        deviation = 1 / fan_in**0.5  # so that the values keep their size
+        weights = generator.normal(0, deviation, shape).astype(np.float32)
+        scales: tuple[float, ...] = (4 * deviation / 127,) * (1 if kind == "dense" else out)
+        bias = np.zeros(out, np.float32)
+        if dtype == "int8":
+            weights = np.round(weights / scales[0]).clip(-127, 127).astype(np.int8)
+            bias = bias.astype(np.int32)
+        return [
+            add(f"weight{number}", shape, weights, scales, axis),
+            add(f"bias{number}", (out,), bias, tuple(scale * s for s in scales)),
+        ]
+
+    spatial = (1,) if kind == "dense" else (1, size, size)
+    source = first = add("x", (*spatial, channels[0]))
+    graph.inputs, graph.outputs = [first], []
+    for number in range(repeats):
+        inside, out = channels if number % 2 == 0 else channels[::-1]
+        if kind == "depthwise":
+            inside = out = channels[0]
+        if kind in ("conv", "pointwise", "depthwise", "dense"):
+            inputs = [source, *weighted(number, inside, out)]
+            source = add(f"h{number}", (*spatial, out))
+            code, options, fields = {
+                "depthwise": ("DEPTHWISE_CONV_2D", "DepthwiseConv2DOptions", {"strideH": 1, "strideW": 1, "depthMultiplier": 1}),
+                "dense": ("FULLY_CONNECTED", "FullyConnectedOptions", {}),
+            }.get(kind, ("CONV_2D", "Conv2DOptions", {"strideH": 1, "strideW": 1}))  # fmt: skip
+            graph.operators.append(_operator(code, inputs, [source], options, **fields))
+        elif kind in ("elementwise", "activation"):
+            before, source = source, add(f"h{number}", (*spatial, channels[0]))
+            if kind == "elementwise":
+                graph.operators.append(_operator("ADD", [before, first], [source], "AddOptions"))
+            else:
+                graph.operators.append(_operator("HARD_SWISH", [before], [source], "HardSwishOptions"))  # fmt: skip
+        elif kind == "pool":
+            whole = {"filterHeight": size, "filterWidth": size, "strideH": 1, "strideW": 1, "padding": schema.Padding.VALID}  # fmt: skip
+            made = add(f"h{number}", (1, 1, 1, channels[0]))
+            graph.operators.append(_operator("AVERAGE_POOL_2D", [first], [made], "Pool2DOptions", **whole))  # fmt: skip
+            graph.outputs.append(made)
+        elif kind == "copy":
+            made = add(f"h{number}", (*spatial, 2 * channels[0]))
+            graph.operators.append(_operator("CONCATENATION", [first, first], [made], "ConcatenationOptions", axis=len(spatial)))  # fmt: skip
+            graph.outputs.append(made)
+        else:
+            raise ValueError(f"no operators of kind {kind!r}")
+    graph.outputs = graph.outputs or [source]
+    return _pack([graph], buffers)
+
+
 def crashing_tflite() -> bytes:
     """A valid flatbuffer that kills the process that loads it: a branch that leads to itself.
 

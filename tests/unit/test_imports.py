@@ -31,7 +31,7 @@ ALLOWED = {
 LAYERS = (
     ("edgepipe.cli", "edgepipe.commands", "edgepipe.__main__"),
     ("edgepipe.pipeline", "edgepipe.judge", "edgepipe.report", "edgepipe.ci_output", "edgepipe.recipe", "edgepipe.adhoc"),
-    ("edgepipe.bench", "edgepipe.evaluate", "edgepipe.inventory", "edgepipe.baseline", "edgepipe.explain", "edgepipe.calibration", "edgepipe.testing", "edgepipe.probe"),
+    ("edgepipe.bench", "edgepipe.evaluate", "edgepipe.inventory", "edgepipe.baseline", "edgepipe.explain", "edgepipe.calibration", "edgepipe.op_timing", "edgepipe.testing", "edgepipe.probe"),
     ("edgepipe.stages", "edgepipe.device", "edgepipe.store", "edgepipe.runtime", "edgepipe.parity", "edgepipe.payload", "edgepipe.job", "edgepipe.crunner", "edgepipe.op_table"),
     ("edgepipe.predict", "edgepipe.toolchain", "edgepipe.toolchains"),
     ("edgepipe.torch_ops", "edgepipe.tflite_ops"),
