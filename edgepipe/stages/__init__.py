@@ -8,6 +8,7 @@ from edgepipe.stage import Stage
 
 STAGES: dict[str, tuple[str, str]] = {
     "finetune": ("edgepipe.stages.finetune", "Finetune"),
+    "distill": ("edgepipe.stages.distill", "Distill"),
     "prune": ("edgepipe.stages.prune", "Prune"),
     "low_rank": ("edgepipe.stages.low_rank", "LowRank"),
     "sparsify": ("edgepipe.stages.sparsify", "Sparsify"),
