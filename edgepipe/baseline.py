@@ -127,6 +127,11 @@ def device_context(measurements: Mapping[str, Measurement]) -> Mapping[str, Any]
     return next((m.context for m in measurements.values() if "runtime" in m.context), {})
 
 
+def _measured_beside(measurements: Mapping[str, Measurement]) -> set[str]:
+    """The sha256 of every model that measurements were taken beside."""
+    return {str(m.context["baseline_sha256"]) for m in measurements.values() if "baseline_sha256" in m.context}  # fmt: skip
+
+
 def model_inputs(model: Artifact) -> list[dict[str, Any]]:
     """What a model is fed, as far as two models must agree to be measured side by side."""
     return [{"name": s.name, "shape": list(s.shape), "dtype": s.dtype} for s in model.inputs]
@@ -178,6 +183,11 @@ def refuse_incomparable(
             why[device.device] = (
                 "there is no baseline on this profile",
                 "promote a run that may be one: edgepipe gate --promote",
+            )
+        elif others := _measured_beside(device.measurements) - {beside}:
+            why[device.device] = (
+                f"figures of other measurements are among these: beside the model {min(others)[:12]}, the run says {beside[:12] or 'none'}",
+                "run the recipe again",
             )
         elif found.run == run_id and beside:
             continue

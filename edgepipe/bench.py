@@ -130,11 +130,12 @@ class MeasureOptions:
                 f"sessions = {self.sessions}, memory_sessions = {self.memory_sessions}: "
                 "sessions is 1 or more, memory_sessions 0 or more"
             )
-        if self.max_sessions < 1 or self.evaluate_samples < 0 or not 0 < self.tolerance <= 1:
-            problems.append(
-                f"max_sessions = {self.max_sessions}, evaluate_samples = {self.evaluate_samples}, "
-                f"tolerance = {self.tolerance:g}: they are 1 or more, 0 or more, and above 0 up to 100 %"
-            )
+        if self.max_sessions < 1:
+            problems.append(f"max_sessions = {self.max_sessions} is not 1 or more")
+        if self.evaluate_samples < 0:
+            problems.append(f"evaluate_samples = {self.evaluate_samples} is not 0 or more")
+        if not 0 < self.tolerance <= 1:
+            problems.append(f"tolerance = {100 * self.tolerance:g} % is not above 0 % up to 100 %")
         if not 0 <= self.threads <= MAX_CPUS:
             problems.append(f"threads = {self.threads} is not 0 to {MAX_CPUS}")
         if not all(0 <= cpu < MAX_CPUS for cpu in self.affinity):
@@ -212,7 +213,7 @@ def measure(
     link = RetryingDevice(device, deadline_s=time.monotonic() + budget_s + COMMAND_TIMEOUT_S)
     board = _prepare_board(link, profile)
     facts = board.facts()
-    _check_machine(facts["device"], profile, link)
+    check_board(facts["device"], profile, link.address)
     if encoded is not None:
         from edgepipe.evaluate import check_fits
 
@@ -326,14 +327,24 @@ def _prepare_board(device: Device, profile: DeviceProfile) -> _Board:
     return _Board(device, work_dir, push_payload(device, profile.target, work_dir))
 
 
-def _check_machine(facts: Mapping[str, Any], profile: DeviceProfile, device: Device) -> None:
+def check_board(facts: Mapping[str, Any], profile: DeviceProfile, address: str) -> None:
+    """Refuse a board of another kind than the profile's. Raises ProfileError (``wrong-profile``)."""
     machine = facts.get("machine")
     # "any" of a profile fits every board; a null device says it, too, and fits every profile
     if "any" not in (profile.machine, machine) and machine != profile.machine:
         raise ProfileError(
-            f"{device.address} runs {machine} programs, profile {profile.name} describes a "
+            f"{address} runs {machine} programs, profile {profile.name} describes a "
             f"{profile.machine} board",
             hint="choose the profile of this board with --profile; `edgepipe devices list` shows them",
+            code="wrong-profile",
+        )
+    # a board that names itself must be of the profile's kind, or its figures would pass for those of
+    # another ("Raspberry Pi 4 Model B Rev 1.5" is a "Raspberry Pi 4 Model B")
+    model = str(facts.get("model") or "").split(" Rev ")[0]
+    if machine != "any" and profile.model != "any" and model and model != profile.model:
+        raise ProfileError(
+            f"{address} is a {model}, profile {profile.name} describes a {profile.model}",
+            hint="choose the profile of this board with --profile, or write one: edgepipe probe ADDRESS --write NAME",
             code="wrong-profile",
         )
 

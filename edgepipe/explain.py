@@ -16,6 +16,9 @@ from edgepipe.gate import Gate, Status, Verdict
 from edgepipe.measurement import Measurement
 from edgepipe.units import format_bytes, format_seconds
 
+# The LiteRT profiler counts whole microseconds, so that below so much no operator can be told
+# from another (each of a few dozen may be off by half of one).
+GRAIN_S, TOO_FAST_S = 1e-6, 50e-6
 SHOWN = 5  # lines of one kind; who wants all finds them in the record
 # What a process does up to each reading of its memory (targets/linux/worker.py, work_memory).
 MEMORY_STAGES = {
@@ -32,6 +35,7 @@ MEMORY_QUANTITIES = {
 # What to do about the causes that exclude sessions (bench.DISQUALIFYING).
 REMEDIES = {
     "throttled": "the board throttled: cool it (heat sink, fan), check its power supply, or measure shorter sessions",
+    "under-voltage": "the board's supply voltage dropped: use the power supply and cable its maker recommends",
     "swap-in": "the board swapped: stop what else uses its memory",
     "reboot": "the board rebooted: check its power supply",
     "clock jump": "the board's clock was set in mid-run: wait for its time synchronisation to settle",
@@ -46,7 +50,9 @@ def explain(gate: Gate, verdict: Verdict, measurements: Mapping[str, Measurement
         if gate.scope == "model":
             return ()
         timing = verdict.gate in ("latency", "slowdown")
-        return (*why_unfit(measurements), *(what_to_change(measurements) if timing else ()))
+        # one without a value lacks evidence, which no quieter device would give
+        undecided = timing and verdict.value is not None
+        return (*why_unfit(measurements), *(what_to_change(measurements) if undecided else ()))
     name = verdict.gate
     if name == "slowdown":
         return ops_that_grew(measurements) or most_expensive_ops(measurements)
@@ -134,7 +140,11 @@ def ops_that_grew(measurements: Mapping[str, Measurement]) -> tuple[str, ...]:
     changed = match_ops(base, candidate)
     total = sum(op.growth_s for op in changed)
     before, after = (sum(float(op["seconds"]) for op in ops) for ops in (base, candidate))
-    grew = sorted((op for op in changed if op.growth_s > 0), key=lambda op: -op.growth_s)[:SHOWN]
+    grew = sorted((op for op in changed if op.growth_s > GRAIN_S / 2), key=lambda op: -op.growth_s)[
+        :SHOWN
+    ]
+    if max(before, after) < TOO_FAST_S:
+        return (_too_fast(max(before, after)),)
     lines = [f"all ops together: {format_seconds(before)} -> {format_seconds(after)} ({_signed(total)})"]  # fmt: skip
     for op in grew:
         if op.base_index is None:
@@ -149,8 +159,10 @@ def most_expensive_ops(measurements: Mapping[str, Measurement]) -> tuple[str, ..
     """The ops that cost most, with their share of all."""
     ops = _ops(measurements, "op_time")
     total = sum(float(op["seconds"]) for op in ops)
-    if not total:
+    if not ops:
         return ()
+    if total < TOO_FAST_S:
+        return (_too_fast(total),)
     first = sorted(ops, key=lambda op: -float(op["seconds"]))[:SHOWN]
     lines = [f"op {op['index']} {op['name']}: {format_seconds(float(op['seconds']))} ({float(op['seconds']) / total:.0%} of all ops)" for op in first]  # fmt: skip
     on_builtin = [op for op in ops if op.get("where") == "builtin"]
@@ -163,6 +175,10 @@ def most_expensive_ops(measurements: Mapping[str, Measurement]) -> tuple[str, ..
 def _ops(measurements: Mapping[str, Measurement], metric: str) -> Sequence[Mapping[str, Any]]:
     found = measurements.get(metric)
     return found.context.get("ops") or () if found else ()
+
+
+def _too_fast(seconds: float) -> str:
+    return f"no operator can be told from another: the profiler counts whole microseconds, and all together they take {f'{seconds * 1e6:.0f} us' if seconds >= GRAIN_S else 'less than one'}"  # fmt: skip
 
 
 def _signed(seconds: float) -> str:
@@ -280,7 +296,7 @@ def what_to_change(measurements: Mapping[str, Measurement]) -> tuple[str, ...]:
         spread = _session_spread(timed)
         size = f"{len(timed.valid_sessions)} sessions of {min(map(len, timed.valid_sessions))} samples"  # fmt: skip
         apart = f" whose medians lie {spread:.1%} apart" if spread else ""
-        lines.append(f"there are {size}{apart}: more or longer ones tell more ([measure] sessions, session)")  # fmt: skip
+        lines.append(f"there are {size}{apart}: more or longer ones tell more")  # fmt: skip
     return tuple(lines)
 
 

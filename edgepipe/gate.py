@@ -84,6 +84,9 @@ def _evidence(
         return inconclusive(f"{metric} was recorded without {', '.join(missing)}")
     if found.context["model_sha256"] != evidence.model_sha256:
         return inconclusive(f"{metric} was measured on another model file")
+    profile = found.context.get("profile", evidence.device)
+    if evidence.device and profile != evidence.device:
+        return inconclusive(f"{metric} was measured on {profile}, not on {evidence.device}")
     if found.context.get("emulated") and metric.startswith(("latency", "load", "first")):
         return inconclusive(f"{metric} was measured on an emulated device")
     if len(found.valid_sessions) * 2 < len(found.samples) or not found.valid_sessions:
@@ -151,6 +154,9 @@ class LatencyGate:
         size = f"{len(sessions)} sessions, n >= {n}"
 
         details: tuple[str, ...] = ()
+        batch = max((s.get("inner_loops") or 1 for s in found.context.get("sessions") or ()), default=1)  # fmt: skip
+        if batch > 1:
+            size += f", each the mean of {batch} inferences"
 
         def verdict(status: Status, reason: str) -> Verdict:
             return Verdict(self.name, status, reason, evidence.device, value, self.max, "s", details)  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,16 +55,27 @@ def measurement_to_dict(measurement: Measurement) -> dict[str, Any]:
 
 
 def measurement_from_dict(data: Mapping[str, Any]) -> Measurement:
-    """Inverse of `measurement_to_dict`. Refuses data of a newer schema."""
+    """Inverse of `measurement_to_dict`. Refuses data of a newer schema.
+
+    Raises ValueError or TypeError for samples that no device can have given: no numbers, or NaN,
+    or a time below 0.
+    """
     if data.get("schema", 0) > SCHEMA:
         raise RequestError(
             f"measurement has schema {data['schema']}, this edgepipe reads up to {SCHEMA}",
             hint="upgrade edgepipe",
         )
+    samples = tuple(tuple(s) for s in data["samples"])
+    for sample in itertools.chain.from_iterable(samples):
+        if not isinstance(sample, int | float):
+            raise TypeError(f"{sample!r} is no sample of {data['metric']}")
+        # NaN is not equal to itself
+        if sample != sample or (data["unit"] == "s" and not 0 <= sample < math.inf):
+            raise ValueError(f"{sample} {data['unit']} is no sample of {data['metric']}")
     return Measurement(
         metric=data["metric"],
         unit=data["unit"],
-        samples=tuple(tuple(s) for s in data["samples"]),
+        samples=samples,
         warmups=tuple(tuple(s) for s in data["warmups"]),
         excluded={int(k): v for k, v in data["excluded"].items()},
         context=data["context"],

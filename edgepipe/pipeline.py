@@ -481,6 +481,7 @@ def _measure(
         [
             *_identity(recipe, models[0], shipped, models[recipe.reference_stage]),
             target.address,
+            _this_machine() if target.address == "local" else "",
             repr(target.profile),
             hash_path(target_dir(target.profile.target)),
             *_evaluation_identity(recipe),
@@ -515,6 +516,11 @@ def _measure(
     name = f"measure on {target.profile.name} ({target.address})"
     found = _measuring_step(steps, name, key, make, is_fresh)
     return {m.metric: m for m in quote_noise(steps.store.root, tuple(found.values()))}
+
+
+def _this_machine() -> str:
+    """What tells this machine since its start from any other: a store may be carried around, by CI say."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
 
 
 def _measure_options(recipe: Recipe) -> bench.MeasureOptions:

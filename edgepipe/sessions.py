@@ -28,6 +28,7 @@ DISQUALIFYING = {
     "clock_jump": "clock jump",
     "swapped_in": "swap-in",
     "rebooted": "reboot",
+    "under_voltage": "under-voltage",  # for which the firmware slows the clock down
 }
 MEMORY = ("memory_anon", "memory_file", "memory_peak")
 

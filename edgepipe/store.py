@@ -26,6 +26,7 @@ from typing import IO, Any
 
 from edgepipe.errors import RequestError
 from edgepipe.measurement import Measurement, measurement_from_dict, measurement_to_dict
+from edgepipe.metrics import METRICS
 
 log = logging.getLogger(__name__)
 
@@ -240,6 +241,8 @@ class Run:
             try:
                 data = json.loads(path.read_text(encoding="utf-8"))
                 found[path.stem] = measurement_from_dict(data)
+                if (data["metric"], data["unit"]) != (path.stem, METRICS[path.stem].unit):
+                    raise ValueError(f"it holds {data['metric']} in {data['unit']!r}")
             except (ValueError, KeyError, TypeError, AttributeError) as exc:
                 raise RequestError(
                     f"{path} is no record of a measurement: {type(exc).__name__}: {exc}",

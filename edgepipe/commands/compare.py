@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("candidate", type=Path, help="the model to judge, a .tflite file with the same inputs")  # fmt: skip
     add_device_arguments(parser)
     parser.add_argument("--tolerance", metavar="RATIO", help='how much slower it may be (default: "3 %%")')  # fmt: skip
-    parser.add_argument("--max-sessions", type=int, metavar="N", help="give up after so many latency sessions (default: 12)")  # fmt: skip
+    parser.add_argument("--max-sessions", type=int, metavar="N", help="give up after so many latency sessions, 3 at least (default: 12)")  # fmt: skip
     add_samples_argument(parser)
 
 
@@ -110,8 +110,12 @@ def render(verdicts: Sequence[Verdict], measured: Mapping[str, Measurement]) -> 
 
     lines = []
     for verdict in verdicts:
-        is_ratio = verdict.gate == "slowdown" and verdict.value is not None
-        lines.append(f"{verdict.status.value}: {'candidate is ' if is_ratio else ''}{verdict.reason}")  # fmt: skip
+        what = ""
+        if verdict.gate == "slowdown" and verdict.value is not None:
+            what = "candidate is "
+        elif verdict.gate == "runs_on_device":
+            what = "candidate does not run on the device: "
+        lines.append(f"{verdict.status.value}: {what}{verdict.reason}")
         lines += [f"  {line}" for line in verdict.details]
         if verdict.gate == "slowdown" and verdict.status != "FAIL":  # which explains itself by them
             ops = ops_that_grew(measured)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """Which device, and how to measure there."""
-    parser.add_argument("--device", metavar="ADDRESS", help="where to measure: local or ssh://user@host[:port] (default: local, or the profile's from edgepipe.local.toml)")  # fmt: skip
+    parser.add_argument("--device", metavar="ADDRESS", help="where to measure: local, ssh://user@host[:port], or null://quiet for a simulated board (default: local, or the profile's from edgepipe.local.toml)")  # fmt: skip
     parser.add_argument("--profile", metavar="NAME", help="device profile that describes it (default: localhost)")  # fmt: skip
     parser.add_argument("--threads", type=int, metavar="N", help="threads of the runtime (default: the profile's)")  # fmt: skip
     parser.add_argument("--session", metavar="TIME", help='how long one session measures (default: "2 s")')  # fmt: skip

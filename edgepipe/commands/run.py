@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  edgepipe run recipe.toml --device ssh://pi@raspberrypi --profile rpi4b_4gb"
     )
     parser.add_argument("recipe", type=Path, help="the recipe, a TOML file")
-    parser.add_argument("--device", metavar="ADDRESS", help="where to measure: local or ssh://user@host[:port] (default: from edgepipe.local.toml)")  # fmt: skip
+    parser.add_argument("--device", metavar="ADDRESS", help="where to measure: local, ssh://user@host[:port], or null://quiet for a simulated board (default: from edgepipe.local.toml)")  # fmt: skip
     parser.add_argument("--profile", metavar="NAME", help="device profile (default: the recipe's)")
     parser.add_argument("--no-devices", action="store_true", help="stop after evaluation; device gates become INCONCLUSIVE")  # fmt: skip
     parser.add_argument("--remeasure", action="store_true", help="measure again even if nothing changed")  # fmt: skip

@@ -180,6 +180,17 @@ def test_evidence_against_another_model_than_the_baseline_is_inconclusive(
     assert expected in judged.reason
 
 
+def test_figures_taken_beside_another_model_are_inconclusive(
+    tmp_path: Path, shipped: Artifact
+) -> None:
+    found = promoted(tmp_path, shipped)
+    for run_id in ("run-1", "run-2"):
+        device = evidence(shipped, baseline_sha256="f" * 64)
+        (judged,) = refuse_incomparable([SLOWDOWN], [device], {"pi": found}, {"pi": found.model.sha256}, run_id=run_id)  # fmt: skip
+        assert judged.status is Status.INCONCLUSIVE
+        assert "figures of other measurements are among these: beside the model ffffffffffff" in judged.reason  # fmt: skip
+
+
 def test_a_missing_baseline_is_inconclusive_only_for_the_gates_that_ask_for_it(
     shipped: Artifact,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import pytest
 
 from edgepipe import bench
-from edgepipe.bench import MeasureOptions, plan_of
-from edgepipe.errors import RequestError
+from edgepipe.bench import MeasureOptions, check_board, plan_of
+from edgepipe.errors import ProfileError, RequestError
 from edgepipe.job import BoardJob, Outcome
 from edgepipe.payload import payload_files
-from edgepipe.profile import load_profile
+from edgepipe.profile import find_profile, load_profile
 from edgepipe.resources import profile_paths
 from edgepipe.schema import build
 
@@ -33,8 +34,8 @@ def test_options_are_written_with_units() -> None:
     ("options", "named"),
     [
         ({"sessions": 0}, "sessions = 0"),
-        ({"max_sessions": 0}, "max_sessions = 0"),
-        ({"tolerance": "0 %"}, "tolerance = 0"),
+        ({"max_sessions": 0}, "] max_sessions = 0 is not 1 or more$"),
+        ({"tolerance": "0 %"}, "] tolerance = 0 % is not above 0 %"),
         ({"evaluate_samples": -1}, "evaluate_samples = -1"),
         ({"sustained": "2000 h"}, "sustained = 7.2e"),
         ({"kernel": "fast"}, "kernel"),
@@ -50,6 +51,24 @@ def test_options_out_of_range_are_named(options: dict[str, Any], named: str) -> 
 def test_every_profile_names_a_target_with_an_agent() -> None:
     for path in profile_paths().values():
         assert payload_files(load_profile(path).target)[0] == "agent.py"
+
+
+@pytest.mark.parametrize(
+    ("model", "refused"),
+    [
+        ("Raspberry Pi 4 Model B Rev 1.5", ""),
+        (None, ""),  # a board that does not name itself
+        ("Raspberry Pi 5 Model B Rev 1.0", "is a Raspberry Pi 5 Model B, profile rpi4b_4gb"),
+        ("Raspberry Pi 400 Rev 1.0", "is a Raspberry Pi 400"),
+    ],
+)
+def test_a_board_of_another_kind_is_not_measured_under_a_profile(
+    model: str | None, refused: str
+) -> None:
+    profile = find_profile("rpi4b_4gb", profile_paths())
+    expected = pytest.raises(ProfileError, match=refused) if refused else contextlib.nullcontext()
+    with expected:
+        check_board({"machine": "aarch64", "model": model}, profile, "ssh://pi@board")
 
 
 # ------------------------------------------------------------------------------- the plan

@@ -39,7 +39,7 @@ def on_a_board(address: str, models: tuple[Path, Path], **options: Any) -> tuple
         m.metric: dataclasses.replace(m, context={k: v for k, v in m.context.items() if k != "simulated"})
         for m in result.measurements
     }  # fmt: skip
-    return compare.judge(measured, candidate, 0.03, device="board"), measured
+    return compare.judge(measured, candidate, 0.03, device="localhost"), measured
 
 
 def test_an_unchanged_model_passes_in_one_sentence(models: tuple[Path, Path]) -> None:
@@ -134,7 +134,7 @@ def test_a_candidate_that_crashes_fails_and_nothing_else_is_judged(
     assert (code, text) == (3, "")  # a base that does not run says nothing of the candidate
     code, text = run(capsys, tmp_path, *models, "--device", crash.format(2))
     assert code == 1
-    assert text.startswith("FAIL: ")
+    assert text.startswith("FAIL: candidate does not run on the device: ")
     assert len(text.splitlines()) == 1
 
 

@@ -35,7 +35,7 @@ def ops(*named: tuple[str, float]) -> list[dict[str, Any]]:
 
 def lines(gate: Gate, *measured: Measurement, status: Status = Status.FAIL) -> str:
     evidence = Evidence("m", "pi", {m.metric: m for m in measured})
-    verdict = Verdict(gate.name, status, "", "pi")
+    verdict = Verdict(gate.name, status, "", "pi", value=1.0)
     return "\n".join(explain(gate, verdict, evidence.measurements))
 
 
@@ -129,6 +129,25 @@ def test_a_device_that_computes_otherwise_is_told_from_a_model_that_lost() -> No
     ]
     alike = single("device_flips", "", 0.0, {"flipped": 0, "samples": 10, "flips": []})
     assert lines(gate, alike).endswith("the loss is the model's")
+
+
+def test_operators_below_the_profilers_grain_are_not_told_apart() -> None:
+    fast = op_time(ops(("conv", 3), ("fc", 2))), op_time(ops(("conv", 30), ("fc", 2)), "op_time_baseline")  # fmt: skip
+    for gate, most in ((SlowdownGate(max=0.03), "32 us"), (LatencyGate(max=1e-6), "5 us")):
+        text = lines(gate, *fast)
+        assert len(text.splitlines()) == 1
+        assert text.endswith(f"counts whole microseconds, and all together they take {most}")
+    nothing = op_time(ops(("conv", 0)))
+    assert lines(LatencyGate(max=1e-9), nothing).endswith("take less than one")
+    # and none is said to have grown by less than the profiler can count
+    slow = op_time(ops(("conv", 500), ("fc", 100)), "op_time_baseline"), op_time(ops(("conv", 500.2), ("fc", 110)))  # fmt: skip
+    assert "conv" not in lines(SlowdownGate(max=0.03), *slow)
+
+
+def test_models_that_cannot_be_compared_get_no_advice_on_noise() -> None:
+    ratios = Measurement("latency_wall", "s", ((0.01,) * 40,), context={"governor": "ondemand"})
+    lacking = Verdict("slowdown", Status.INCONCLUSIVE, "the models cannot be compared", "pi")
+    assert explain(SlowdownGate(max=0.03), lacking, {"latency_wall": ratios}) == ()
 
 
 def test_float_operators_are_named() -> None:

@@ -28,7 +28,10 @@ from edgepipe.measurement import Measurement, single
 from edgepipe.metrics import METRICS
 from edgepipe.schema import build
 
-CONTEXT: dict[str, Any] = {key: "x" for key in REQUIRED_CONTEXT} | {"model_sha256": "m1"}
+CONTEXT: dict[str, Any] = {key: "x" for key in REQUIRED_CONTEXT} | {
+    "model_sha256": "m1",
+    "profile": "pi",
+}
 
 
 def latency(*sessions: tuple[float, ...], excluded: dict[int, str] | None = None, **context: Any) -> Evidence:  # fmt: skip
@@ -55,6 +58,18 @@ def test_latency_at_the_limit_is_inconclusive() -> None:
     # a tenth of the inferences lie above 12 ms: the true p90 may be on either side
     split = tuple(0.010 if i % 10 else 0.014 for i in range(100))
     assert LatencyGate(max=0.012).judge(latency(split, split)).status is Status.INCONCLUSIVE
+
+
+def test_evidence_of_another_device_is_inconclusive() -> None:
+    verdict = LatencyGate(max=1.0).judge(latency(STEADY, STEADY, profile="rpi5"))
+    assert verdict.status is Status.INCONCLUSIVE
+    assert verdict.reason == "latency_wall was measured on rpi5, not on pi"
+
+
+def test_a_percentile_of_batches_says_so() -> None:
+    reason = LatencyGate(max=1.0).judge(latency(STEADY, sessions=[{"inner_loops": 40}])).reason
+    assert "each the mean of 40 inferences" in reason
+    assert "each the mean" not in LatencyGate(max=1.0).judge(latency(STEADY, sessions=[{}])).reason
 
 
 def test_too_few_inferences_are_inconclusive() -> None:

@@ -118,6 +118,7 @@ def test_a_load_from_the_page_cache_is_not_a_cold_load() -> None:
         (["frequency_capped"], ""),
         (["throttled_now", "throttle_event"], "throttled"),
         (["clock_jump"], "clock jump"),
+        (["under_voltage"], "under-voltage"),
         (["swapped_in", "throttled_now"], "swap-in, throttled"),
     ],
 )

@@ -166,7 +166,18 @@ def test_a_store_that_is_a_file_is_refused(tmp_path: Path) -> None:
             pass
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"metric": "x"}', '{"schema": 1, "metric": 5}'])
+def stored(samples: str, metric: str = "load", unit: str = "s") -> str:
+    return f'{{"schema": 1, "metric": "{metric}", "unit": "{unit}", "samples": [[{samples}]], "warmups": [], "excluded": {{}}, "context": {{}}}}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "[]", '{"metric": "x"}', '{"schema": 1, "metric": 5}',
+        stored('"1"'), stored("NaN"), stored("0.1, -0.1"), stored("Infinity"),
+        stored("1", metric="latency_wall"), stored("1", unit="ms"),
+    ],
+)  # fmt: skip
 def test_a_damaged_measurement_is_named(tmp_path: Path, content: str) -> None:
     run = Store(tmp_path).new_run("a")
     folder = run.folder / "measurements" / "pi"
