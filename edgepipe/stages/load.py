@@ -184,10 +184,16 @@ def describe_outputs(
 ) -> tuple[tuple[TensorSpec, ...], dict[str, int]]:
     """Output specs of a torch folder and its size (parameters, macs), by loading and running it."""
     from edgepipe.torch_ops.model import load_model
-    from edgepipe.torch_ops.run import count_macs, example_inputs, output_shapes
+    from edgepipe.torch_ops.run import (
+        check_same_at_every_call,
+        count_macs,
+        example_inputs,
+        output_shapes,
+    )
 
     model = load_model(folder)
     examples = example_inputs([(spec.shape, spec.dtype) for spec in inputs])
+    check_same_at_every_call(model, examples)
     shapes = output_shapes(model, examples)
     parameters = sum(p.numel() for p in model.parameters())
     outputs = _name_outputs(shapes, names)

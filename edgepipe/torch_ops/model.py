@@ -85,6 +85,13 @@ def build_model(description: ModelDescription, *, seed: int = 0) -> nn.Module:
             hint="end it with `return model`",
             code="bad-builder",
         )
+    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise ArtifactError(
+            f"builder {description.builder} returned a model whose layers have no shapes yet: {', '.join(lazy[:3])}",
+            hint="give their sizes (nn.Linear instead of nn.LazyLinear), or call the model once in the builder",
+            code="bad-builder",
+        )
     return apply_edits(model, description.edits)
 
 

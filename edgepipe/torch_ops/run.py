@@ -133,6 +133,33 @@ def output_shapes(
     return [(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in outputs]
 
 
+def check_same_at_every_call(model: nn.Module, inputs: Sequence[torch.Tensor]) -> None:
+    """Raise ArtifactError for a model that is another one at its second call.
+
+    Layers made in forward are the usual cause: their weights are in no state dict that was saved
+    before the first call, and those that forward keeps nowhere are drawn anew at every call.
+    """
+    before = set(model.state_dict())
+    with torch.no_grad():
+        first = call_model(model, inputs)
+        appeared = sorted(set(model.state_dict()) - before)
+        second = call_model(model, inputs)
+    if appeared:
+        more = f" and {len(appeared) - 3} more" if len(appeared) > 3 else ""
+        raise ArtifactError(
+            f"the model makes layers in forward: {', '.join(appeared[:3])}{more} appear at its first call, "
+            "so its weights can be neither loaded nor saved",
+            hint="make every layer in __init__",
+            code="layers-in-forward",
+        )
+    if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True) for a, b in zip(first, second, strict=True)):  # fmt: skip
+        raise ArtifactError(
+            "the model gives other outputs at its second call, for the same input in evaluation mode",
+            hint="make every layer in __init__, draw no random numbers in forward while not self.training, and keep no state between calls",
+            code="changing-outputs",
+        )
+
+
 def count_macs(model: nn.Module, inputs: Sequence[torch.Tensor]) -> int:
     """Multiply-accumulates of convolutions and matrix products in one forward pass (FLOPs / 2)."""
     counter = FlopCounterMode(display=False)

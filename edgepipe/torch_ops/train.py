@@ -151,7 +151,8 @@ def train(
     every epoch). Zero weights of layers that a ``sparse`` edit marked stay zero. Same seed, data, options
     and thread count give the same weights, stopped or not.
 
-    Raises DataError where labels do not fit the outputs, StageError where the loss is not finite.
+    Raises DataError where labels do not fit the outputs, StageError where the loss is not finite: the
+    weights after the last whole epoch are then kept beside ``checkpoint``, as a state dict.
     """
     device = pick_device(options.device)
     loop = _Loop(model, data, options, seed, stage, validation, objective, extra, after_step, device, views)  # fmt: skip
@@ -204,6 +205,8 @@ class _Loop:
         self.best: dict[str, torch.Tensor] | None = None
         self.best_score, self.since_best = -math.inf, 0
         self.history: list[Epoch] = []
+        self.good: dict[str, torch.Tensor] | None = None  # weights after the last whole epoch
+        self.checkpoint: Path | None = None
         self.epoch, self.position = 1, 0  # where to go on: epoch, and index into starts
         self.sums = (0.0, 0.0, 0)  # of this epoch: loss, right answers, samples
         # on the CPU 16-bit arithmetic is slower and less exact, so only a GPU mixes precisions
@@ -212,7 +215,7 @@ class _Loop:
         self.rng = torch.get_rng_state()
 
     def run(self, checkpoint: Path | None) -> None:
-        options = self.options
+        options, self.checkpoint = self.options, checkpoint
         torch.set_rng_state(self.rng)
         began = said = saved = time.monotonic()
         first = self.done()
@@ -227,7 +230,8 @@ class _Loop:
                 self.step(order[start : start + options.batch_size], variation)
                 self.position += 1
                 now = time.monotonic()
-                if checkpoint is not None and now - saved > options.checkpoint_every:
+                due = now - saved > options.checkpoint_every
+                if checkpoint is not None and due and self.is_finite():
                     self.save(checkpoint)
                     saved = now
                 if now - said > LOG_EVERY_S and self.position < len(self.starts):
@@ -276,13 +280,7 @@ class _Loop:
             loss, output = self.objective(batch)
         value = loss.item()
         if not math.isfinite(value):
-            raise StageError(
-                f"the loss became {value} in epoch {self.epoch}, batch {self.position + 1} of "
-                f"{len(self.starts)}; nothing of this stage was kept",
-                stage=self.stage,
-                hint=f"lower lr (now {options.lr:g}), set clip_norm = 1.0, or check the training data for wrong scaling",
-                code="diverged",
-            )
+            raise self.diverged(f"the loss became {value} in epoch {self.epoch}, batch {self.position + 1} of {len(self.starts)}")  # fmt: skip
         self.method.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if options.clip_norm:
@@ -300,7 +298,24 @@ class _Loop:
         size = len(rows)
         self.sums = (self.sums[0] + value * size, self.sums[1] + right * size, self.sums[2] + size)
 
+    def diverged(self, what: str) -> StageError:
+        """The error, with the weights of the last whole epoch kept where there is one."""
+        hint = f"lower lr (now {self.options.lr:g}), set clip_norm = 1.0, or check the training data for wrong scaling"  # fmt: skip
+        kept = "nothing of this stage was kept"
+        if self.good and self.checkpoint is not None:
+            path = self.checkpoint.with_name(f"{self.checkpoint.name}-last-good.pth")
+            _write(self.good, path)
+            kept = f"the weights after epoch {self.epoch - 1} are kept in {path}"
+        return StageError(f"{what}; {kept}", stage=self.stage, hint=hint, code="diverged")
+
+    def is_finite(self) -> bool:
+        return all(bool(torch.isfinite(p).all()) for p in self.parameters)
+
     def end_epoch(self) -> None:
+        if not self.is_finite():  # the loss of the last batch was that of the weights before it
+            raise self.diverged(f"weights became nan or infinite in the last batch of epoch {self.epoch}")  # fmt: skip
+        if self.checkpoint is not None:
+            self.good = _state(self.model)
         score = None
         if self.validation is not None:
             kept = None
@@ -343,17 +358,14 @@ class _Loop:
         """Everything that decides what comes next, in one file that appears by one rename."""
         state = {
             "model": self.model.state_dict(), "extra": self.extra.state_dict(),
-            "method": self.method.state_dict(), "best": self.best or {},
+            "method": self.method.state_dict(), "best": self.best or {}, "good": self.good or {},
             "average": self.average.state if self.average else {},
             "best_score": self.best_score, "since_best": self.since_best,
             "epoch": self.epoch, "position": self.position, "sums": list(self.sums),
             "history": [dataclasses.astuple(e) for e in self.history],
             "rng": torch.get_rng_state(),
         }  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part.{os.getpid()}")
-        torch.save(state, part)
-        part.replace(path)
+        _write(state, path)
 
     def load(self, path: Path) -> None:
         """Go on where `save` was. What is no whole checkpoint of this training is ignored, and said."""
@@ -369,7 +381,7 @@ class _Loop:
                 hint=f"remove it to train from the beginning: rm {path}",
                 code="bad-checkpoint",
             ) from exc
-        self.best = state["best"] or None
+        self.best, self.good = state["best"] or None, state["good"] or None
         if self.average is not None:
             self.average.state = {k: v.to(self.device) for k, v in state["average"].items()}
         self.best_score, self.since_best = state["best_score"], state["since_best"]
@@ -405,6 +417,13 @@ class _Average:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(self.state[name])
+
+
+def _write(state: Mapping[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part.{os.getpid()}")
+    torch.save(state, part)
+    part.replace(path)
 
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -244,3 +244,29 @@ def test_an_onnx_model_that_breaks_the_specification_is_refused(root: Path) -> N
     onnx.save(model, root / "bad.onnx")
     with pytest.raises(ArtifactError, match="MatMull"):
         load(root, file=Path("bad.onnx"))
+
+
+MADE_IN_FORWARD = {
+    "kept": ("self.late = getattr(self, 'late', None) or nn.Linear(8, 3)", "self.late(x)"),
+    "drawn anew": ("late = nn.Linear(8, 3)", "late(x)"),
+}
+
+
+@pytest.mark.parametrize(("kind", "told"), [("kept", "late.bias, late.weight appear at its first call"), ("drawn anew", "gives other outputs at its second call")])  # fmt: skip
+def test_layers_made_in_forward_are_refused(root: Path, kind: str, told: str) -> None:
+    made, used = MADE_IN_FORWARD[kind]
+    (root / "late.py").write_text(
+        "from torch import nn\nclass Net(nn.Module):\n"
+        f"    def forward(self, x):\n        {made}\n        return {used}\n"
+        "def build():\n    return Net()\n"
+    )
+    with pytest.raises(ArtifactError, match=told) as caught:
+        load(root, builder="late.py:build", inputs=(IMAGE,))
+    assert "every layer in __init__" in caught.value.hint
+
+
+def test_layers_without_shapes_are_refused(root: Path) -> None:
+    (root / "lazy.py").write_text("from torch import nn\ndef build():\n    return nn.Sequential(nn.LazyLinear(3))\n")  # fmt: skip
+    with pytest.raises(ArtifactError, match=r"no shapes yet: 0\.weight") as caught:
+        load(root, builder="lazy.py:build", inputs=(IMAGE,))
+    assert "LazyLinear" in caught.value.hint

@@ -15,6 +15,7 @@ from torch import nn
 from edgepipe.errors import DataError, NotReadyError, StageError, StageOptionError
 from edgepipe.torch_ops import train as training
 from edgepipe.torch_ops.augment import view
+from edgepipe.torch_ops.model import read_weights
 from edgepipe.torch_ops.train import ArraySet, Epoch, train
 from edgepipe.training import Augmentation, TrainingOptions
 
@@ -266,3 +267,34 @@ def test_progress_names_epoch_loss_and_time_left(
 def test_options_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(StageOptionError, match=next(iter(wrong))):
         TrainingOptions(**{**OPTIONS, **wrong})
+
+
+def test_training_that_diverges_keeps_the_weights_of_the_last_whole_epoch(tmp_path: Path) -> None:
+    model, seen = nn.Linear(2, 2), {}
+
+    def poison(step: int, total: int) -> None:
+        if step == 7:  # the last of the second epoch: 4 batches each
+            seen.update({k: v.clone() for k, v in model.state_dict().items()})
+        if step == 9:
+            model.weight.data.fill_(torch.nan)
+
+    with pytest.raises(StageError, match=r"nan in epoch 3, batch 3 of 4; .* after epoch 2 are kept in") as caught:  # fmt: skip
+        run(model, quadrants(64, seed=0), checkpoint=tmp_path / "c", after_step=poison, checkpoint_every=1e-9)  # fmt: skip
+    assert caught.value.code == "diverged"
+    kept = read_weights(tmp_path / "c-last-good.pth")
+    assert kept.keys() == seen.keys()
+    assert all(torch.equal(kept[name], seen[name]) for name in kept)
+    # nothing is saved that training could not go on from
+    state = torch.load(tmp_path / "c", weights_only=True)
+    assert all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_weights_that_become_nan_in_the_very_last_batch_are_no_result() -> None:
+    model = nn.Linear(2, 2)
+
+    def poison(step: int, total: int) -> None:
+        if step == total - 1:
+            model.weight.data.fill_(torch.nan)
+
+    with pytest.raises(StageError, match="in the last batch of epoch 4; nothing of this stage was kept"):  # fmt: skip
+        run(model, quadrants(64, seed=0), after_step=poison)
