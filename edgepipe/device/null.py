@@ -376,7 +376,7 @@ class NullDevice:
             job.finished.add(tag)
         self._write(job, line)
         if self._strikes("disk-full", "session", number):  # the line went where the ballast was
-            raise _Stop(73, "disk-full", f"the disk is full: No space left on device: {job_dir}/results.jsonl")  # fmt: skip
+            raise _Stop(73, "disk-full", f"[Errno 28] No space left on device: '{job_dir}/results.jsonl'")  # fmt: skip
         if cause is not None and cause["what"] == "timeout":
             raise _Stop(124, "budget", f"the time budget of {job.description['budget_s']:g} s was used up in session {tag}")  # fmt: skip
         if cause is not None and cause["what"] != "killed":

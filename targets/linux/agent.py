@@ -39,6 +39,7 @@ from job import (
     SCHEMA,
     Stop,
     load_job,
+    stop_for,
 )
 from lease import SupervisorLock, boot_id, give_back
 
@@ -201,13 +202,9 @@ def main(argv):
     except Stop as stop:
         reply.update(code=stop.code, error=stop.error, message=stop.message, **stop.more)
     except OSError as exc:
-        full = exc.errno in journal.FULL
-        reply.update(
-            code=EX_DISK_FULL if full else EX_OS,
-            error="disk-full" if full else "os-error",
-            message=str(exc),
-        )
         traceback.print_exc()
+        stop = stop_for(exc)
+        reply.update(code=stop.code, error=stop.error, message=stop.message)
     except Exception as exc:
         traceback.print_exc()
         reply.update(code=EX_BUG, error="bug", message="%s: %s" % (type(exc).__name__, exc))

@@ -3,6 +3,7 @@
 Standard library only, Python 3.7 or newer.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ SCHEMA = 2
 EX_OK, EX_BUG, EX_BAD_JOB, EX_DATA, EX_NO_RUNTIME, EX_WORKER = 0, 1, 64, 65, 69, 70
 EX_OS, EX_DISK_FULL, EX_BUSY, EX_STALE, EX_UNFIT, EX_BUDGET = 71, 73, 75, 76, 78, 124
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 BACKENDS = ("auto", "litert-c", "litert-interpreter", "tflite-runtime-interpreter")
 # kind of session -> options without which it cannot run; all are numbers
 KINDS = {
@@ -39,6 +41,13 @@ class Stop(Exception):
     def __init__(self, code, error, message, **more):
         Exception.__init__(self, message)
         self.code, self.error, self.message, self.more = code, error, message, more
+
+
+def stop_for(exc):
+    """How an OSError ends a job."""
+    if exc.errno in FULL:
+        return Stop(EX_DISK_FULL, "disk-full", str(exc))
+    return Stop(EX_OS, "os-error", str(exc))
 
 
 def wrong_types(where, value, keys):

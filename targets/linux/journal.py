@@ -4,7 +4,6 @@ Standard library only, Python 3.7 or newer. A journal line is eight hex digits, 
 JSON text that follows them after a space, and a newline; each is on the disk before the next.
 """
 
-import errno
 import json
 import os
 import zlib
@@ -13,7 +12,6 @@ JOURNAL, STATE, BALLAST = "results.jsonl", "state.json", "ballast"
 # Room for a last state, an end line and a session's line: two seconds of samples of a quarter of a
 # millisecond, 15 bytes each, are 120 kB.
 BALLAST_BYTES = 1 << 18
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def encode(record):

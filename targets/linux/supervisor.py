@@ -31,11 +31,13 @@ from job import (
     EX_STALE,
     EX_UNFIT,
     EX_WORKER,
+    FULL,
     SCHEMA,
     Stop,
     check_file,
     identity,
     load_job,
+    stop_for,
 )
 from lease import Lease, boot_id, boottime_s
 from runtimes import choose_runtime, is_unchanged
@@ -105,15 +107,26 @@ def run_worker(spec, timeout_s, tick=lambda: None):
             process.wait()
         for thread in threads:
             thread.join(timeout=2)  # a child of a killed worker may hold its stderr a moment longer
-    stderr = tail[0].decode("utf-8", "replace").strip()
+    return what_came(
+        stdout[0] if stdout else b"",
+        tail[0].decode("utf-8", "replace").strip(),
+        returncode=process.returncode,
+        timeout_s=timeout_s if timed_out else None,
+        kills_before=kills_before,
+    )
+
+
+def what_came(stdout, stderr, returncode, timeout_s, kills_before):
+    """What `run_worker` returns, of a worker that has ended. ``timeout_s`` is None unless it was
+    stopped after that time; ``kills_before`` what `board.oom_kills` said before it was started."""
 
     def cause(what, message, **more):
         return None, dict(what=what, message=message, stderr=stderr, **more)
 
-    if timed_out:
+    if timeout_s is not None:
         return cause("timeout", "the worker was stopped after %.1f s" % timeout_s)
-    if process.returncode < 0:
-        number = -process.returncode
+    if returncode < 0:
+        number = -returncode
         try:
             name = signal.Signals(number).name
         except ValueError:
@@ -127,12 +140,12 @@ def run_worker(spec, timeout_s, tick=lambda: None):
             return cause("killed", "someone killed the worker with %s" % name, signal=number)
         return cause("crash", "the worker crashed with %s" % name, signal=number)
     try:
-        answer = json.loads((stdout[0] if stdout else b"").decode())
+        answer = json.loads(stdout.decode())
     except ValueError:
         answer = {}
-    if process.returncode == 0 and "ok" in answer:
+    if returncode == 0 and "ok" in answer:
         return answer["ok"], None
-    message = answer.get("error") or "the worker ended with code %d" % process.returncode
+    message = answer.get("error") or "the worker ended with code %d" % returncode
     said = re.findall(r"^ERROR: *(.*\S)", stderr, re.M)
     if said:
         message += " (%s)" % "; ".join(said[-3:])
@@ -207,10 +220,10 @@ class Supervisor:
         try:
             self.append(record)
         except OSError as exc:
-            if exc.errno not in journal.FULL:
+            if exc.errno not in FULL:
                 raise
             journal.free_ballast(self.job_dir)
-            stop = disk_full(exc)
+            stop = stop_for(exc)
             # room for the last state comes first, as it takes none later
             self.note(phase="failed", code=stop.code, error=stop.error, message=stop.message)
             try:
@@ -262,9 +275,7 @@ class Supervisor:
             code, error, message, more = stop.code, stop.error, stop.message, stop.more
         except OSError as exc:
             traceback.print_exc()
-            stop = (
-                disk_full(exc) if exc.errno in journal.FULL else Stop(EX_OS, "os-error", str(exc))
-            )
+            stop = stop_for(exc)
             code, error, message = stop.code, stop.error, stop.message
         except Exception as exc:
             traceback.print_exc()
@@ -481,10 +492,6 @@ class Supervisor:
         for arm in cold if cause is None else ():
             data["arms"][arm]["cold"] = cold[arm]
         return data, cause
-
-
-def disk_full(exc):
-    return Stop(EX_DISK_FULL, "disk-full", "the disk is full: %s" % exc)
 
 
 def main(argv):

@@ -9,7 +9,6 @@ import platform
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ import pytest
 from edgepipe import bench, runtime
 from edgepipe.artifact import Artifact, make_artifact
 from edgepipe.bench import MeasureOptions, measure
+from edgepipe.cli import main
 from edgepipe.device import open_device
 from edgepipe.device.base import Completed, Device
 from edgepipe.device.local import LocalDevice
@@ -317,7 +317,6 @@ def kill_workers(work: Path, times: int, stop: threading.Event) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.slow
 def test_a_worker_killed_again_and_again_says_nothing_of_the_model(
     model: Artifact, tmp_path: Path
 ) -> None:
@@ -333,7 +332,6 @@ def test_a_worker_killed_again_and_again_says_nothing_of_the_model(
         killer.join()
 
 
-@pytest.mark.slow
 def test_a_session_whose_worker_was_killed_is_taken_again(model: Artifact, tmp_path: Path) -> None:
     options = dataclasses.replace(QUICK, memory_sessions=0, warmup=0.5, session=0.5)
     stop = threading.Event()
@@ -674,11 +672,13 @@ def test_an_account_without_a_name_can_measure(
     ],
 )  # fmt: skip
 def test_bench_names_what_is_wrong(
-    model: Artifact, tmp_path: Path, arguments: tuple[str, ...], code: int, named: str
-) -> None:
-    (tmp_path / "text.tflite").write_text(textwrap.dedent("this is no model\n"))
-    done = edgepipe("bench", *arguments, home=tmp_path)
-    assert done.returncode == code, done.stderr
-    assert named in done.stderr
-    assert "Traceback" not in done.stderr
+    model: Artifact, tmp_path: Path, arguments: tuple[str, ...], code: int, named: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "text.tflite").write_text("this is no model\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", *arguments]) == code
+    said = capsys.readouterr().err
+    assert named in said
+    assert "Traceback" not in said
     assert not (tmp_path / ".edgepipe").exists()

@@ -24,6 +24,8 @@ from edgepipe.resources import profile_paths
 from edgepipe.testing import LoopbackSshd
 from edgepipe.tflite_ops.tiny import crashing_tflite, tiny_tflite
 
+pytestmark = pytest.mark.slow
+
 # What busybox gives a small board, and what our commands over SSH need of it.
 TOOLS = ("sh", "timeout", "true", "sleep", "sha256sum", "mkdir", "df", "rm", "cat")
 OPTIONS = MeasureOptions(

@@ -21,6 +21,8 @@ from ruamel.yaml import YAML
 
 from edgepipe.tflite_ops.tiny import tiny_tflite
 
+pytestmark = pytest.mark.slow
+
 CI = Path(__file__).parents[2] / "ci"
 ACTION = CI / "github" / "action.yml"
 COMPONENT = CI / "gitlab" / "template.yml"

@@ -18,7 +18,9 @@ from edgepipe.device import open_device
 from edgepipe.errors import NotReadyError
 from edgepipe.profile import find_profile
 from edgepipe.resources import profile_paths
-from edgepipe.tflite_ops.tiny import conv_tflite, crashing_tflite, tiny_tflite
+from edgepipe.tflite_ops.tiny import crashing_tflite, tiny_tflite
+
+pytestmark = pytest.mark.slow
 
 RECIPE = """\
 schema = 1
@@ -47,8 +49,6 @@ max_share = "100 %"
 """
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
-# 1 ms or so: long enough for its ratio to be steady on a busy machine
-BASE = {"layers": 4, "size": 14, "channels": 32}
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "project"
     folder.mkdir()
     (folder / "recipe.toml").write_text(RECIPE)
-    (folder / "model.tflite").write_bytes(conv_tflite(**BASE))
+    (folder / "model.tflite").write_bytes(tiny_tflite())
     return folder
 
 
@@ -80,10 +80,7 @@ def verdicts(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]
     return {v["gate"]: v for v in json.loads(done.stdout)["verdicts"]}
 
 
-@pytest.mark.slow
-def test_a_release_is_promoted_and_the_next_one_is_measured_beside_it(
-    folder: Path, run: Run
-) -> None:
+def test_a_promotion_says_what_to_commit_and_binds_the_conditions(folder: Path, run: Run) -> None:
     first = run("run", "recipe.toml")
     assert first.returncode == 3, first.stderr
     assert "there is no baseline on this profile" in first.stdout
@@ -96,19 +93,6 @@ def test_a_release_is_promoted_and_the_next_one_is_measured_beside_it(
     kept = folder / "ci" / "baselines" / "localhost"
     assert (kept / "small.tflite").read_bytes() == (folder / "model.tflite").read_bytes()
     assert "nothing to do" in run("gate", "--promote").stdout
-
-    (folder / "model.tflite").write_bytes(conv_tflite(**BASE, extra_layers=6))
-    slower = run("run", "recipe.toml", "--json")
-    assert slower.returncode == 1, slower.stderr
-    judged = verdicts(slower)
-    assert judged["slowdown"]["status"] == "FAIL"
-    assert any(line.startswith("new: op") for line in judged["slowdown"]["details"])
-    assert judged["growth"]["status"] == "PASS"
-    refused = run("gate", "--promote")
-    assert refused.returncode == 1
-    assert "not promoted: " in refused.stdout
-    assert "slowdown on localhost is FAIL" in refused.stdout
-    assert json.loads((kept / "small.json").read_text())["run"] in promoted.stdout
 
     # other threads than the baseline was measured with: the key is named, nothing passes or fails
     text = (folder / "recipe.toml").read_text().replace("threads = 1", "threads = 2")

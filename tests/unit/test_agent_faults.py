@@ -37,6 +37,8 @@ from .board_side import (
     worker_of,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def board(tmp_path: Path) -> Iterator[Path]:
