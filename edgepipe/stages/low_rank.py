@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from edgepipe.artifact import Artifact, make_artifact
 from edgepipe.errors import StageOptionError
 from edgepipe.schema import Unit, record
 from edgepipe.stage import StageContext
+
+if TYPE_CHECKING:
+    from edgepipe.op_table import OpTable
 
 log = logging.getLogger(__name__)
 
@@ -22,11 +25,11 @@ class LowRank:
     ``method``: ``tucker`` (1x1, kxk, 1x1) or ``cp`` (1x1, kx1, 1xk, 1x1). Ranks come from one of:
     ``energy``, the share of each kernel's squared norm to keep, like 0.95; ``macs``, the share of the
     model's MACs to get down to; ``max_drop``, the accuracy on ``validation`` that all layers together
-    may lose, like ``"1 point"``; or, with none, variational Bayes. ``data`` names samples, without labels,
-    whose answers are to change least; without them, it is the weights that are. With ``validation`` and ``macs`` the
-    layers that lose least accuracy give most. Ranks are multiples of ``round_to`` where a layer is
-    wide enough. A layer that would cost more MACs, and those that a pattern in ``ignore`` matches,
-    stay as they are.
+    may lose, like ``"1 point"``; or, with none, variational Bayes. With ``validation`` and ``macs`` the
+    layers that lose least accuracy give most. ``data`` names samples, without labels, whose answers
+    are to change least; without it, it is the weights that are. Ranks are multiples of ``round_to``
+    where a layer is wide enough. A layer that would cost more MACs, or more time on the board that
+    ``profile`` names, stays as it is, and so do those that a pattern in ``ignore`` matches.
     """
 
     name: ClassVar[str] = "low_rank"
@@ -34,9 +37,9 @@ class LowRank:
     accepts: ClassVar[tuple[str, ...]] = ("torch",)
     produces: ClassVar[str] = "same"
     ops: ClassVar[tuple[str, ...]] = (
-        "edgepipe.torch_ops.low_rank", "edgepipe.torch_ops.run", "edgepipe.torch_ops.model",
+        "edgepipe.torch_ops.low_rank", "edgepipe.torch_ops.factors", "edgepipe.torch_ops.run", "edgepipe.torch_ops.model",
         "edgepipe.torch_ops.edits", "edgepipe.torch_ops.result", "edgepipe.torch_ops.train",
-        "edgepipe.torch_ops.data", "edgepipe.array_ops.load",
+        "edgepipe.torch_ops.data", "edgepipe.array_ops.load", "edgepipe.op_table",
     )  # fmt: skip
     packages: ClassVar[tuple[str, ...]] = ("torch", "tensorly", "numpy", "safetensors")
 
@@ -47,6 +50,7 @@ class LowRank:
     data: str = ""
     samples: int = 200
     validation: str = ""
+    profile: str = ""
     round_to: int = 8
     ignore: tuple[str, ...] = ()
 
@@ -71,9 +75,13 @@ class LowRank:
     def data_names(self) -> tuple[str, ...]:
         return tuple(name for name in (self.data, self.validation) if name)
 
+    def profiles(self) -> tuple[str, ...]:
+        return (self.profile,) if self.profile else ()
+
     def run(self, artifact: Artifact, context: StageContext) -> Artifact:
         """The model with its layers split; loaded again at once, it must give the same outputs."""
         from edgepipe.array_ops.load import load_samples
+        from edgepipe.op_table import estimate_layers, gain_note
         from edgepipe.torch_ops.data import training_set
         from edgepipe.torch_ops.low_rank import apply_low_rank, plan_low_rank
         from edgepipe.torch_ops.model import load_model, read_description
@@ -94,6 +102,7 @@ class LowRank:
                 source = dataclasses.replace(source, limit=self.samples)
             loaded = load_samples(source, artifact.inputs)
             samples = [loaded.inputs[spec.name] for spec in artifact.inputs]
+        table = self._table(context)
         by_score = data is not None and bool(self.macs or self.max_drop)
         plan = plan_low_rank(
             model,
@@ -105,6 +114,7 @@ class LowRank:
             round_to=self.round_to,
             ignore=self.ignore,
             samples=samples,
+            seconds=(lambda layers: estimate_layers(layers, table).latency_s) if table else None,
             score=(lambda candidate: accuracy(candidate, data)) if data and by_score else None,
         )
         split = apply_low_rank(model, examples, plan, samples=samples)
@@ -118,7 +128,7 @@ class LowRank:
         notes = {name: f"left alone: it {why}" for name, why in plan.left_alone.items()}
         for name, s in plan.splits.items():
             ranks = "x".join(str(rank) for rank in s.ranks)
-            notes[f"{name}.0"] = f"{s.method} rank {ranks}: {100 * s.energy:.1f} % of the energy, {100 * s.cost / s.was:.0f} % of the MACs"  # fmt: skip
+            notes[f"{name}.0"] = f"{s.method} rank {ranks}: {100 * s.energy:.1f} % of the energy, {100 * s.macs / s.was:.0f} % of the MACs"  # fmt: skip
         folder = context.work_dir / "model"
         facts |= save_result(
             describe_layers(model, examples),
@@ -129,6 +139,19 @@ class LowRank:
             stage=self.name,
             notes=notes,
         )
+        if table is not None:
+            was, now = (
+                estimate_layers(describe_layers(m, examples), table) for m in (model, split)
+            )
+            facts["latency"] = {
+                "before_s": was.latency_s,
+                "after_s": now.latency_s,
+                "told": now.text(),
+            }
+            log.info("int8 latency: %s before, %s after", was.text(), now.text())
+            gain = gain_note(was, now)
+            if gain:
+                log.warning("%s", gain)
         facts["ranks"] = {name: dataclasses.asdict(s) for name, s in plan.splits.items()}
         facts["left_alone"] = plan.left_alone
         return make_artifact(
@@ -139,3 +162,12 @@ class LowRank:
             parent=artifact,
             facts=facts,
         )
+
+    def _table(self, context: StageContext) -> OpTable | None:
+        from edgepipe.op_table import load_op_table
+        from edgepipe.profile import find_profile
+        from edgepipe.resources import profile_paths
+
+        if not self.profile:
+            return None
+        return load_op_table(context.store, find_profile(self.profile, profile_paths()))

@@ -17,12 +17,10 @@ import fnmatch
 import itertools
 import logging
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import tensorly.decomposition
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -30,6 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from edgepipe.errors import StageError, StageOptionError
 from edgepipe.schema import near_miss
 from edgepipe.torch_ops.edits import SPARSE, apply_edits
+from edgepipe.torch_ops.factors import energy_of, factors_of, spectrum_of, unfoldings_of, vbmf_rank
 from edgepipe.torch_ops.result import Layer, describe_layers, totals
 from edgepipe.torch_ops.run import flatten_outputs
 
@@ -38,8 +37,6 @@ log = logging.getLogger(__name__)
 STAGE = "low_rank"
 # Shares of a layer's cost that are tried where each try is a decomposition or a validation run.
 STEPS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
-# Alternating least squares: passes over the factors, enough for the error to settle in 3 digits.
-CP_PASSES = 100
 
 # Samples at a time
 BATCH = 32
@@ -52,13 +49,13 @@ Cost = Callable[[Sequence[Layer]], float]
 @dataclasses.dataclass(frozen=True)
 class Split:
     """One way to factor a layer. ``energy`` is the share of the kernel's squared norm that it keeps,
-    ``cost`` what its layers cost together (MACs, or seconds on a device), ``was`` the whole layer's."""
+    ``macs`` what its layers do together for one sample, ``was`` what the whole layer did."""
 
     method: str
     ranks: tuple[int, ...]
     energy: float
-    cost: float
-    was: float
+    macs: int
+    was: int
     loss: float = 0.0  # what the layer's ranks are chosen by: 1 - energy, or points of accuracy
 
 
@@ -128,31 +125,30 @@ def plan_low_rank(
     ignore: Sequence[str] = (),
     samples: Sequence[np.ndarray] | None = None,
     score: Callable[[nn.Module], float] | None = None,
-    cost: Cost | None = None,
+    seconds: Cost | None = None,
 ) -> LowRankPlan:
     """Choose ranks; ``model`` is not changed. ``samples`` (N, ...) are real inputs, in call order.
 
     At most one of these is given, and none means the ranks that variational Bayes finds (`vbmf_rank`):
     ``energy``, the share of each kernel's squared norm to keep; ``share``, the share of the model's
-    whole cost to get to; ``max_drop``, the points of ``score`` (a share of right answers) that all
+    MACs to get to; ``max_drop``, the points of ``score`` (a share of right answers) that all
     layers together may lose. With ``score`` a layer's loss is measured with that layer alone
     factored, without it is the energy lost; of all layers those ranks are taken whose loss stays
     below one common bound, the one that meets ``share`` or ``max_drop``.
 
-    Ranks are multiples of ``round_to`` where a layer is wide enough. ``cost`` is what a chain of layers
-    costs (default: MACs); a layer whose chain would cost more stays, and so do layers that ``ignore``
+    Ranks are multiples of ``round_to`` where a layer is wide enough. A layer whose chain would do more
+    MACs, or take longer by ``seconds`` where that is given, stays, and so do layers that ``ignore``
     matches. Raises StageError where no layer pays or the share is out of reach, StageOptionError for a
     pattern that matches no layer.
     """
     model = copy.deepcopy(model).eval()
-    cost = cost or (lambda layers: float(sum(layer.macs for layer in layers)))
-    whole = cost(describe_layers(model, inputs))
+    whole = totals(describe_layers(model, inputs))["macs"]
     targets, alone = _find_targets(model, inputs, method, ignore, samples)
     targets = [t for t in targets if not _refusal(model, inputs, t, alone)]
     if score is None and not energy and not share:
         splits = {}
         for target in targets:
-            split = _guess(target, round_to, cost)
+            split = _guess(target, round_to, seconds)
             if isinstance(split, str):
                 alone[target.name] = split
             else:
@@ -160,11 +156,11 @@ def plan_low_rank(
     else:
         choices: dict[str, list[Split]] = {}
         for target in targets:
-            found = _choices(target, round_to, cost, few=score is not None)
+            found = _choices(target, round_to, seconds, few=score is not None)
             if found:
                 choices[target.name] = found
             else:
-                alone[target.name] = "costs less whole than with any rank"
+                alone[target.name] = "is cheaper whole than with any rank"
         if score is None:
             bound = 1 - energy if energy else _bound_for(choices, whole, share)
             splits = _cheapest(choices, bound)
@@ -187,7 +183,7 @@ def plan_low_rank(
     for target in targets:
         if target.name in splits:
             split = splits[target.name]
-            kept = _energy(target.kernel(), split.method, split.ranks)
+            kept = energy_of(target.kernel(), split.method, split.ranks)
             exact[target.name] = dataclasses.replace(split, energy=kept)
     return LowRankPlan(exact, alone)
 
@@ -205,40 +201,6 @@ def apply_low_rank(
     for name, split in plan.splits.items():
         _fill(result, name, split, metrics[name])
     return result
-
-
-def vbmf_rank(matrix: np.ndarray) -> int:
-    """The rank of a low-rank matrix under noise of unknown strength; 0 where it is all noise.
-
-    Empirical variational Bayes, global analytic solution: a singular value stays where it exceeds the
-    threshold of Nakajima et al. 2013 (JMLR 14, theorem 2 and 2015, JMLR 16, theorem 2), with the noise
-    variance that minimises the free energy (2015, equations 25 to 28), searched on a grid. Example: a
-    60x80 matrix of rank 5 and noise far below its singular values gives 5.
-    """
-    small, large = sorted(matrix.shape)  # L <= M
-    squares = np.linalg.svd(np.asarray(matrix, np.float64), compute_uv=False) ** 2
-    if not squares[0] > 0:
-        return 0
-    alpha = small / large
-    tau = 2.5129 * math.sqrt(alpha)
-    floor = (1 + tau) * (
-        1 + alpha / tau
-    )  # below it a squared singular value / (M sigma^2) is noise
-    hidden = min(math.ceil(small / (1 + alpha)) - 1, small - 1)
-    rest = squares[hidden:]
-    lowest = max(rest[0] / (large * floor), rest.mean() / large, squares[0] * 1e-14 / large)
-    highest = squares.mean() / large
-    if highest <= lowest:
-        return int((squares > large * lowest * floor).sum())
-    variances = np.geomspace(lowest, highest, 2000)  # (V,)
-    x = np.maximum(squares[None] / (large * variances[:, None]), 1e-300)  # (V, L)
-    energy = x - np.log(x)
-    above = x > floor
-    y = np.where(above, x, floor) - (1 + alpha)
-    t = 0.5 * (y + np.sqrt(y**2 - 4 * alpha))
-    energy += np.where(above, np.log(t + 1) + alpha * np.log(t / alpha + 1) - t, 0.0)
-    best = variances[np.argmin(energy.sum(1))]
-    return int((squares > large * best * floor).sum())
 
 
 def _find_targets(
@@ -447,6 +409,14 @@ def _chain(target: _Target, ranks: Sequence[int]) -> list[Layer]:
     return [_layer(target, f".{number}", *row) for number, row in enumerate(rows)]
 
 
+def _macs(target: _Target, ranks: Sequence[int]) -> int:
+    return sum(layer.macs for layer in _chain(target, ranks))
+
+
+def _is_slower(target: _Target, ranks: Sequence[int], seconds: Cost | None) -> bool:
+    return seconds is not None and seconds(_chain(target, ranks)) >= seconds([_whole(target)])
+
+
 def _whole(target: _Target) -> Layer:
     return _layer(target, "", tuple(target.layer.weight.shape), target.positions.after)
 
@@ -457,10 +427,10 @@ def _layer(target: _Target, suffix: str, shape: tuple[int, ...], positions: int)
     return Layer(target.name + suffix, kind, shape, count, count * positions, count)
 
 
-def _guess(target: _Target, round_to: int, cost: Cost) -> Split | str:
+def _guess(target: _Target, round_to: int, seconds: Cost | None) -> Split | str:
     """The ranks of variational Bayes, or why the layer stays."""
     kernel = target.kernel()
-    ranks = [vbmf_rank(matrix) for matrix in _unfoldings(kernel, target.method)]
+    ranks = [vbmf_rank(matrix) for matrix in unfoldings_of(kernel, target.method)]
     if min(ranks) == 0:
         return "has no ranks that stand out from noise"
     if target.method == "cp":
@@ -470,9 +440,11 @@ def _guess(target: _Target, round_to: int, cost: Cost) -> Split | str:
         next((r for r in _grid(limit, round_to) if r >= rank), limit)
         for rank, limit in zip(ranks, limits, strict=True)
     ]
-    was, now = cost([_whole(target)]), cost(_chain(target, ranks))
+    was, now = _whole(target).macs, _macs(target, ranks)
     if now >= was:
-        return f"would cost {now / was:.2f} times as much with ranks {ranks} of {list(limits)}"
+        return f"would do {now / was:.2f} times as many MACs with ranks {ranks} of {list(limits)}"
+    if _is_slower(target, ranks, seconds):
+        return f"would take longer with ranks {ranks} of {list(limits)}"
     return Split(target.method, tuple(ranks), 0.0, now, was)
 
 
@@ -483,7 +455,7 @@ def _limits(target: _Target) -> tuple[int, ...]:
         return (min(wide, narrow),)
     if target.method == "tucker":
         return (wide, narrow)
-    return (max(1, _whole(target).macs // sum(layer.macs for layer in _chain(target, [1]))),)
+    return (max(1, _whole(target).macs // _macs(target, [1])),)
 
 
 def _grid(limit: int, round_to: int) -> list[int]:
@@ -493,97 +465,34 @@ def _grid(limit: int, round_to: int) -> list[int]:
     return list(range(round_to, limit, round_to))
 
 
-def _choices(target: _Target, round_to: int, cost: Cost, *, few: bool) -> list[Split]:
-    """Ranks at which the layer costs less than whole, none both dearer and worse than another,
+def _choices(target: _Target, round_to: int, seconds: Cost | None, *, few: bool) -> list[Split]:
+    """Ranks at which the layer is cheaper than whole, none both dearer and worse than another,
     cheapest first; ``few`` where each is to be tried out."""
     kernel = target.kernel()
-    was = cost([_whole(target)])
+    was = _whole(target).macs
     grids = [_grid(limit, round_to) for limit in _limits(target)]
     if target.method == "cp":
         most = grids[0][-1]
         wanted = [most * step for step in STEPS]
         grids = [sorted({min(grids[0], key=lambda r, w=w: abs(r - w)) for w in wanted})]  # type: ignore[misc]
-    spectrum = _spectrum(kernel, target.method)
+    spectrum = spectrum_of(kernel, target.method)
     found = []
     for ranks in itertools.product(*grids):
-        now = cost(_chain(target, ranks))
-        if now < was:
+        now = _macs(target, ranks)
+        if now < was and not _is_slower(target, ranks, seconds):
             if target.method == "cp":
-                kept = _energy(kernel, "cp", ranks)
+                kept = energy_of(kernel, "cp", ranks)
             else:
                 kept = float(spectrum[tuple(r - 1 for r in ranks)])
             found.append(Split(target.method, ranks, kept, now, was, loss=1 - kept))
     front: list[Split] = []
-    for split in sorted(found, key=lambda s: (s.cost, -s.energy)):
+    for split in sorted(found, key=lambda s: (s.macs, -s.energy)):
         if not front or split.energy > front[-1].energy:
             front.append(split)
     if few and len(front) > len(STEPS):
-        nearest = {min(range(len(front)), key=lambda i, s=s: abs(front[i].cost - s * was)) for s in STEPS}  # type: ignore[misc]  # fmt: skip
+        nearest = {min(range(len(front)), key=lambda i, s=s: abs(front[i].macs - s * was)) for s in STEPS}  # type: ignore[misc]  # fmt: skip
         front = [front[i] for i in sorted(nearest)]
     return front
-
-
-def _spectrum(kernel: np.ndarray, method: str) -> np.ndarray:
-    """Share of the squared norm kept at each rank: (rank,), or (r_out, r_in) for Tucker.
-
-    Tucker by the truncated higher-order SVD (De Lathauwer et al. 2000), which the alternating fit
-    that follows only betters. Entry [i] is for rank i + 1.
-    """
-    if method == "cp":
-        return np.empty(0)
-    total = max(float((kernel**2).sum()), 1e-300)
-    if method == "svd":
-        return np.cumsum(np.linalg.svd(kernel, compute_uv=False) ** 2) / total
-    left, right = (np.linalg.svd(m, full_matrices=True)[0] for m in _unfoldings(kernel, method))
-    core = np.einsum("oihw,oa,ib->abhw", kernel, left, right, optimize=True)
-    return (core**2).sum((2, 3)).cumsum(0).cumsum(1) / total
-
-
-def _unfoldings(kernel: np.ndarray, method: str) -> list[np.ndarray]:
-    """(out, in) for a matrix; (out, in * h * w) and (in, out * h * w) for a kernel."""
-    if method == "svd":
-        return [kernel]
-    return [kernel.reshape(len(kernel), -1), np.moveaxis(kernel, 1, 0).reshape(kernel.shape[1], -1)]
-
-
-def _energy(kernel: np.ndarray, method: str, ranks: Sequence[int]) -> float:
-    """1 - |W - W'|^2 / |W|^2 of the factored kernel."""
-    difference = kernel - _product(_factors(kernel, method, ranks), method)
-    return float(1 - (difference**2).sum() / max(float((kernel**2).sum()), 1e-300))
-
-
-def _factors(kernel: np.ndarray, method: str, ranks: Sequence[int]) -> list[np.ndarray]:
-    """svd: (r, in), (out, r). tucker: (r_in, in), (r_out, r_in, h, w), (out, r_out). cp: (r, in), (r, h),
-    (r, w), (out, r). Scales are spread evenly, so that each factor quantises well."""
-    if method == "svd":
-        left, values, right = np.linalg.svd(kernel, full_matrices=False)
-        root = np.sqrt(values[: ranks[0]])
-        return [root[:, None] * right[: ranks[0]], left[:, : ranks[0]] * root]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tensorly's, of ranks above a side of the kernel
-        if method == "tucker":
-            (core, (left, right)), _ = tensorly.decomposition.partial_tucker(
-                kernel, rank=list(ranks), modes=[0, 1], n_iter_max=20
-            )
-            return [right.T, core, left]
-        weights, factors = tensorly.decomposition.parafac(
-            kernel, rank=ranks[0], n_iter_max=CP_PASSES, init="svd", random_state=0, tol=1e-6
-        )
-    norms = [np.maximum(np.linalg.norm(f, axis=0), 1e-30) for f in factors]
-    size = (np.abs(weights) * np.prod(norms, axis=0)) ** 0.25
-    wide, narrow, height, width = (f / n * size for f, n in zip(factors, norms, strict=True))
-    return [narrow.T, height.T, width.T, wide * np.sign(weights)]
-
-
-def _product(factors: list[np.ndarray], method: str) -> np.ndarray:
-    """The kernel that the factors make together."""
-    if method == "svd":
-        return factors[1] @ factors[0]
-    if method == "tucker":
-        narrow, core, wide = factors
-        return np.einsum("oa,abhw,bi->oihw", wide, core, narrow, optimize=True)
-    narrow, height, width, wide = factors
-    return np.einsum("or,ri,rh,rw->oihw", wide, narrow, height, width, optimize=True)
 
 
 def _fill(model: nn.Module, name: str, split: Split, metric: _Metric) -> None:
@@ -591,7 +500,7 @@ def _fill(model: nn.Module, name: str, split: Split, metric: _Metric) -> None:
     layer = model.get_submodule(name)
     assert isinstance(layer, (nn.Linear, nn.Conv2d))
     target = _Target(name, layer, split.method, _Positions(), metric)
-    factors = _factors(target.kernel(), split.method, split.ranks)
+    factors = factors_of(target.kernel(), split.method, split.ranks)
     factors[-1] = factors[-1] / metric.scale[:, None]
     if metric.root is not None:
         factors[0] = np.linalg.solve(metric.root, factors[0].T).T
@@ -611,23 +520,23 @@ def _cheapest(choices: Mapping[str, list[Split]], bound: float) -> dict[str, Spl
     for name, splits in choices.items():
         fitting = [s for s in splits if s.loss <= bound]
         if fitting:
-            chosen[name] = min(fitting, key=lambda s: s.cost)
+            chosen[name] = min(fitting, key=lambda s: s.macs)
     return chosen
 
 
-def _saved(splits: Mapping[str, Split]) -> float:
-    return sum(s.was - s.cost for s in splits.values())
+def _saved(splits: Mapping[str, Split]) -> int:
+    return sum(s.was - s.macs for s in splits.values())
 
 
-def _bound_for(choices: Mapping[str, list[Split]], whole: float, share: float) -> float:
-    """The smallest common bound on the loss at which the model costs ``share`` of what it did."""
+def _bound_for(choices: Mapping[str, list[Split]], whole: int, share: float) -> float:
+    """The smallest common bound on the loss at which the model does ``share`` of its MACs."""
     bounds = sorted({s.loss for splits in choices.values() for s in splits})
     for bound in bounds:
         if whole - _saved(_cheapest(choices, bound)) <= share * whole:
             return bound
     least = (whole - _saved(_cheapest(choices, math.inf))) / whole
     raise StageError(
-        f"low rank cannot bring this model to {100 * share:.0f} % of its cost: the smallest ranks leave {100 * least:.0f} %",
+        f"low rank cannot bring this model to {100 * share:.0f} % of its MACs: the smallest ranks leave {100 * least:.0f} %",
         stage=STAGE,
         hint="prune channels first, or ask for less",
         code="out-of-reach",
@@ -639,7 +548,7 @@ def _measured(
     choices: Mapping[str, list[Split]],
     metrics: Mapping[str, _Metric],
     score: Callable[[nn.Module], float],
-    whole: float,
+    whole: int,
     share: float,
     max_drop: float,
 ) -> dict[str, Split]:

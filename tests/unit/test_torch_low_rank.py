@@ -16,7 +16,8 @@ from edgepipe.errors import ArtifactError, StageError, StageOptionError
 from edgepipe.schema import build
 from edgepipe.stages.low_rank import LowRank
 from edgepipe.torch_ops.edits import apply_edits
-from edgepipe.torch_ops.low_rank import LowRankPlan, Split, apply_low_rank, plan_low_rank, vbmf_rank
+from edgepipe.torch_ops.factors import vbmf_rank
+from edgepipe.torch_ops.low_rank import LowRankPlan, Split, apply_low_rank, plan_low_rank
 from edgepipe.torch_ops.run import count_macs, same_outputs
 
 
@@ -47,7 +48,7 @@ INPUT = [torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(0))]
 
 
 def split(method: str, *ranks: int) -> Split:
-    return Split(method, ranks, 0.0, 0.0, 0.0)
+    return Split(method, ranks, 0.0, 0, 0)
 
 
 def factored(layer: nn.Module, x: Tensor, chosen: Split) -> nn.Module:
@@ -129,7 +130,7 @@ def test_the_plan_counts_the_macs_that_torch_counts(options: dict[str, Any]) -> 
     plan = plan_low_rank(model, INPUT, round_to=4, **options)
     assert "kxk" in plan.splits
     after = apply_low_rank(model, INPUT, plan)
-    saved = sum(s.was - s.cost for s in plan.splits.values())
+    saved = sum(s.was - s.macs for s in plan.splits.values())
     assert count_macs(after, INPUT) == count_macs(model, INPUT) - saved < count_macs(model, INPUT)
     if "share" in options:
         assert count_macs(after, INPUT) <= 0.6 * count_macs(model, INPUT)
@@ -233,19 +234,19 @@ def test_a_rank_that_costs_more_than_the_layer_is_refused_with_the_figures() -> 
     with torch.no_grad():
         low = drawn.normal(size=(20, 9)) @ drawn.normal(size=(9, 20))
         layer.weight.copy_(torch.from_numpy(low))
-    told = r"1\.60 times as much with ranks \[16\] of \[20\]"
+    told = r"1\.60 times as many MACs with ranks \[16\] of \[20\]"
     with pytest.raises(StageError, match=told) as caught:
         plan_low_rank(nn.Sequential(nn.Identity(), layer), [torch.randn(1, 20)])
     assert caught.value.code == "nothing-to-factor"
 
 
-def test_the_cost_that_decides_may_be_that_of_a_device() -> None:
+def test_a_layer_that_would_take_longer_on_the_device_is_left_alone() -> None:
     model, x = seeded(lambda: nn.Sequential(nn.Conv2d(32, 32, 1), nn.Flatten())), [torch.randn(1, 32, 4, 4)]  # fmt: skip
     assert plan_low_rank(model, x, energy=0.3).splits
 
     # a device on which each operator costs as much as the whole layer does
-    with pytest.raises(StageError, match="costs less whole than with any rank"):
-        plan_low_rank(model, x, energy=0.3, cost=lambda layers: 1.0 * len(layers))
+    with pytest.raises(StageError, match="is cheaper whole than with any rank"):
+        plan_low_rank(model, x, energy=0.3, seconds=lambda layers: 1.0 * len(layers))
 
 
 def test_measured_ranks_lose_no_more_than_was_allowed_and_save_where_it_is_free() -> None:
@@ -271,7 +272,7 @@ def test_measured_ranks_lose_no_more_than_was_allowed_and_save_where_it_is_free(
 
 
 def test_a_share_that_no_rank_reaches_says_how_far_one_gets() -> None:
-    with pytest.raises(StageError, match=r"to 1 % of its cost: the smallest ranks leave \d+ %"):
+    with pytest.raises(StageError, match=r"to 1 % of its MACs: the smallest ranks leave \d+ %"):
         plan_low_rank(seeded(Net), INPUT, share=0.01)
 
 
