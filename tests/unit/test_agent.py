@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import fcntl
 import json
 import platform
@@ -23,7 +22,6 @@ from edgepipe.tflite_ops.tiny import crashing_tflite, stateful_tflite, tiny_tfli
 
 from .board_side import (
     AGENT,
-    TARGET,
     call,
     change_job,
     ending_jobs,
@@ -50,32 +48,6 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("bare")
     venv.create(folder, with_pip=False, symlinks=True)
     return str(folder / "bin" / "python")
-
-
-# ------------------------------------------------------------------------------ what it is
-
-FILES = sorted(TARGET.glob("*.py"))
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_it_is_python_3_7(path: Path) -> None:
-    ast.parse(path.read_text(), feature_version=(3, 7))
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_it_imports_only_the_standard_library_and_the_runtimes(path: Path) -> None:
-    own = {file.stem for file in FILES} | set(sys.stdlib_module_names)
-    allowed = {*own, "numpy", "ai_edge_litert", "tflite_runtime"}
-    tree = ast.parse(path.read_text())
-    top_level = {node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names = {(node.module or "").partition(".")[0]}
-        else:
-            continue
-        assert names <= (own if node in top_level else allowed)
 
 
 # ------------------------------------------------------------------------------ a job

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import hashlib
 import importlib.util
@@ -129,22 +128,6 @@ def test_a_worker_born_an_orphan_does_nothing() -> None:
     """The supervisor was killed before its worker could ask to die with it."""
     done = subprocess.run([sys.executable, WORKER, "1"], input=b"{}", capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
-
-
-@pytest.mark.parametrize("name", sorted(path.name for path in TARGET.glob("*.py")))
-def test_what_runs_on_a_board_is_python_3_7_and_needs_no_package(name: str) -> None:
-    tree = ast.parse((TARGET / name).read_text(), feature_version=(3, 7))
-    ours = {path.stem for path in TARGET.glob("*.py")}
-    runtimes = {"numpy", "ai_edge_litert", "tflite_runtime"}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names = {(node.module or "").partition(".")[0]}
-        else:
-            continue
-        allowed = {*sys.stdlib_module_names, *ours}
-        assert names <= (allowed if node in tree.body else allowed | runtimes)
 
 
 def test_all_that_runs_on_a_board_is_pushed_to_it() -> None:
