@@ -208,7 +208,8 @@ class _Choice:
         """The largest choice that costs no more than ``most``.
 
         Bisection finds the smallest ratio that does; since channels go in blocks, that may be well
-        below, so blocks are then given back, the most important first, while the cost allows it.
+        below, so blocks are then given back where the cost allows it, the most important first: to
+        groups that the next smaller ratio would cut less, then to any.
         """
 
         def price(kept: Mapping[str, int]) -> float:
@@ -245,12 +246,11 @@ class _Choice:
                 low, above = middle, trial
             else:
                 high, kept = middle, trial
-        for group in sorted(self.groups, key=lambda g: self._worth(g, kept), reverse=True):
-            while kept[group.name] < above[group.name]:
-                more = min(above[group.name], kept[group.name] + self.step(group))
-                if price({**kept, group.name: more}) > most:
-                    break
-                kept[group.name] = more
+        for ceiling in (above, {n: n_all if self.own[n] is None else kept[n] for n, n_all in whole.items()}):
+            for group in sorted(self.groups, key=lambda g: self._worth(g, kept), reverse=True):
+                more = min(ceiling[group.name], kept[group.name] + self.step(group))
+                if more > kept[group.name] and price({**kept, group.name: more}) <= most:
+                    kept[group.name] = more
         return kept
 
     def _worth(self, group: Group, kept: Mapping[str, int]) -> float:
