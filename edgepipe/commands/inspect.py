@@ -22,18 +22,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "TFLite file, without running it.\n\n"
         "  edgepipe inspect model.tflite\n"
         "  edgepipe inspect model.tflite --tensors\n"
+        "  edgepipe inspect model.tflite --sparsity\n"
         "  edgepipe inspect model.tflite --json"
     )
     parser.add_argument("model", type=Path, metavar="MODEL.tflite", help="the file to look into")
     parser.add_argument("--tensors", action="store_true", help="list every tensor with dtype, shape, scale and zero point")  # fmt: skip
+    parser.add_argument("--sparsity", action="store_true", help="say whether zeros in the weights make it faster, and what it weighs compressed")  # fmt: skip
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
     from edgepipe.tflite_ops.inspect import as_dict, describe
 
     description = describe(args.model)
+    data = {"path": str(args.model), **as_dict(description, tensors=args.tensors)}
     out.text(render(description, args.model, tensors=args.tensors))
-    out.json({"path": str(args.model), **as_dict(description, tensors=args.tensors)})
+    if args.sparsity:
+        from edgepipe.tflite_ops import sparse
+
+        report = sparse.check_sparsity(args.model.read_bytes(), where=str(args.model))
+        first, *rest = sparse.sparsity_lines(report)
+        out.text("\n".join([f"  sparsity     {first}", *(f"    {line}" for line in rest)]))
+        data["sparsity"] = sparse.as_dict(report)
+    out.json(data)
     return 0
 
 
