@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import platformdirs
 import pytest
+
+from edgepipe.device import Device, open_device
+from edgepipe.testing import LoopbackSshd, find_sshd
 
 NET = '''\
 """A small convolutional classifier: 1x12x12 in, 4 classes out."""
@@ -137,6 +140,31 @@ def project(tmp_path: Path) -> Path:
     images, labels = blobs(400, seed=0)
     np.savez(folder / "data.npz", image=images, labels=labels)
     return folder
+
+
+@pytest.fixture
+def server() -> Iterator[LoopbackSshd]:
+    """A real sshd on loopback; in CI its absence is an error."""
+    if find_sshd() is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("no sshd on this machine")
+        pytest.skip("no sshd on this machine")
+    with LoopbackSshd() as running:
+        yield running
+
+
+@pytest.fixture(params=["local", "ssh"])
+def device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    """This machine, by itself and over SSH."""
+    address, options = "local", {}
+    if request.param == "ssh":
+        server: LoopbackSshd = request.getfixturevalue("server")
+        address, options = server.address, server.options()
+    opened = open_device(address, **options)
+    try:
+        yield opened
+    finally:
+        opened.close()
 
 
 EdgepipeRunner = Callable[..., subprocess.CompletedProcess[str]]

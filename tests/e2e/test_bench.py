@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from edgepipe import bench, runtime
 from edgepipe.artifact import Artifact, make_artifact
 from edgepipe.bench import MeasureOptions, measure
 from edgepipe.cli import main
-from edgepipe.device import open_device
 from edgepipe.device.base import Completed, Device
 from edgepipe.device.local import LocalDevice
 from edgepipe.errors import (
@@ -39,7 +38,6 @@ from edgepipe.errors import (
 from edgepipe.gate import REQUIRED_CONTEXT
 from edgepipe.metrics import METRICS
 from edgepipe.profile import DeviceProfile, ThermalLimits
-from edgepipe.testing import LoopbackSshd, find_sshd
 from edgepipe.tflite_ops.tiny import crashing_tflite, stateful_tflite, tiny_tflite
 
 pytestmark = pytest.mark.slow
@@ -91,21 +89,6 @@ class Wrapped:
 
     def close(self) -> None:
         self.inner.close()
-
-
-@pytest.fixture(params=["local", "ssh"])
-def device(request: pytest.FixtureRequest) -> Iterator[Device]:
-    if request.param == "local":
-        yield LocalDevice()
-        return
-    if find_sshd() is None:
-        pytest.skip("no sshd on this machine")
-    with LoopbackSshd() as server:
-        opened = open_device(server.address, **server.options())
-        try:
-            yield opened
-        finally:
-            opened.close()
 
 
 def by_metric(result: bench.BenchResult) -> dict[str, Any]:

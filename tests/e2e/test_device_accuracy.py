@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from edgepipe import cli
 from edgepipe.artifact import Artifact, TensorSpec, make_artifact
 from edgepipe.bench import MeasureOptions, measure
 from edgepipe.data import DataSource
-from edgepipe.device import open_device
 from edgepipe.device.base import Device
 from edgepipe.device.local import LocalDevice
 from edgepipe.errors import TransferError
@@ -22,7 +20,6 @@ from edgepipe.evaluate import DeviceEvaluation, choose_evaluation
 from edgepipe.gate import DeviceAccuracyDropGate, Evidence, Status
 from edgepipe.measurement import Measurement
 from edgepipe.resources import target_dir
-from edgepipe.testing import LoopbackSshd, find_sshd
 from edgepipe.tflite_ops.inspect import tensor_specs
 from edgepipe.tflite_ops.tiny import tiny_tflite
 
@@ -55,21 +52,6 @@ def evaluation(model: Artifact, tmp_path: Path) -> DeviceEvaluation:
         source=DataSource(kind="npz", path=tmp_path / "set.npz"), metric="top1", root=tmp_path,
         count=60, seed=1,
     )  # fmt: skip
-
-
-@pytest.fixture(params=["local", "ssh"])
-def device(request: pytest.FixtureRequest) -> Iterator[Device]:
-    if request.param == "local":
-        yield LocalDevice()
-        return
-    if find_sshd() is None:
-        pytest.skip("no sshd on this machine")
-    with LoopbackSshd() as server:
-        opened = open_device(server.address, **server.options())
-        try:
-            yield opened
-        finally:
-            opened.close()
 
 
 def on_board(

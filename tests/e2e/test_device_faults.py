@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,16 +20,6 @@ from .conftest import EdgepipeRunner
 pytestmark = pytest.mark.slow
 
 QUICK = ("--sessions", "1", "--session", "200 ms", "--warmup", "50 ms", "--memory-sessions", "1")
-
-
-@pytest.fixture
-def server() -> Iterator[LoopbackSshd]:
-    if find_sshd() is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("no sshd on this machine")
-        pytest.skip("no sshd on this machine")
-    with LoopbackSshd() as running:
-        yield running
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from edgepipe.device.base import Completed, Device
 from edgepipe.device.local import LocalDevice
 from edgepipe.device.ssh import SshDevice
 from edgepipe.errors import ConnectError, NotStable
-from edgepipe.testing import LoopbackSshd, find_sshd
+from edgepipe.testing import LoopbackSshd
 from edgepipe.tflite_ops.tiny import tiny_tflite
 
 from .test_bench import QUICK, Wrapped, artifact, find_worker, profile
@@ -40,16 +40,6 @@ OPTIONS = dataclasses.replace(QUICK, sessions=3, memory_sessions=0, session=0.5)
 @pytest.fixture
 def model(tmp_path: Path) -> Artifact:
     return artifact(tmp_path, tiny_tflite())
-
-
-@pytest.fixture
-def server() -> Iterator[LoopbackSshd]:
-    if find_sshd() is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("no sshd on this machine")
-        pytest.skip("no sshd on this machine")
-    with LoopbackSshd() as running:
-        yield running
 
 
 def lines_of(result: BenchResult, kind: str) -> list[dict[str, Any]]:
