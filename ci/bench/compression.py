@@ -8,7 +8,7 @@ goes on from its checkpoint, and ``--only`` makes the named rows (or groups) alo
 latencies of all files are taken side by side and the tables are printed, and written to
 ``compression.md`` and ``compression.json``. Training uses the threads that OMP_NUM_THREADS allows.
 
-alone     one stage on one trained network (FashionNet of ci/recipes, Fashion-MNIST), 2 epochs of
+alone     one stage on one trained network (FashionNet of ci/recipes, Fashion-MNIST), 1 epoch of
           training each where a stage trains, against nothing done and against other tools
 teacher   the recipe fashion_mnist_student.toml against its teacher, and against no teacher
 keyword   the published keyword spotter, pruned or of low rank; judged on half of the clips
@@ -58,7 +58,7 @@ Step = tuple[str, dict[str, Any]]
 TFLITE: tuple[Step, ...] = (("export_onnx", {}), ("to_tflite", {}))
 INT8: tuple[Step, ...] = (*TFLITE, ("quantize_int8", {}))
 # what every stage of the group "alone" may train, so that all rows have had the same
-TUNE: dict[str, Any] = {"epochs": 2, "batch_size": 128, "lr": 1e-3, "warmup": 0.2}
+TUNE: dict[str, Any] = {"epochs": 1, "batch_size": 128, "lr": 1e-3, "warmup": 0.2}
 TEACHER = TrainingOptions(
     epochs=6, batch_size=128, optimizer="sgd", lr=0.1, weight_decay=5e-4, warmup=1.0,
     label_smoothing=0.1, augment=Augmentation(flip=True, shift=2), checkpoint_every=60.0, device="cpu",
@@ -201,7 +201,7 @@ Row = Callable[[Bench, str], dict[str, Any]]
 
 
 def fashion_net(bench: Bench) -> Recipe:
-    options = {"epochs": 5, "batch_size": 128, "lr": 4e-3, "warmup": 0.5}
+    options = {"epochs": 4, "batch_size": 128, "lr": 4e-3, "warmup": 0.5}
     bench.trained("fashion_net", bench.fashion(), options)
     return bench.fashion("fashion_net")
 
@@ -262,8 +262,9 @@ def onnx2tf_alone(bench: Bench, name: str) -> dict[str, Any]:
         version = toolchain.find_toolchain(tool).summary.split(",")[0]
         if done.returncode == 0 and made:
             return bench.judge(name, made[0], recipe, f"{version} -oiqt{failed}")
-        said = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
-        failed += f"; {version} failed: {said[-1][:120] if said else 'without a word'}"
+        said = (folder / "log.txt").read_text(errors="replace").splitlines()
+        why = next((line for line in reversed(said) if "Error: " in line), "without a word")
+        failed += f"; {version} failed: {why}"
     return {"error": failed.removeprefix("; ")}
 
 
@@ -332,7 +333,7 @@ def recipe_row(file: str) -> Row:
     return row
 
 
-MOBILENET = {
+MOBILENET: dict[str, Any] = {
     "builder": "edgepipe.torch_ops.students.mobilenet_v3_small:build",
     "args": {"width": 0.35, "in_channels": 1, "size": [28, 28]},
 }
@@ -363,7 +364,7 @@ def mobilenet(*steps: Step) -> Row:
     """A row on MobileNetV3-Small trained on Fashion-MNIST."""
 
     def row(bench: Bench, name: str) -> dict[str, Any]:
-        options = {"epochs": 3, "batch_size": 128, "lr": 3e-3, "warmup": 0.5}
+        options = {"epochs": 2, "batch_size": 128, "lr": 3e-3, "warmup": 0.5}
         bench.trained("mobilenet_v3", bench.fashion(**MOBILENET), options)
         recipe = bench.fashion("mobilenet_v3", **MOBILENET)
         return bench.judge(name, bench.make(recipe, *steps).path, recipe, text_of(steps))
@@ -424,7 +425,7 @@ ROWS: dict[str, Row] = {
     "keyword/float": keyword(*TFLITE),
     "keyword/ptq": keyword(*INT8),
     "keyword/finetune": keyword(("finetune", SPEECH), *INT8),
-    "keyword/prune": keyword(("prune", {"ratio": 0.3, "round_to": 4}), ("finetune", SPEECH), *INT8),
+    "keyword/prune": recipe_row("keyword_spotting_pruned.toml"),
     "keyword/low_rank": keyword(
         ("low_rank", {"macs": 0.55, "data": "calibration"}), ("finetune", SPEECH), *INT8
     ),
@@ -433,6 +434,7 @@ ROWS: dict[str, Row] = {
     "qat/qat": mobilenet(*TFLITE, ("qat", {**TUNE, "lr": 3e-4}), INT8[-1]),
     "memory/plain": memory(),
     "memory/finetune": memory("finetune"),
+    "memory/distill": memory("distill", student="resnet", args={"width": 1.0}),
     "memory/sparsify": memory("sparsify", sparsity=0.75),
     "memory/qat": memory("qat"),
 }
