@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "init": "write a commented recipe for a model",
     "check": "find every mistake in a recipe without running anything",
     "run": "run a recipe: stages, evaluation, measurement, gates",
+    "students": "propose small networks that fit a latency and a size, to distil a model into",
     "convert": "convert a model to float TFLite and prove that it computes the same",
     "quantize": "quantise a float TFLite model to full int8",
     "inspect": "show tensors, operators, scales, sizes, float islands and MACs of a TFLite file",
@@ -40,6 +41,8 @@ COMMANDS: dict[str, str] = {
     "toolchains": "list, install and remove converter environments",
 }
 
+# Commands that go on at the step that an interruption left unfinished.
+KEEP_STEPS = ("run", "convert", "quantize")
 # Which extra of pyproject.toml brings a package that only some commands need.
 EXTRAS = {
     "torch": "torch", "torch_pruning": "torch", "tensorly": "torch", "safetensors": "torch", "onnxscript": "torch",
@@ -239,7 +242,9 @@ def _explain(exc: BaseException, name: str, out: Output, *, debug: bool) -> int:
     if isinstance(exc, EdgepipeError):
         return _fail(exc, out)
     if isinstance(exc, KeyboardInterrupt):
-        text = "interrupted; finished steps are kept, run the same command to go on"
+        text = "interrupted"
+        if name in KEEP_STEPS:
+            text += "; finished steps are kept, run the same command to go on"
         _say(text)
         _print_json(out, {"error": "interrupted", "message": text, "hint": ""})
         return EXIT_SIGNAL + (exc.number if isinstance(exc, Stopped) else 2)

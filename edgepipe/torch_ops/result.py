@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from edgepipe.errors import StageError
-from edgepipe.torch_ops.model import ModelDescription, load_model, save_model
-from edgepipe.torch_ops.run import same_outputs
+from edgepipe.torch_ops.model import ModelDescription, build_model, load_model, save_model
+from edgepipe.torch_ops.run import count_macs, same_outputs
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +88,18 @@ def _macs(module: nn.Module, given: tuple[Any, ...], result: Any) -> int:
     if isinstance(module, nn.Embedding):
         return 0
     return int(output.numel() // len(output) * weight[0].numel())
+
+
+def describe_builder(
+    description: ModelDescription, shape: Sequence[int]
+) -> tuple[tuple[Layer, ...], int]:
+    """Layers of what a builder makes for one input of ``shape``, and MACs in all.
+
+    These are also those of matrix products between activations, which belong to no layer.
+    """
+    model = build_model(description).eval()
+    inputs = [torch.zeros(tuple(shape))]
+    return describe_layers(model, inputs), count_macs(model, inputs)
 
 
 def totals(layers: Sequence[Layer]) -> dict[str, int]:
