@@ -73,11 +73,17 @@ def calibrate(
     options = dataclasses.replace(
         options, sessions=max(stats.LOOKS), memory_sessions=0, ops=False, energy=False
     )
-    result = bench.measure(model, device, profile, options, baseline=model)
+    try:
+        result = bench.measure(model, device, profile, options, baseline=model)
+    except NotReadyError as exc:
+        if exc.code != "baseline-does-not-run":
+            raise
+        raise NotReadyError(
+            f"{device.address} cannot be calibrated with {model.path}: {exc.message}",
+            hint="choose another model: edgepipe calibrate MODEL",
+            code="model-does-not-run",
+        ) from exc
     measured = {m.metric: m for m in result.measurements}
-    if "latency_ratio_wall" not in measured:
-        reason = measured["runs_on_device"].context.get("reason", "no latency was measured")
-        raise NotReadyError(f"{device.address} cannot be calibrated with {model.path}: {reason}", hint="choose another model", code="model-does-not-run")  # fmt: skip
     return noise_of(measured, now=now or datetime.datetime.now(datetime.UTC)), measured
 
 

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "With --ops, find out instead what operators cost there: latencies on that board are then\n"
         "predicted from measurements (`edgepipe inspect --profile`, prune to a latency), not guessed.\n\n"
         "  edgepipe calibrate --ops --device ssh://pi@raspberrypi --profile rpi4b_4gb\n\n"
-        "exit code 3: the model seems to differ from itself, so no verdict of this board can be trusted"
+        "exit code 3: the model seems to differ from itself, or the board is too noisy to tell"
     )
     parser.add_argument("model", type=Path, nargs="?", help="the model, a .tflite file (default: an int8 network of the cost of MobileNetV2)")  # fmt: skip
     parser.add_argument(
@@ -45,10 +45,12 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from edgepipe.calibration import calibrate, detectable, save_noise
     from edgepipe.errors import EXIT_NOT_READY, EXIT_PASS
     from edgepipe.gate import Status, decide_sessions
+    from edgepipe.store import check_output
 
     if args.ops:
         return _time_operators(args, out)
     options, target = measure_options(args, command="calibrate"), find_target(args)
+    check_output(Path(args.store) / "calibration" / "noise.json", option="--store")
     with tempfile.TemporaryDirectory(prefix="edgepipe-") as folder:
         path = args.model
         if path is None:
@@ -65,7 +67,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
     same = decision.status == Status.PASS
     out.text(render(noise, options.tolerance, title=f"{target.profile.name} ({target.address})"))
     if not same:
-        out.text(f"the model seems to differ from itself by {decision.estimate - 1:+.1%}: stop other work on the board, cool it, fix its clock, and calibrate again")  # fmt: skip
+        differs = decision.status == Status.FAIL
+        what = f"the model seems to differ from itself by {decision.estimate - 1:+.1%}" if differs else f"{decision.sessions} sessions cannot tell the model from one that is {options.tolerance:.0%} slower"  # fmt: skip
+        out.text(f"{what}: stop other work on the board, cool it, fix its clock, and calibrate again")  # fmt: skip
     out.text(f"kept in {saved}")
     table = {c: detectable(sd, options.tolerance) for c, sd in _deviations(noise).items()}
     out.json({"noise": dataclasses.asdict(noise), "path": str(saved), "tolerance": options.tolerance, "detectable": table, "agrees_with_itself": same})  # fmt: skip

@@ -111,15 +111,15 @@ def render(verdicts: Sequence[Verdict], measured: Mapping[str, Measurement]) -> 
     lines = []
     for verdict in verdicts:
         what = ""
-        if verdict.gate == "slowdown" and verdict.value is not None:
+        is_ratio = verdict.gate == "slowdown" and verdict.value is not None
+        if is_ratio:
             what = "candidate is "
         elif verdict.gate == "runs_on_device":
             what = "candidate does not run on the device: "
         lines.append(f"{verdict.status.value}: {what}{verdict.reason}")
         lines += [f"  {line}" for line in verdict.details]
-        if verdict.gate == "slowdown" and verdict.status != "FAIL":  # which explains itself by them
-            ops = ops_that_grew(measured)
-            lines += [f"  {line}" for line in (ops[:1] if verdict.status == "PASS" else ops)]
+        if is_ratio and verdict.status == "INCONCLUSIVE":  # a FAIL explains itself by them
+            lines += [f"  {line}" for line in ops_that_grew(measured)]
     mismatch = measured.get("device_mismatch")
     if mismatch is not None:
         lines.append(f"outputs: {mismatch.samples[0][0]:.2%} of the values differ from this machine's")  # fmt: skip

@@ -36,6 +36,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from edgepipe.profile import find_profile
     from edgepipe.resources import profile_paths
 
+    if args.address.startswith("null://"):
+        raise RequestError("a null device is no board: it has no facts to read", hint="probe a real one: edgepipe probe ssh://user@host", code="bad-address")  # fmt: skip
     path = _new_profile_path(args.write) if args.write is not None else None
     profile = find_profile(args.profile, profile_paths()) if args.profile is not None else None
     target = args.target or (profile.target if profile else "linux")

@@ -154,6 +154,31 @@ def test_a_board_on_which_a_model_differs_from_itself_is_named(
     rig = ["--device", "null://quiet?slowdown=1.1", "--quiet", "--store", str(tmp_path)]
     assert cli.main(["calibrate", *rig]) == 3
     assert "seems to differ from itself by +10" in capsys.readouterr().out
+    rig[1] = "null://noisy?sd=0.05"
+    assert cli.main(["calibrate", *rig]) == 3
+    text = capsys.readouterr().out
+    assert "12 sessions cannot tell the model from one that is 3% slower" in text
+    assert "differ from itself" not in text
+
+
+def test_a_model_that_does_not_run_calibrates_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rig = ["--device", "null://quiet?fault=crash", "--quiet", "--store", str(tmp_path)]
+    assert cli.main(["calibrate", *rig]) == 3
+    error = capsys.readouterr().err
+    assert "cannot be calibrated with" in error
+    assert "choose another model" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    rig = ["--device", "null://quiet?fault=crash", "--quiet", "--store", str(tmp_path / "file")]
+    assert cli.main(["calibrate", *rig]) == 2
+    assert "is no folder" in capsys.readouterr().err
 
 
 def test_the_built_in_model_computes_and_its_longer_twin_begins_alike() -> None:

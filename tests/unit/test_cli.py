@@ -232,7 +232,7 @@ def test_ctrl_c_that_a_framework_swallowed_still_stops(
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130, err
-    assert "interrupted; finished steps are kept" in err
+    assert err.splitlines()[-1] == "interrupted"  # `runs` has no steps to go on with
     assert "bug" not in err
 
 

@@ -49,6 +49,7 @@ def test_an_unchanged_model_passes_in_one_sentence(models: tuple[Path, Path]) ->
     assert first.startswith("PASS: candidate is 0.")
     assert "3 sessions x 30 rounds, 1 thread, CPU time), tolerance 3 %, detectable from " in first
     assert rest[0].startswith("  wall time: ")
+    assert "all ops together" not in "".join(rest)  # their noise would contradict a PASS
     assert [line.split()[1] for line in rest if line.startswith("PASS")] == ["memory_anon", "memory_file", "model_bytes"]  # fmt: skip
 
 

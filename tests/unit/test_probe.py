@@ -239,6 +239,11 @@ class Broken:
     def close(self) -> None: ...
 
 
+def test_a_null_device_has_nothing_to_probe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["probe", "null://quiet"]) == 2
+    assert "no facts to read" in capsys.readouterr().err
+
+
 def test_a_board_without_python_is_not_ready() -> None:
     with pytest.raises(NotReadyError, match="has no python3"):
         probe(Broken(127, b""))  # type: ignore[arg-type]
