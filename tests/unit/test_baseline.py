@@ -151,6 +151,21 @@ def test_evidence_that_differs_in_one_key_is_inconclusive_and_names_it(
     assert old != new
 
 
+def test_a_null_device_stands_for_the_baselines_board_but_not_for_other_inputs(
+    tmp_path: Path, shipped: Artifact
+) -> None:
+    found = promoted(tmp_path, shipped)
+
+    def judged(**context: Any) -> Verdict:
+        failed = dataclasses.replace(SLOWDOWN, status=Status.FAIL, value=1.06)
+        device = evidence(shipped, simulated=True, **context)
+        (verdict,) = refuse_incomparable([failed], [device], {"pi": found}, {"pi": found.model.sha256}, run_id="run-2")  # fmt: skip
+        return verdict
+
+    assert judged(machine="any", runtime_sha256="0" * 64).status is Status.FAIL
+    assert judged(model_inputs=OTHER["model_inputs"]).status is Status.INCONCLUSIVE
+
+
 def test_a_key_that_was_not_recorded_differs(tmp_path: Path, shipped: Artifact) -> None:
     poor = {k: v for k, v in CONTEXT.items() if k != "runtime_sha256"}
     assert differences(CONTEXT, poor) == ("runtime_sha256: baseline cdcdcdcdcdcd, run none",)
