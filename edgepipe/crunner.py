@@ -37,7 +37,6 @@ from edgepipe.device.snapshot import (
 from edgepipe.errors import CommandTimeout, MissingExtra, NotReadyError, NotStable
 from edgepipe.job import (
     COMMAND_TIMEOUT_S,
-    MAX_REBOOTS,
     OPTIONAL,
     BoardJob,
     Outcome,
@@ -275,10 +274,8 @@ class CRunnerJob(BoardJob):
         if not found:
             self.device.run(["rm", "-rf", self.job_dir], timeout_s=COMMAND_TIMEOUT_S)
             return 0
-        self._done, self._boot_id, self._shown = found, boot_id, set(found)
-        self.resumed = len(found)
-        log.info("found the job of an interrupted run on %s: %d sessions are finished", self.device.address, self.resumed)  # fmt: skip
-        return self.resumed
+        self._done, self._boot_id = found, boot_id
+        return self._take_over(found)
 
     def run(self, plan: Sequence[Mapping[str, Any]]) -> Outcome:
         """See `BoardJob.run`."""
@@ -299,7 +296,7 @@ class CRunnerJob(BoardJob):
                 return self._outcome(plan, failure)
             boots = {session[at]["boot_id"] for at in ("before", "after")} - {None}
             if boots - {self._boot_id}:
-                self._restart(boots)
+                self._restart(session["after"]["boot_id"] or session["before"]["boot_id"])
                 queue = list(plan)
                 continue
             line = {"kind": "session", "tag": entry["tag"], "boot_id": self._boot_id, "session": session}  # fmt: skip
@@ -353,7 +350,7 @@ class CRunnerJob(BoardJob):
             self._raise_for(69 if answer["code"] == 70 else answer["code"], answer["error"], message, _owner(answer))  # fmt: skip
         boot_id = facts["health"]["boot_id"]
         if self._boot_id not in (None, boot_id):
-            self._restart({boot_id})
+            self._restart(boot_id)
         self._boot_id = boot_id
         start = {
             "kind": "start", "job": self.job["id"], "identity": self._identity("", "", []),
@@ -366,21 +363,12 @@ class CRunnerJob(BoardJob):
         }  # fmt: skip
         self._lines = [start, *self._lines]
 
-    def _restart(self, boots: set[str | None]) -> None:
-        """The board was restarted: nothing measured before may be mixed with what comes."""
-        self._reboots += 1
-        if self._reboots > MAX_REBOOTS:
-            raise NotStable(
-                f"{self.device.address} was restarted {self._reboots} times while measuring",
-                hint="is its power supply strong enough? `dmesg` there may tell",
-                code="rebooted",
-            )
-        log.warning("%s was restarted: measuring from the start", self.device.address)
-        self._done, self._shown, self.resumed = {}, set(), 0
-        self._boot_id = sorted(boots, key=str)[-1]
-        for line in self._lines[:1]:
-            line["boot_id"] = self._boot_id
-        self._lines = self._lines[:1]
+    def _restart(self, boot_id: str | None) -> None:
+        """Begin anew after a reboot; the record's start stays, with the new boot."""
+        self._start_over()
+        self._done = {}
+        self._boot_id = boot_id
+        self._lines = [{**line, "boot_id": boot_id} for line in self._lines[:1]]
 
     def _run_session(
         self, entry: Mapping[str, Any]

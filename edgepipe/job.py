@@ -139,11 +139,7 @@ class BoardJob:
         if status.rebooted or age_s is None or not 0 <= age_s <= max_age_s:
             self._ask("end", self.job_dir)
             return 0
-        found = finished(journal.lines)
-        self.resumed = len(found)
-        self._shown = set(found)
-        log.info("found the job of an interrupted run on %s: %d sessions are finished", self.device.address, self.resumed)  # fmt: skip
-        return self.resumed
+        return self._take_over(finished(journal.lines))
 
     def run(self, plan: Sequence[Mapping[str, Any]]) -> Outcome:
         """Do what ``plan`` lists and is not finished yet; wait for it.
@@ -167,20 +163,30 @@ class BoardJob:
                 log.warning("%s on %s: starting it again", exc, self.device.address)
                 # one that hangs is stopped; what is finished stays
                 self._ask("end", self.job_dir, "--keep")
-            except _Rebooted as exc:
-                self._reboots += 1
-                if self._reboots > MAX_REBOOTS:
-                    raise NotStable(
-                        f"{self.device.address} was restarted {self._reboots} times while measuring",
-                        hint="is its power supply strong enough? `dmesg` there may tell",
-                        code="rebooted",
-                    ) from exc
-                log.warning("%s was restarted: measuring from the start", self.device.address)
-                self.resumed, self._shown = 0, set()
+            except _Rebooted:
+                self._start_over()
 
     def end(self, *, keep: bool = False) -> None:
         """Stop the job, give the lease back and remove its files, unless ``keep``."""
         self._ask("end", self.job_dir, *(["--keep"] if keep else []))
+
+    def _take_over(self, found: Mapping[str, Session]) -> int:
+        """Sessions by tag of an interrupted run count, and nobody is told of them again."""
+        self.resumed, self._shown = len(found), set(found)
+        log.info("found the job of an interrupted run on %s: %d sessions are finished", self.device.address, self.resumed)  # fmt: skip
+        return self.resumed
+
+    def _start_over(self) -> None:
+        """The board was restarted: nothing measured before may be mixed with what comes."""
+        self._reboots += 1
+        if self._reboots > MAX_REBOOTS:
+            raise NotStable(
+                f"{self.device.address} was restarted {self._reboots} times while measuring",
+                hint="is its power supply strong enough? `dmesg` there may tell",
+                code="rebooted",
+            )
+        log.warning("%s was restarted: measuring from the start", self.device.address)
+        self.resumed, self._shown = 0, set()
 
     # ---------------------------------------------------------------------------------- one attempt
 
