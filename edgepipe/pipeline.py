@@ -27,7 +27,7 @@ from edgepipe.baseline import DEFAULT_FOLDER, Baseline, baseline_path, model_inp
 from edgepipe.calibration import quote_noise
 from edgepipe.data import fingerprint, named_files, source_hash, user_path
 from edgepipe.device import open_device
-from edgepipe.errors import EdgepipeError, StageError
+from edgepipe.errors import EdgepipeError, NotReadyError, StageError
 from edgepipe.evaluate import DeviceEvaluation, choose_evaluation, evaluate
 from edgepipe.gate import Evidence, Gate, SlowdownGate, Status, Verdict, overall
 from edgepipe.inventory import Target
@@ -38,7 +38,7 @@ from edgepipe.measurement import (
     measurement_to_dict,
     single,
 )
-from edgepipe.op_table import load_op_table
+from edgepipe.op_table import estimate_change, gain_note, load_op_table
 from edgepipe.profile import find_profile
 from edgepipe.recipe import Recipe
 from edgepipe.resources import profile_paths, target_dir
@@ -235,7 +235,30 @@ def run_stages(recipe: Recipe, steps: _Steps) -> list[Artifact]:
             ],
         )
         models.append(_build(steps, stage.name, key, models, stage, recipe))
+        _predict_gain(models[-1], recipe, steps)
     return models
+
+
+def _predict_gain(made: Artifact, recipe: Recipe, steps: _Steps) -> None:
+    """Record what a stage that changed layers does for latency on the recipe's devices, and warn
+    where it does nothing. A device with neither an operator table nor known cores is left out."""
+    quantized = any(stage.name.startswith("quantize") for stage in recipe.stages)
+    predicted = {}
+    for name in recipe.devices if "layers_before" in made.facts else ():
+        try:
+            table = load_op_table(steps.store.root, find_profile(name, profile_paths()), threads=recipe.measure.threads)  # fmt: skip
+        except NotReadyError:
+            continue
+        change = estimate_change(made.facts, table, dtype="int8" if quantized else "float32")
+        if change is None:
+            continue
+        before, after = change
+        note = gain_note(before, after)
+        if note:
+            log.warning("%s", note)
+        predicted[name] = {"before_s": before.latency_s, "after_s": after.latency_s, "source": table.source, "note": note}  # fmt: skip
+    if predicted:
+        steps.lineage[-1]["predicted"] = predicted
 
 
 def _op_table(profile: str, store: Store) -> str:
@@ -349,8 +372,8 @@ EVALUATION_MODULES = (
     "edgepipe.evaluate", "edgepipe.predict", "edgepipe.array_ops", "edgepipe.tflite_ops", "edgepipe.torch_ops",
 )  # fmt: skip
 MEASURING_MODULES = (
-    "edgepipe.bench", "edgepipe.sessions", "edgepipe.job", "edgepipe.stats", "edgepipe.runtime",
-    *EVALUATION_MODULES,
+    "edgepipe.bench", "edgepipe.sessions", "edgepipe.job", "edgepipe.crunner", "edgepipe.device.snapshot",
+    "edgepipe.stats", "edgepipe.runtime", *EVALUATION_MODULES,
 )  # fmt: skip
 EVALUATION_PACKAGES = ("numpy", "ai-edge-litert", "onnxruntime", "torch")
 
