@@ -130,7 +130,7 @@ class Estimate:
 
 
 class LayerLike(Protocol):
-    """What `torch_ops.result.Layer` says of a layer."""
+    """What `torch_ops.result.Layer` says of a layer, and `RecordedLayer` of one in an artifact's facts."""
 
     @property
     def name(self) -> str: ...
@@ -140,6 +140,16 @@ class LayerLike(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def macs(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordedLayer:
+    """A layer as the facts of an artifact hold it."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    macs: int
 
 
 # ---------------------------------------------------------------------------------- predicting
@@ -253,6 +263,19 @@ def op_of_operator(operator: Operator, graph: Subgraph) -> Op:
     if macs and dtype == "float32" and weights is not None and weights.dtype == "int8":
         dtype = "dynamic"  # quantised at every call: no kernel of either kind
     return Op(operator.name, kind, dtype, macs, moved, channels)
+
+
+def estimate_change(
+    facts: Mapping[str, Any], table: OpTable, *, dtype: Literal["int8", "float32"] = "int8"
+) -> tuple[Estimate, Estimate] | None:
+    """(before, after) of a stage by the facts of its artifact; None where no layer changed its shape."""
+    before, after = (
+        [RecordedLayer(la["name"], la["kind"], tuple(la["shape"]), la["macs"]) for la in facts.get(key, ())]
+        for key in ("layers_before", "layers")
+    )  # fmt: skip
+    if not before or before == after:
+        return None
+    return estimate_layers(before, table, dtype=dtype), estimate_layers(after, table, dtype=dtype)
 
 
 def gain_note(before: Estimate, after: Estimate) -> str:

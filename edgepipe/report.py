@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgepipe import stats
+from edgepipe.layer_report import (
+    MODEL_TITLE,
+    gain_notes,
+    layer_tables,
+    model_table,
+    training_tables,
+)
 from edgepipe.measurement import Measurement, measurement_to_dict
 from edgepipe.metrics import METRICS
 from edgepipe.store import Run
+from edgepipe.table import Table as Table
 from edgepipe.units import format_value
 
 CONTEXT_SHOWN = (
@@ -18,13 +25,6 @@ CONTEXT_SHOWN = (
     "governor", "temperature_before_c", "temperature_after_c",
 )  # fmt: skip
 GATES_TITLE = "Gates"
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 def report_data(run: Run) -> dict[str, Any]:
@@ -40,8 +40,13 @@ def report_data(run: Run) -> dict[str, Any]:
     }
 
 
-def render(run: Run, *, markdown: bool, record: Mapping[str, Any] | None = None) -> str:
-    """The report a person reads. ``record`` stands for the run's own where it was judged again."""
+def render(
+    run: Run, *, markdown: bool, record: Mapping[str, Any] | None = None, layers: bool = False
+) -> str:
+    """The report a person reads. ``record`` stands for the run's own where it was judged again.
+
+    ``layers`` adds what each step did to every layer.
+    """
     record = run.read() if record is None else record
     lines = [_heading(record, markdown), ""]
     beside = record.get("measured_against") or {}
@@ -50,10 +55,13 @@ def render(run: Run, *, markdown: bool, record: Mapping[str, Any] | None = None)
     if record.get("error"):
         error = record["error"]
         lines += [f"{error['error']}: {error['message']}", *([f"hint: {error['hint']}"] if error.get("hint") else []), ""]  # fmt: skip
-    for table in _tables(run, record):
+    for table in _tables(run, record, layers=layers):
         lines += [_markdown_table(table) if markdown else text_table(table), ""]
         if table.title == GATES_TITLE:
             lines += [details_text(record["verdicts"], markdown=markdown), ""]
+        if table.title == MODEL_TITLE:
+            notes = [_one_line(note) for note in gain_notes(record.get("steps", []))]
+            lines += [*(f"- {_markdown_escaped(n)}" if markdown else f"  warning: {n}" for n in notes), ""]  # fmt: skip
     text = "\n".join(lines).rstrip() + "\n"
     return re.sub("\n{3,}", "\n\n", text)
 
@@ -92,13 +100,15 @@ def _heading(record: Mapping[str, Any], markdown: bool) -> str:
     return f"## {title}\n\n{sub}" if markdown else f"{title}\n{sub}"
 
 
-def _tables(run: Run, record: Mapping[str, Any]) -> list[Table]:
+def _tables(run: Run, record: Mapping[str, Any], *, layers: bool) -> list[Table]:
     tables = []
     verdicts = record.get("verdicts", [])
     if verdicts:
         rows = tuple((v["status"], v["gate"], v["device"] or "-", v["reason"]) for v in verdicts)
         tables.append(Table(GATES_TITLE, ("verdict", "gate", "device", "why"), rows))
-    tables.append(_stage_table(record))
+    steps = record.get("steps", [])
+    tables += [_stage_table(record), model_table(steps), *training_tables(steps)]
+    tables += layer_tables(steps) if layers else []
     tables.append(measurement_table("Model", run.load_measurements("model")))
     for device in record.get("devices", []):
         measured = run.load_measurements(device["profile"])

@@ -13,10 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Show a stored run.\n\n"
         "  edgepipe report\n"
+        "  edgepipe report --layers            what compression did to every layer, and why\n"
         "  edgepipe report 3f2a1c --format markdown --output report.md"
     )
     parser.add_argument("run", nargs="?", default="latest", help="run id, its start or end (default: latest)")  # fmt: skip
     parser.add_argument("--format", choices=("text", "markdown", "json"), default="text", help="default: text")  # fmt: skip
+    parser.add_argument("--layers", action="store_true", help="also list the layers after each step that changed them")  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FILE", help="write it here instead of stdout")  # fmt: skip
 
 
@@ -28,7 +30,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if args.format == "json":
         text = json.dumps(report_data(found), indent=1) + "\n"
     else:
-        text = render(found, markdown=args.format == "markdown")
+        text = render(found, markdown=args.format == "markdown", layers=args.layers)
     if args.output:
         check_output(args.output)
         with replacing(args.output) as temporary:

@@ -124,8 +124,8 @@ def save_result(
     """Save ``model``, load it again, and return the facts of the artifact.
 
     ``before`` are the layers of the model that the stage was given, ``notes`` what it did to a layer
-    (by name). The facts are ``before`` and ``after`` (totals) and ``layers``. Raises StageError where
-    what was saved does not give the same outputs, bit for bit.
+    (by name). The facts are ``before`` and ``after`` (totals), ``layers_before`` and ``layers``.
+    Raises StageError where what was saved does not give the same outputs, bit for bit.
     """
     model = model.eval()
     save_model(model, folder, description)
@@ -142,4 +142,9 @@ def save_result(
         "%s: %.3g -> %.3g million MACs, %d -> %d parameters",
         stage, was["macs"] / 1e6, now["macs"] / 1e6, was["parameters"], now["parameters"],
     )  # fmt: skip
-    return {"before": was, "after": now, "layers": [dataclasses.asdict(layer) for layer in after]}
+    return {
+        "before": was,
+        "after": now,
+        "layers_before": [dataclasses.asdict(layer) for layer in before],
+        "layers": [dataclasses.asdict(layer) for layer in after],
+    }

@@ -30,7 +30,7 @@ ALLOWED = {
 # Layers: a module imports only from its own layer or one further right.
 LAYERS = (
     ("edgepipe.cli", "edgepipe.commands", "edgepipe.__main__"),
-    ("edgepipe.pipeline", "edgepipe.judge", "edgepipe.report", "edgepipe.ci_output", "edgepipe.recipe", "edgepipe.adhoc"),
+    ("edgepipe.pipeline", "edgepipe.judge", "edgepipe.report", "edgepipe.layer_report", "edgepipe.ci_output", "edgepipe.recipe", "edgepipe.adhoc"),
     ("edgepipe.bench", "edgepipe.evaluate", "edgepipe.inventory", "edgepipe.baseline", "edgepipe.explain", "edgepipe.calibration", "edgepipe.op_timing", "edgepipe.testing", "edgepipe.probe"),
     ("edgepipe.stages", "edgepipe.device", "edgepipe.store", "edgepipe.runtime", "edgepipe.parity", "edgepipe.payload", "edgepipe.job", "edgepipe.crunner", "edgepipe.op_table"),
     ("edgepipe.predict", "edgepipe.toolchain", "edgepipe.toolchains"),
@@ -38,7 +38,7 @@ LAYERS = (
     ("edgepipe.array_ops",),
     ("edgepipe.stage", "edgepipe.pruning", "edgepipe.training", "edgepipe.distillation", "edgepipe.students", "edgepipe.gate", "edgepipe.profile", "edgepipe.resources"),
     ("edgepipe.data", "edgepipe.artifact", "edgepipe.measurement", "edgepipe.metrics", "edgepipe.sessions", "edgepipe.stats"),
-    ("edgepipe.schema",),
+    ("edgepipe.schema", "edgepipe.table"),
     ("edgepipe.units",),
     ("edgepipe.errors",),
 )  # fmt: skip

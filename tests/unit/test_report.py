@@ -48,6 +48,28 @@ def op(index: int, name: str, seconds: float) -> dict[str, object]:
     return {"index": index, "name": name, "where": "delegate", "seconds": seconds}
 
 
+def layer(name: str, shape: list[int], macs: int, note: str = "") -> dict[str, object]:
+    parameters = shape[0] * shape[1] + shape[0]
+    return {"name": name, "kind": "Linear", "shape": shape, "parameters": parameters, "macs": macs, "bytes": parameters + 3 * shape[0], "note": note}  # fmt: skip
+
+
+def compressed_steps() -> list[dict[str, object]]:
+    """A training and a pruning that cuts one layer, splits another, and gains nothing on one of two devices."""
+    epochs = [{"loss": 2.0 - 0.15 * i, "accuracy": 0.5 + 0.03 * i, "validation_accuracy": 0.6 + 0.03 * min(i, 7), "lr": 0.01} for i in range(10)]  # fmt: skip
+    before = [layer("body.0", [32, 16], 51200), layer("body.1", [32, 32], 102400), layer("head", [10, 32], 320)]  # fmt: skip
+    after = [layer("body.0", [24, 16], 38400, "32 -> 24 channels"), layer("body.1.0", [8, 24], 19200, "rank 8"), layer("head", [10, 32], 320, "left whole: it makes the output")]  # fmt: skip
+    totals = [{key: sum(int(str(la[key])) for la in layers) for key in ("parameters", "macs", "bytes")} for layers in (before, after)]  # fmt: skip
+    predicted = {
+        "rpi4b_4gb": {"before_s": 0.00021, "after_s": 0.00013, "source": "measured", "note": ""},
+        "rpi5_8gb": {"before_s": 0.0001, "after_s": 0.000099, "source": "estimated", "note": "rpi5_8gb will gain nothing: 100 us -> 99 us (estimated operators)"},
+    }  # fmt: skip
+    facts = {"before": totals[0], "after": totals[1], "layers_before": before, "layers": after}
+    return [
+        {"step": "finetune", "cached": False, "seconds": 9.0, "artifact": {"kind": "torch", "sha256": "11" * 32, "facts": {"epochs": epochs}}},
+        {"step": "prune", "cached": False, "seconds": 2.0, "predicted": predicted, "artifact": {"kind": "torch", "sha256": "22" * 32, "facts": facts}},
+    ]  # fmt: skip
+
+
 def stages(after_load: int) -> list[dict[str, dict[str, int]]]:
     names = ("before_load", "after_load", "after_first", "steady")
     return [{name: {"peak": 9_000_000 + added} for name, added in zip(names, (0, after_load, after_load + 200_000, after_load + 200_000), strict=True)}]  # fmt: skip
@@ -108,6 +130,7 @@ def run(tmp_path: Path) -> Run:
         devices=[{"profile": "rpi4b_4gb", "address": "ssh://pi@board"}],
         steps=[
             {"step": "load", "cached": True, "artifact": {"kind": "torch", "sha256": "00" * 32, "facts": {}}},
+            *compressed_steps(),
             {"step": "to_tflite", "cached": False, "seconds": 6.2, "artifact": artifact},
             {"step": "evaluate", "cached": False, "seconds": 1.0},
         ],
@@ -119,7 +142,7 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.mark.parametrize(("markdown", "name"), [(False, "report.txt"), (True, "report.md")])
 def test_the_report_reads_as_agreed(run: Run, markdown: bool, name: str) -> None:
-    text = render(run, markdown=markdown)
+    text = render(run, markdown=markdown, layers=True)
     if os.environ.get("EDGEPIPE_UPDATE_GOLDEN"):
         (GOLDEN / name).write_text(text, encoding="utf-8")
     assert text == (GOLDEN / name).read_text(encoding="utf-8")
