@@ -23,11 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  edgepipe inspect model.tflite\n"
         "  edgepipe inspect model.tflite --tensors\n"
         "  edgepipe inspect model.tflite --sparsity\n"
+        "  edgepipe inspect model.tflite --profile rpi4b_4gb\n"
         "  edgepipe inspect model.tflite --json"
     )
     parser.add_argument("model", type=Path, metavar="MODEL.tflite", help="the file to look into")
     parser.add_argument("--tensors", action="store_true", help="list every tensor with dtype, shape, scale and zero point")  # fmt: skip
     parser.add_argument("--sparsity", action="store_true", help="say whether zeros in the weights make it faster, and what it weighs compressed")  # fmt: skip
+    parser.add_argument("--profile", metavar="NAME", help="predict its latency on a board that this device profile describes")  # fmt: skip
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
@@ -43,6 +45,18 @@ def run(args: argparse.Namespace, out: Output) -> int:
         first, *rest = sparse.sparsity_lines(report)
         out.text("\n".join([f"  sparsity     {first}", *(f"    {line}" for line in rest)]))
         data["sparsity"] = sparse.as_dict(report)
+    if args.profile:
+        from edgepipe.op_table import estimate_tflite, load_op_table
+        from edgepipe.profile import find_profile
+        from edgepipe.resources import profile_paths
+
+        table = load_op_table(Path(args.store), find_profile(args.profile, profile_paths()))
+        predicted = estimate_tflite(description.model, table)
+        out.text(f"  latency      {predicted.text()}")
+        data["predicted_latency"] = {
+            "seconds": predicted.latency_s, "profile": table.profile, "operators": table.source,
+            "error": table.error, "guessed": sorted(set(predicted.guessed)),
+        }  # fmt: skip
     out.json(data)
     return 0
 
