@@ -47,6 +47,7 @@ class QuantizeInt8:
         "edgepipe.tflite_ops.inspect",
         "edgepipe.tflite_ops.quantize",
         "edgepipe.tflite_ops.run",
+        "edgepipe.tflite_ops.sparse",
     )
     packages: ClassVar[tuple[str, ...]] = (
         "litert-quantizer",
@@ -81,6 +82,7 @@ class QuantizeInt8:
         from edgepipe.array_ops.load import load_samples
         from edgepipe.tflite_ops import quantize as ops
         from edgepipe.tflite_ops.flatbuffer import parse_model
+        from edgepipe.tflite_ops.sparse import sparsity_facts
 
         content = artifact.path.read_bytes()
         where = artifact.path.name
@@ -147,6 +149,7 @@ class QuantizeInt8:
             },
             "float_islands": islands,
             "fused_activations": list(fused),
+            **sparsity_facts(quantized, where=path.name),
             "quantizer": f"litert-quantizer {version('litert-quantizer')}",
             "runtime": f"ai-edge-litert {version('ai-edge-litert')}",
         }

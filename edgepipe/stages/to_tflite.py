@@ -37,7 +37,9 @@ class ToTflite:
     for it, else TensorFlow's (the record says which). ``input_layout``: the layout of NCHW inputs in
     the file; those named in ``keep_layout`` stay as they are. ``batch`` fixes a free batch. Every
     output may be off by ``max_relative_error`` of its largest value, on ``parity_samples`` samples
-    of ``data`` ("" = noise only) and one sample of noise for each of ``parity_seeds`` seeds.
+    of ``data`` ("" = noise only) and one sample of noise for each of ``parity_seeds`` seeds. With
+    ``sparse`` the weights that XNNPACK can skip zeros of are stored without them; such a file runs in
+    float only, and where XNNPACK would skip none, that is an error that says why.
     """
 
     name: ClassVar[str] = NAME
@@ -46,7 +48,7 @@ class ToTflite:
     produces: ClassVar[str] = "tflite"
     ops: ClassVar[tuple[str, ...]] = (
         "edgepipe.tflite_ops.convert", "edgepipe.tflite_ops.run", "edgepipe.tflite_ops.bisect",
-        "edgepipe.tflite_ops.onnx_model", "edgepipe.parity", "edgepipe.array_ops.compare",
+        "edgepipe.tflite_ops.onnx_model", "edgepipe.tflite_ops.sparse", "edgepipe.parity", "edgepipe.array_ops.compare",
         "edgepipe.array_ops.noise", "edgepipe.toolchain", "edgepipe.toolchains",
     )  # fmt: skip
     packages: ClassVar[tuple[str, ...]] = ("onnxruntime", "ai-edge-litert", "numpy")
@@ -60,6 +62,7 @@ class ToTflite:
     parity_samples: int = 8
     parity_seeds: int = 3
     timeout: Annotated[float, Unit("time")] = 600.0
+    sparse: bool = False
 
     def __post_init__(self) -> None:
         if self.batch is not None and self.batch < 1:
@@ -77,6 +80,7 @@ class ToTflite:
     def run(self, artifact: Artifact, context: StageContext) -> Artifact:
         """The TFLite file. Nothing is kept where conversion or the proof fails."""
         from edgepipe.tflite_ops.convert import match_tensors, prepare_onnx
+        from edgepipe.tflite_ops.sparse import sparsity_facts, store_sparse
 
         layouts = self._layouts(artifact)
         prepared = prepare_onnx(artifact.path, artifact.inputs, batch=self.batch)
@@ -89,6 +93,8 @@ class ToTflite:
             del prepared
             stateful = _check_runs(made, context)
             shutil.move(made, target)
+        if self.sparse:
+            target.write_bytes(store_sparse(target.read_bytes(), where=target.name))
         # the first real sample and the last of noise: what fits both is no coincidence
         rows = [inputs[spec.name][[0, -1]] for spec in artifact.inputs]
         try:
@@ -117,6 +123,7 @@ class ToTflite:
             "route_reason": why,
             # state that lasts from one inference to the next unless the runner resets it (LSTM)
             "variable_tensors": stateful,
+            **sparsity_facts(target.read_bytes(), where=target.name),
             "toolchain": {"name": ROUTES[route][0], "lock_sha256": hash_path(lock)},
             "parity": {**parity, "seeds": self.parity_seeds, "data": source.kind if source else "noise"},
         }  # fmt: skip

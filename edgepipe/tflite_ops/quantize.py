@@ -87,6 +87,12 @@ def check_quantizable(model: Model, *, where: str) -> None:
             stage=STAGE,
             hint="start from the float32 model",
         )
+    if any(operator.name == "DENSIFY" for operator in graph.operators):
+        raise StageError(
+            f"{where} stores its weights sparse, which only float kernels read",
+            stage=STAGE,
+            hint="leave sparse = true out of to_tflite: zeros gain nothing in int8",
+        )
     for number, other in enumerate(model.subgraphs):
         if number and describe_model(dataclasses.replace(model, subgraphs=(other,))).float_islands:
             flow = [o.name for o in graph.operators if o.name in ("WHILE", "IF", "CALL_ONCE", "STABLEHLO_COMPOSITE")]  # fmt: skip

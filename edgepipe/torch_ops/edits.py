@@ -169,11 +169,13 @@ def _mark_sparse(layer: nn.Module, pattern: str) -> None:
 
 
 def sparse_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of the layers that ``sparse`` edits marked, by parameter name."""
+    """The weights of marked layers by parameter name; biases, which may well begin at zero, are none."""
     return {
-        f"{name}.weight" if name else "weight": module.get_parameter("weight")
+        f"{name}.{own}" if name else own: parameter
         for name, module in model.named_modules()
         if hasattr(module, SPARSE)
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim > 1
     }
 
 

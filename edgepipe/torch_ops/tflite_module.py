@@ -20,6 +20,7 @@ from torch.nn import functional
 from edgepipe.artifact import TensorSpec
 from edgepipe.errors import StageError
 from edgepipe.tflite_ops.flatbuffer import Operator, Subgraph, constants, parse_model
+from edgepipe.torch_ops.edits import SPARSE
 
 STAGE = "qat"
 # Operators with trained weights: position of the weights, and the axis of their output channels.
@@ -60,6 +61,8 @@ class TfliteModule(nn.Module):
         self.on_activation: Activation = lambda value, name: value
         self.on_weight: Weight = lambda value, name: value
         self.weights = nn.ParameterDict()
+        # a weight that is exactly zero was made so (`sparsify`): training leaves it there
+        setattr(self.weights, SPARSE, "unstructured")
         trained = _trained(self.graph)
         for index, array in constants(content, self.graph).items():
             value = torch.from_numpy(array)

@@ -16,6 +16,8 @@ from torch import nn
 
 from edgepipe.errors import ArtifactError, StageError, StageOptionError
 from edgepipe.stages.sparsify import Sparsify
+from edgepipe.tflite_ops.flatbuffer import parse_model
+from edgepipe.tflite_ops.inspect import model_specs
 from edgepipe.torch_ops.edits import apply_edits
 from edgepipe.torch_ops.sparsify import (
     SparsePlan,
@@ -25,8 +27,11 @@ from edgepipe.torch_ops.sparsify import (
     scheduled_sparsity,
     zero_shares,
 )
+from edgepipe.torch_ops.tflite_module import TfliteModule
 from edgepipe.torch_ops.train import ArraySet, train
 from edgepipe.training import TrainingOptions
+
+from .tflite_builder import Graph
 
 
 def net() -> nn.Module:
@@ -236,3 +241,23 @@ def test_one_shot_needs_no_data_and_n_of_m_has_its_own_share() -> None:
 def test_an_edit_that_does_not_fit_is_named(edit: dict[str, Any], told: str) -> None:
     with pytest.raises(ArtifactError, match=told):
         apply_edits(net(), [{"edit": "sparse", **edit}])
+
+
+def test_training_of_the_converted_graph_keeps_the_zeros_and_moves_biases_off_theirs() -> None:
+    drawn = np.random.default_rng(0)
+    weight = drawn.normal(size=(4, 1, 1, 8)).astype(np.float32)
+    weight[:, :, :, ::2] = 0
+    g = Graph()
+    x = g.input("x", (1, 4, 4, 8))
+    y = g.conv(x, weight, np.zeros(4, np.float32), "point", (1, 4, 4, 4))
+    axes = g.const("axes", np.array([1, 2], np.int32))
+    content = g.bytes([g.op("MEAN", [y, axes], "mean", (1, 4), "ReducerOptions", keepDims=False)])
+    specs = model_specs(parse_model(content, where="m"), where="m")
+    model = TfliteModule(content, *specs, where="m")
+    samples = drawn.normal(size=(64, 4, 4, 8)).astype(np.float32)
+    labels = ArraySet([samples], drawn.integers(0, 4, 64))
+    train(model, labels, TrainingOptions(**OPTIONS), seed=0, stage="qat")
+    after, bias = (p.detach().numpy() for p in model.weights.values())
+    assert (after[..., ::2] == 0).all()
+    assert (after[..., 1::2] != weight[..., 1::2]).all()
+    assert (bias != 0).all()
