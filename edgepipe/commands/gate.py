@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from edgepipe.baseline import Baseline
     from edgepipe.ci_output import CiOutput
     from edgepipe.gate import Evidence, Gate, Verdict
+    from edgepipe.measurement import Measurement
+    from edgepipe.recipe import Recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +67,9 @@ def _run(args: argparse.Namespace, out: Output, ci: CiOutput) -> int:
             hint=f"run it to the end: edgepipe run {record.get('recipe_path', 'RECIPE')}",
         )
     if args.recipe:
-        gates = list(load_recipe(args.recipe).gates)
+        recipe = load_recipe(args.recipe)
+        _check_evaluation(recipe, found.load_measurements("model"))
+        gates = list(recipe.gates)
     else:
         gates = [_gate(entry, GATES) for entry in record["gates"]]
     if not gates:
@@ -146,6 +150,25 @@ def _promote(
         written += [_shown(path), _shown(path.with_suffix(".tflite"))]
     out.text(f"wrote {', '.join(written)}\ncommit them: git add {' '.join(written)}")
     return written, ""
+
+
+def _check_evaluation(recipe: Recipe, measured: Mapping[str, Measurement]) -> None:
+    """Refuse gates on accuracy that were meant for another metric or other data than the run's."""
+    import hashlib
+
+    from edgepipe.data import fingerprint
+    from edgepipe.errors import RecipeError
+
+    options, judged = recipe.evaluate, measured.get("task_metric")
+    if options is None or judged is None:
+        return
+    data = hashlib.sha256(fingerprint(recipe.data[options.data]).encode()).hexdigest()
+    for what, asked, was in (("metric", options.metric, judged.context["metric"]), ("data set", data, judged.context["data_sha256"])):  # fmt: skip
+        if asked != was:
+            raise RecipeError(
+                f"{recipe.path} evaluates by another {what} than the run: {asked[:12]}, the run {was[:12]}",
+                hint=f"run that recipe instead: edgepipe run {recipe.path}, or leave [evaluate] out of it",
+            )
 
 
 def _shown(path: Path) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from edgepipe.artifact import make_artifact
@@ -181,3 +182,37 @@ def test_a_simulated_slowdown_fails_and_a_simulated_pass_does_not_pass(
     same = run("run", "recipe.toml", "--device", "null://quiet?seed=2", "--json")
     assert same.returncode == 3, same.stdout
     assert {v["status"] for v in verdicts(same).values()} == {"INCONCLUSIVE"}
+
+
+def test_gates_of_a_recipe_that_evaluates_otherwise_are_refused(folder: Path, run: Run) -> None:
+    inputs = np.random.default_rng(0).random((40, 4)).astype(np.float32)
+    np.savez(folder / "test.npz", x=inputs, labels=inputs.argmax(1))
+    recipe = """\
+schema = 1
+name = "small"
+devices = []
+[model]
+file = "model.tflite"
+[data.test]
+kind = "npz"
+path = "test.npz"
+[evaluate]
+data = "test"
+metric = "top1"
+[[gates]]
+gate = "task_metric"
+min = 0.5
+"""
+    (folder / "recipe.toml").write_text(recipe)
+    assert run("run", "recipe.toml").returncode == 0
+    for old, new, named in (
+        ('"top1"', '"top5"', "metric"),
+        ('"test.npz"', '"test.npz"\nlimit = 5', "data set"),
+    ):
+        (folder / "other.toml").write_text(recipe.replace(old, new))
+        done = run("gate", "--recipe", "other.toml")
+        assert done.returncode == 2, done.stderr
+        assert f"evaluates by another {named} than the run" in done.stderr
+    # a stricter gate on the same evaluation is judged
+    (folder / "other.toml").write_text(recipe.replace("min = 0.5", "min = 1.0"))
+    assert run("gate", "--recipe", "other.toml").returncode in (0, 1)
