@@ -13,7 +13,7 @@ import logging
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ def plan_pruning(
         _check_patterns(model, options)
         model, opened = _with_plain_attention(model, inputs)
         groups, left_whole = find_groups(model, inputs, ignore=options.ignore)
-        importance = _importances(model, groups, options, seed, data, left_whole)
+        importance = importances(model, groups, options, seed, data, left_whole)
     groups = [group for group in groups if group.name in importance]
     choice = _Choice(model, groups, importance, options, widths or {}, share)
     kept = choice.by_ratio(options.removed_share) if limit is None else choice.by_cost(*limit)
@@ -246,7 +246,10 @@ class _Choice:
                 low, above = middle, trial
             else:
                 high, kept = middle, trial
-        for ceiling in (above, {n: n_all if self.own[n] is None else kept[n] for n, n_all in whole.items()}):
+        for ceiling in (
+            above,
+            {n: n_all if self.own[n] is None else kept[n] for n, n_all in whole.items()},
+        ):
             for group in sorted(self.groups, key=lambda g: self._worth(g, kept), reverse=True):
                 more = min(ceiling[group.name], kept[group.name] + self.step(group))
                 if more > kept[group.name] and price({**kept, group.name: more}) <= most:
@@ -259,42 +262,44 @@ class _Choice:
         return self.importance[group.name][gone].mean().item() if gone else 0.0
 
 
-def _importances(
+def importances(
     model: nn.Module, groups: Sequence[Group], options: PruningOptions, seed: int,
     data: TrainingSet | None, left_whole: dict[str, str],
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Importance (units,) of each group, divided by its mean, so that groups compare.
 
-    The scores of all weights that go with a unit, summed for each layer and averaged over layers
-    (DepGraph, eq. 5): their squares (``l2``), magnitudes (``l1``), or what the loss would change
-    without them (``taylor``); of batch norms alone (``batch_norm``: Liu et al. 2017, "Network
-    Slimming"); or numbers drawn from ``seed``.
+    ``l2`` and ``l1``: the squares or magnitudes of all weights that go with a unit, of all layers
+    together (DepGraph, eq. 5); ``batch_norm``: magnitudes in batch norms alone (Liu et al. 2017,
+    "Network Slimming"); ``taylor``: (sum of weight x gradient of the loss)^2 for each layer, over
+    batches of ``data`` (Molchanov et al. 2019, eq. 9); ``random``: drawn from ``seed``.
     """
-    scores = _scores(model, options, seed, data)
-    found = {}
+    totals = {g.name: torch.zeros(g.units, dtype=torch.float64) for g in groups}
+    ranked = set()
+    for scores in _scores(model, options, seed, data):
+        for group in groups:
+            for (name, axis, _), places in group.places.items():
+                layer = model.get_submodule(name) if axis else None
+                score = scores.get(f"{name}.weight" if name else "weight")
+                if layer is None or score is None or score.numel() == 1:  # a PReLU's shared slope
+                    continue
+                if options.importance == "batch_norm" and not isinstance(layer, _BatchNorm):
+                    continue
+                indices, units = (torch.tensor(column) for column in zip(*places, strict=True))
+                found = torch.zeros(group.units, dtype=torch.float64)
+                found.index_add_(0, units, _by_channel(layer, score, axis)[indices])
+                totals[group.name] += found.square() if options.importance == "taylor" else found
+                ranked.add(group.name)
+    result = {}
     for group in groups:
         if options.importance == "random":
             generator = torch.Generator().manual_seed(seed ^ zlib.crc32(group.name.encode()))
-            found[group.name] = torch.rand(group.units, generator=generator, dtype=torch.float64)
-            continue
-        total, layers = torch.zeros(group.units, dtype=torch.float64), 0
-        for (name, axis, _), places in group.places.items():
-            layer = model.get_submodule(name) if axis else None
-            score = scores.get(f"{name}.weight" if name else "weight")
-            if layer is None or score is None or score.numel() == 1:  # a PReLU's shared slope
-                continue
-            if options.importance == "batch_norm" and not isinstance(layer, _BatchNorm):
-                continue
-            channels = _by_channel(layer, score, axis)
-            indices, units = (torch.tensor(column) for column in zip(*places, strict=True))
-            total.index_add_(0, units, channels[indices])
-            layers += 1
-        if layers:
-            mean = total.mean()
-            found[group.name] = total / mean if mean > 0 else torch.ones_like(total)
+            result[group.name] = torch.rand(group.units, generator=generator, dtype=torch.float64)
+        elif group.name in ranked:
+            mean = totals[group.name].mean()
+            result[group.name] = totals[group.name] / mean if mean > 0 else torch.ones(group.units)
         else:
             left_whole[group.name] = "has no batch norm to rank its channels by"
-    return found
+    return result
 
 
 def _by_channel(layer: nn.Module, score: torch.Tensor, axis: str) -> torch.Tensor:
@@ -316,32 +321,30 @@ def _by_channel(layer: nn.Module, score: torch.Tensor, axis: str) -> torch.Tenso
 
 def _scores(
     model: nn.Module, options: PruningOptions, seed: int, data: TrainingSet | None
-) -> dict[str, torch.Tensor]:  # fmt: skip
-    """A score (double) for each weight of the model, by name."""
+) -> Iterator[dict[str, torch.Tensor]]:  # fmt: skip
+    """Scores (double) like the weights of the model, by name; of ``taylor`` for one batch after another."""
     weights = {name: p.detach().double() for name, p in model.named_parameters()}
     if options.importance == "taylor":
         if data is None:
             raise StageOptionError("prune: importance = 'taylor' needs data", hint='data = "train"')
-        return _taylor(model, data, options.samples, seed)
-    if options.importance == "l2":
-        return {name: weight.square() for name, weight in weights.items()}
-    return {name: weight.abs() for name, weight in weights.items()}
+        for gradients in _gradients(model, data, options.samples, seed):
+            yield {name: weights[name] * gradient for name, gradient in gradients.items()}
+    elif options.importance == "l2":
+        yield {name: weight.square() for name, weight in weights.items()}
+    elif options.importance != "random":
+        yield {name: weight.abs() for name, weight in weights.items()}
 
 
-def _taylor(
+def _gradients(
     model: nn.Module, data: TrainingSet, samples: int, seed: int
-) -> dict[str, torch.Tensor]:
-    """(weight x gradient of the loss)^2, averaged over batches (Molchanov et al. 2019, eq. 8)."""
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The gradient of the loss for one batch after another, in evaluation mode."""
     check_labels(model, data, "pruning", STAGE)
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(len(data), generator=generator)[:samples]
-    parameters = dict(model.named_parameters())
-    total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
+    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:samples]
+    names, parameters = zip(*model.named_parameters(), strict=True)
     for start in range(0, len(rows), GRADIENT_BATCH):
         inputs, target = data.batch(rows[start : start + GRADIENT_BATCH])
-        loss = functional.cross_entropy(call_model(model, inputs)[0], target)
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        for (name, weight), gradient in zip(parameters.items(), gradients, strict=True):
-            if gradient is not None:
-                total[name] += (weight.detach().double() * gradient.double()).square()
-    return total
+        with torch.enable_grad():
+            loss = functional.cross_entropy(call_model(model, inputs)[0], target)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        yield {n: g.double() for n, g in zip(names, gradients, strict=True) if g is not None}
