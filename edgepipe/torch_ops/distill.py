@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from edgepipe.distillation import DistillOptions, Feature
 from edgepipe.errors import ArtifactError, StageError, StageOptionError
@@ -170,7 +171,7 @@ class KeptAnswers:
             log.warning("%s does not fit the data: asking the teacher again", path)
         except FileNotFoundError:
             pass
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, EOFError) as exc:
             log.warning("%s cannot be read (%s): asking the teacher again", path, exc)
         self._ask(path, number)
         return np.load(path, mmap_mode="r", allow_pickle=False)
@@ -226,19 +227,11 @@ class Features(nn.Module):
         super().__init__()
         self.features = tuple(features)
         self._seen: dict[str, dict[str, torch.Tensor]] = {"student": {}, "teacher": {}}
-        self._hooks = []
-        for who, model in (("student", student), ("teacher", teacher)):
-            modules = dict(model.named_modules())
-            for name in {getattr(feature, who) for feature in features}:
-                if name not in modules:
-                    legal = [n for n in modules if n]
-                    raise StageOptionError(
-                        f"features: the {who} has no module {name!r}{near_miss(name, legal)}",
-                        hint=f"it has: {', '.join(legal[:30])}{' ...' if len(legal) > 30 else ''}",
-                    )
-                self._hooks.append(modules[name].register_forward_hook(self._keep(who, name)))
+        self._hooks: list[RemovableHandle] = []
         self.projections = nn.ModuleDict()
         try:
+            for who, model in (("student", student), ("teacher", teacher)):
+                self._watch(who, model)
             with torch.no_grad():
                 for model in (student, teacher):
                     call_model(model.eval(), inputs)
@@ -248,7 +241,7 @@ class Features(nn.Module):
                     own, wanted = self._pair(feature)
                     if feature.loss == "hint":
                         self.projections[str(number)] = _projection(feature, own, wanted)
-                    elif own.ndim != 4 or wanted.ndim != 4:
+                    elif own.ndim != 4:
                         raise StageOptionError(
                             f"features: attention needs maps (N, C, H, W); {feature.student} gives "
                             f"{tuple(own.shape)}, {feature.teacher} {tuple(wanted.shape)}",
@@ -257,6 +250,18 @@ class Features(nn.Module):
         except BaseException:
             self.remove()
             raise
+
+    def _watch(self, who: str, model: nn.Module) -> None:
+        """Keep what the named modules of a model give."""
+        modules = dict(model.named_modules())
+        for name in {getattr(feature, who) for feature in self.features}:
+            if name not in modules:
+                legal = [n for n in modules if n]
+                raise StageOptionError(
+                    f"features: the {who} has no module {name!r}{near_miss(name, legal)}",
+                    hint=f"it has: {', '.join(legal[:30])}{' ...' if len(legal) > 30 else ''}",
+                )
+            self._hooks.append(modules[name].register_forward_hook(self._keep(who, name)))
 
     def _keep(self, who: str, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, given: object, output: object) -> None:
