@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from edgepipe import cli
 from edgepipe.errors import StageError
 from edgepipe.tflite_ops.flatbuffer import parse_model
+from edgepipe.tflite_ops.quantize import check_quantizable
 from edgepipe.tflite_ops.run import invoke_once, open_tflite
 from edgepipe.tflite_ops.sparse import check_sparsity, sparsity_lines, store_sparse
 from edgepipe.tflite_ops.tiny import conv_tflite
@@ -207,3 +208,9 @@ def test_published_models_answer_as_their_graphs_are(data_dir: Path) -> None:
     resnet = check_sparsity((folder / "pretrainedResnet.tflite").read_bytes(), where="resnet")
     assert resnet.is_float
     assert resnet.blockers[0].reason.startswith("no MEAN")
+
+
+def test_a_file_that_is_stored_sparse_has_no_int8_form() -> None:
+    stored = parse_model(store_sparse(sparse_cnn(), where="m"), where="m")
+    with pytest.raises(StageError, match="m stores its weights sparse"):
+        check_quantizable(stored, where="m")
