@@ -16,9 +16,9 @@ from edgepipe.gate import Gate, Status, Verdict
 from edgepipe.measurement import Measurement
 from edgepipe.units import format_bytes, format_seconds
 
-# The LiteRT profiler counts whole microseconds, so that below so much no operator can be told
-# from another (each of a few dozen may be off by half of one).
-GRAIN_S, TOO_FAST_S = 1e-6, 50e-6
+# The LiteRT profiler counts whole microseconds: of a model as fast as that, its operators' times are
+# mostly rounding (each of a few dozen may be off by one), and only a growth of several is one.
+GRAIN_S, TOO_FAST_S, SURE_GROWTH_S = 1e-6, 50e-6, 3e-6
 SHOWN = 5  # lines of one kind; who wants all finds them in the record
 # What a process does up to each reading of its memory (targets/linux/worker.py, work_memory).
 MEMORY_STAGES = {
@@ -140,18 +140,17 @@ def ops_that_grew(measurements: Mapping[str, Measurement]) -> tuple[str, ...]:
     changed = match_ops(base, candidate)
     total = sum(op.growth_s for op in changed)
     before, after = (sum(float(op["seconds"]) for op in ops) for ops in (base, candidate))
-    grew = sorted((op for op in changed if op.growth_s > GRAIN_S / 2), key=lambda op: -op.growth_s)[
-        :SHOWN
-    ]
-    if max(before, after) < TOO_FAST_S:
-        return (_too_fast(max(before, after)),)
     lines = [f"all ops together: {format_seconds(before)} -> {format_seconds(after)} ({_signed(total)})"]  # fmt: skip
+    least_s = GRAIN_S / 2
+    if max(before, after) < TOO_FAST_S:
+        lines, least_s = [_too_fast(max(before, after))], SURE_GROWTH_S
+    grew = sorted((op for op in changed if op.growth_s > least_s), key=lambda op: -op.growth_s)[:SHOWN]  # fmt: skip
     for op in grew:
         if op.base_index is None:
             lines.append(f"new: op {op.candidate_index} {op.name}: {_signed(op.growth_s)}")
         else:
             lines.append(f"op {op.candidate_index} {op.name}: {format_seconds(op.base_s)} -> {format_seconds(op.candidate_s)} ({_signed(op.growth_s)})")  # fmt: skip
-    gone = sum(op.base_s for op in changed if op.candidate_index is None)
+    gone = sum(op.base_s for op in changed if op.candidate_index is None and op.base_s > least_s)
     return (*lines, *([f"gone with ops of the baseline: {format_seconds(gone)}"] if gone else []))
 
 
@@ -178,7 +177,7 @@ def _ops(measurements: Mapping[str, Measurement], metric: str) -> Sequence[Mappi
 
 
 def _too_fast(seconds: float) -> str:
-    return f"no operator can be told from another: the profiler counts whole microseconds, and all together they take {f'{seconds * 1e6:.0f} us' if seconds >= GRAIN_S else 'less than one'}"  # fmt: skip
+    return f"operators are hardly told apart: the profiler counts whole microseconds, and all together they take {f'{seconds * 1e6:.0f} us' if seconds >= GRAIN_S else 'less than one'}"  # fmt: skip
 
 
 def _signed(seconds: float) -> str:

@@ -139,6 +139,11 @@ def test_operators_below_the_profilers_grain_are_not_told_apart() -> None:
         assert text.endswith(f"counts whole microseconds, and all together they take {most}")
     nothing = op_time(ops(("conv", 0)))
     assert lines(LatencyGate(max=1e-9), nothing).endswith("take less than one")
+    # unless one has grown by far more than its rounding
+    grown = op_time(ops(("conv", 3), ("fc", 2)), "op_time_baseline"), op_time(ops(("conv", 12), ("fc", 4)))  # fmt: skip
+    text = lines(SlowdownGate(max=0.03), *grown)
+    assert "op 0 conv: 3 us -> 12 us (+9 us)" in text
+    assert "fc" not in text
     # and none is said to have grown by less than the profiler can count
     slow = op_time(ops(("conv", 500), ("fc", 100)), "op_time_baseline"), op_time(ops(("conv", 500.2), ("fc", 110)))  # fmt: skip
     assert "conv" not in lines(SlowdownGate(max=0.03), *slow)
