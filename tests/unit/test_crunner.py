@@ -39,6 +39,8 @@ from edgepipe.payload import Payload
 from edgepipe.tflite_ops.tiny import crashing_tflite, stateful_tflite, tiny_tflite
 from tests.unit.board_side import TARGET, children_of, is_gone, item, library, wait_for
 
+pytestmark = pytest.mark.slow
+
 Reply = dict[str, Any]
 SLOW_S = 30.0  # a session that must not end by itself
 
@@ -691,7 +693,6 @@ def test_a_runner_that_does_not_start_there_is_not_ready(compiled: Compiled, tmp
     assert "zig" in caught.value.hint
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("machine", ["aarch64", "armv7l"])
 def test_zig_compiles_the_runner_for_other_machines(machine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     if not toolchain.is_installed("zig") and os.environ.get("CI") != "true":
