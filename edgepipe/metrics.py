@@ -12,7 +12,7 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "latency_wall": Metric("s", "wall-clock time of one inference on the device, steady state"),
+    "latency_wall": Metric("s", "wall-clock time of one inference on the device, steady state; of a fast model each sample is the mean of a batch of 0.25 ms"),
     "latency_cpu": Metric("s", "CPU time of the calling thread for one inference; threads = 1 only"),
     "load": Metric("s", "model load and compile in a fresh process, file in the page cache"),
     "load_cold": Metric("s", "model load and compile after the file was dropped from the page cache"),
