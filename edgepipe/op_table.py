@@ -395,6 +395,7 @@ class Timing:
         return f"{self.ops[0].kind} {self.ops[0].dtype}"
 
 
+REWEIGHTINGS = 5  # they settle within a few
 # Below this many models of a kind nothing tells its three coefficients from chance.
 MIN_POINTS = 4
 
@@ -440,10 +441,11 @@ def fit_cost(timings: Sequence[Timing], invoke_s: float) -> OpCost:
     """
     best: tuple[float, tuple[int, int], tuple[float, ...]] | None = None
     for tile in _tiles(timings):
-        error = statistics.median(_left_out_errors(timings, invoke_s, tile))
+        rows, wanted = _equations(timings, invoke_s, tile)
+        error = statistics.median(_left_out_errors(rows, wanted))
         # a tenth better at least: with few models some tile always fits them by chance
         if best is None or error < 0.9 * best[0]:
-            best = (error, tile, _fit(timings, invoke_s, tile))
+            best = (error, tile, _robust_fit(rows, wanted))
     assert best is not None  # _tiles has (1, 1) at least
     error, tile, (op_s, mac_s, byte_s) = best
     return OpCost(op_s=op_s, mac_s=mac_s, byte_s=byte_s, tile=tile, error=error, points=len(timings))  # fmt: skip
@@ -455,49 +457,48 @@ def _tiles(timings: Sequence[Timing]) -> list[tuple[int, int]]:
     return sorted(itertools.product(inside, out), key=math.prod)
 
 
-def _left_out_errors(
+def _equations(
     timings: Sequence[Timing], invoke_s: float, tile: tuple[int, int]
-) -> list[float]:
+) -> tuple[list[list[float]], list[float]]:
+    """(rows, wanted): operators, MACs in whole tiles and bytes of each model, and what they should
+    come to. Both are divided by the model's own time, so that residuals are relative errors."""
+    rows = [
+        [
+            len(timing.ops) / timing.seconds,
+            sum(tiled_macs(op, tile) for op in timing.ops) / timing.seconds,
+            sum(op.bytes for op in timing.ops) / timing.seconds,
+        ]
+        for timing in timings
+    ]
+    return rows, [max(0.0, 1 - invoke_s / timing.seconds) for timing in timings]
+
+
+def _residuals(x: Sequence[float], rows: Sequence[Sequence[float]], wanted: Sequence[float]) -> list[float]:  # fmt: skip
+    return [sum(c * f for c, f in zip(x, row, strict=True)) - y for row, y in zip(rows, wanted, strict=True)]  # fmt: skip
+
+
+def _left_out_errors(rows: list[list[float]], wanted: list[float]) -> list[float]:
     """Relative error of predicting each model from all others."""
     errors = []
-    for i, timing in enumerate(timings):
-        found = _fit([*timings[:i], *timings[i + 1 :]], invoke_s, tile)
-        predicted = invoke_s + sum(c * f for c, f in zip(found, _features(timing, tile), strict=True))  # fmt: skip
-        errors.append(abs(predicted / timing.seconds - 1))
+    for i in range(len(rows)):
+        found = _robust_fit(rows[:i] + rows[i + 1 :], wanted[:i] + wanted[i + 1 :])
+        errors.append(abs(_residuals(found, rows[i : i + 1], wanted[i : i + 1])[0]))
     return errors
 
 
-def _features(timing: Timing, tile: tuple[int, int]) -> tuple[float, float, float]:
-    """(operators, MACs in whole tiles, bytes) of a model."""
-    return (
-        float(len(timing.ops)),
-        sum(tiled_macs(op, tile) for op in timing.ops),
-        float(sum(op.bytes for op in timing.ops)),
-    )
-
-
-def _fit(
-    timings: Sequence[Timing], invoke_s: float, tile: tuple[int, int]
-) -> tuple[float, float, float]:
-    # relative errors: each row is divided by its own time; 1 is what it should come to
-    rows, wanted = [], []
-    for timing in timings:
-        rows.append([f / timing.seconds for f in _features(timing, tile)])
-        wanted.append(max(0.0, 1 - invoke_s / timing.seconds))
-    weights = [1.0] * len(rows)
+def _robust_fit(rows: Sequence[Sequence[float]], wanted: Sequence[float]) -> tuple[float, ...]:
     found = non_negative_least_squares(rows, wanted)
-    for _ in range(10):
-        residuals = [sum(c * f for c, f in zip(found, row, strict=True)) - y for row, y in zip(rows, wanted, strict=True)]  # fmt: skip
+    for _ in range(REWEIGHTINGS):
+        residuals = _residuals(found, rows, wanted)
         scale = 1.4826 * statistics.median(abs(r) for r in residuals)
         if scale == 0:
             break
-        weights = [min(1.0, 1.345 * scale / abs(r)) if r else 1.0 for r in residuals]
-        roots = [math.sqrt(w) for w in weights]
+        roots = [math.sqrt(min(1.0, 1.345 * scale / abs(r))) if r else 1.0 for r in residuals]
         found = non_negative_least_squares(
             [[root * f for f in row] for root, row in zip(roots, rows, strict=True)],
             [root * y for root, y in zip(roots, wanted, strict=True)],
         )
-    return found[0], found[1], found[2]
+    return found
 
 
 def non_negative_least_squares(

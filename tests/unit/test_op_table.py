@@ -7,6 +7,7 @@ import datetime
 import json
 import logging
 import math
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -172,19 +173,26 @@ def test_a_fit_finds_the_cost_that_made_the_timings(kind: str, tile: tuple[int, 
 
 def test_the_error_of_a_table_is_that_of_models_it_has_not_seen() -> None:
     cost = OpCost(op_s=2e-6, mac_s=1e-10, byte_s=3e-11)
+    # three coefficients go through four timings nearly whatever these are
+    few = timings(cost, "conv", 0.0, noise=0.3, seed=1)[:4]
+    table = fit(few)
+    seen = [abs(estimate(t.ops, table).latency_s / t.seconds - 1) for t in few]
+    assert table.error > 1.5 * statistics.median(seen)
+    # and with more of them an unseen model is predicted about as well as that says
     table = fit(timings(cost, "conv", 0.0, noise=0.1, seed=1))
     unseen = ops("conv", size=20, channels=(40, 48), repeats=3)
     true_s = sum(op_table.op_seconds(op, cost) for op in unseen)
-    assert 0.02 < table.error < 0.3  # timings scatter by 10 %
+    assert 0.02 < table.error < 0.3
     assert estimate(unseen, table).latency_s == pytest.approx(true_s, rel=0.3)
 
 
-def test_one_spoilt_timing_does_not_spoil_the_table() -> None:
-    cost = OpCost(op_s=2e-6, mac_s=1e-10, byte_s=0.0)
-    good = timings(cost, "depthwise", 0.0, noise=0.01)
-    spoilt = [dataclasses.replace(t, seconds=t.seconds * (4 if i == 2 else 1)) for i, t in enumerate(good)]  # fmt: skip
-    for timing in good:
-        assert estimate(timing.ops, fit(spoilt)).latency_s == pytest.approx(timing.seconds, rel=0.1)
+@pytest.mark.parametrize("spoilt", [0, 3, 6])
+def test_one_timing_that_other_work_made_long_does_not_spoil_the_table(spoilt: int) -> None:
+    good = timings(OpCost(op_s=2e-6, mac_s=1e-10, byte_s=3e-11), "dense", 0.0, noise=0.01)
+    found = [dataclasses.replace(t, seconds=t.seconds * (4 if i == spoilt else 1)) for i, t in enumerate(good)]  # fmt: skip
+    table = fit(found)
+    for timing in good:  # without reweighting up to 38 % off
+        assert estimate(timing.ops, table).latency_s == pytest.approx(timing.seconds, rel=0.03)
 
 
 def test_too_few_timings_make_no_table() -> None:
