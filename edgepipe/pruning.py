@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from edgepipe.errors import RequestError, StageOptionError
 from edgepipe.schema import Unit, record
 from edgepipe.training import TrainingOptions
-from edgepipe.units import parse_quantity
+from edgepipe.units import format_bytes, format_seconds, parse_quantity
 
 # XNNPACK's int8 kernels work on 8 output channels at once (the NR of its NEON GEMMs is 8 or 16):
 # what is left over costs as much as a whole block
@@ -68,6 +68,14 @@ class PruningTarget:
         """The share, or the absolute value in its base unit."""
         value = getattr(self, self.metric)
         return parse_quantity(value, "size") if isinstance(value, str) else float(value)
+
+    def text(self, cost: float) -> str:
+        """A cost for people: ``1.2e+06 MACs``, ``200 kB``, ``5 ms``."""
+        if self.metric == "latency":
+            return format_seconds(cost)
+        if self.metric == "bytes":
+            return format_bytes(cost)
+        return f"{cost:.4g} {'MACs' if self.metric == 'macs' else 'parameters'}"
 
     @property
     def is_share(self) -> bool:

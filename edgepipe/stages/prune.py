@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -11,6 +12,8 @@ from edgepipe.artifact import Artifact, make_artifact
 from edgepipe.pruning import PruningOptions
 from edgepipe.schema import record
 from edgepipe.stage import StageContext
+
+log = logging.getLogger(__name__)
 
 
 @record
@@ -83,7 +86,9 @@ class Prune(PruningOptions):
                 "heads": done.heads,
                 "left_whole": done.left_whole,
                 "steps": done.steps,
+                "epochs": [epoch for step in done.steps for epoch in step.get("epochs", ())],
                 "stopped": done.stopped,
+                "target": done.target,
             },
         )
 
@@ -98,6 +103,7 @@ class Prune(PruningOptions):
 
             profile = find_profile(self.target.profile, profile_paths())
             table = load_op_table(context.store, profile)
+            log.info("latency goes by the %s operators of %s", table.source, table.profile)
             return lambda model: estimate_layers(describe_layers(model, examples), table).latency_s
         metric = self.target.metric if self.target is not None else "macs"
         return lambda model: totals(describe_layers(model, examples))[metric]

@@ -85,12 +85,10 @@ def plan_pruning(
         importance = importances(model, groups, options, seed, data, left_whole)
     groups = [group for group in groups if group.name in importance]
     choice = _Choice(model, groups, importance, options, widths or {}, share)
-    kept = choice.by_ratio(options.removed_share) if limit is None else choice.by_cost(*limit)
+    kept = choice.by_ratio(share * options.removed_share) if limit is None else choice.by_cost(*limit)  # fmt: skip
     for group in groups:
         if kept[group.name] == group.units:
             left_whole[group.name] = f"has {group.channels} channels, to be rounded to {options.multiple}"  # fmt: skip
-    for name, reason in left_whole.items():
-        log.info("%s is left whole: it %s", name, reason)
     cut = [group for group in groups if kept[group.name] < group.units]
     if not cut:
         reasons = "; ".join(f"{name} {reason}" for name, reason in list(left_whole.items())[:4])
@@ -155,10 +153,10 @@ class _Choice:
     ) -> None:  # fmt: skip
         self.model, self.groups, self.importance, self.options = model, groups, importance, options
         self.widths = {g.name: widths.get(g.name, g.channels) for g in groups}
-        self.share = share
         # stable: of equal units the first are removed, on every machine
         self.order = {n: torch.argsort(values, stable=True).tolist() for n, values in importance.items()}  # fmt: skip
-        self.own = {g.name: self._own_ratio(g) for g in groups}
+        own = {g.name: self._own_ratio(g) for g in groups}
+        self.own = {name: None if ratio is None else share * ratio for name, ratio in own.items()}
 
     def _own_ratio(self, group: Group) -> float | None:
         for pattern, ratio in self.options.ratios.items():
@@ -175,13 +173,14 @@ class _Choice:
         return 1 if group.counts else self.options.multiple // math.gcd(self.options.multiple, group.size)  # fmt: skip
 
     def by_ratio(self, ratio: float, *, never_empty: bool = False) -> dict[str, int]:
+        """What is left without ``ratio`` of the channels that there were before the first step."""
         threshold = math.nan
         if self.options.ranking == "global":
             threshold = self._threshold(ratio)
         kept = {}
         for group in self.groups:
             name, step, own = group.name, self.step(group), self.own[group.name]
-            wanted = self.widths[name] * (1 - self.share * (ratio if own is None else own)) / group.size  # fmt: skip
+            wanted = self.widths[name] * (1 - (ratio if own is None else own)) / group.size
             if own is None and self.options.ranking == "global":
                 wanted = float((self.importance[name] > threshold).sum())
             if wanted * group.size < 1 and not never_empty:
@@ -195,13 +194,13 @@ class _Choice:
         return kept
 
     def _threshold(self, ratio: float) -> float:
-        """The importance up to which units go, so that ``share`` of ``ratio`` of those there were is gone."""
+        """The importance up to which units go, so that ``ratio`` of those there were is gone."""
         ranked = [g for g in self.groups if self.own[g.name] is None]
         if not ranked:
             return math.nan
         values = torch.cat([self.importance[g.name] for g in ranked]).sort().values
         before = sum(self.widths[g.name] / g.size for g in ranked)
-        remove = round(self.share * ratio * before - (before - len(values)))
+        remove = round(ratio * before - (before - len(values)))
         return values[min(remove, len(values)) - 1].item() if remove > 0 else -math.inf
 
     def by_cost(self, cost: Cost, most: float) -> dict[str, int]:
@@ -212,6 +211,8 @@ class _Choice:
         groups that the next smaller ratio would cut less, then to any.
         """
 
+        text = self.options.target.text if self.options.target else "{:.6g}".format
+
         def price(kept: Mapping[str, int]) -> float:
             return cost(apply_edits(copy.deepcopy(self.model), self.edits(kept)))
 
@@ -219,19 +220,18 @@ class _Choice:
         start = price(whole)
         if start <= most:
             raise StageError(
-                f"the model costs {start:.6g} already, no more than the target of {most:.6g}",
+                f"the model costs {text(start)} already, no more than the target of {text(most)}",
                 stage=STAGE,
                 hint="lower the target, or leave the stage out",
                 code="nothing-to-prune",
             )
         low, high = 0.0, 1.0
-        self.share = 1.0  # a step of several has its own `most`
         kept = self.by_ratio(high, never_empty=True)
         found = price(kept)
         if found > most:
             raise StageError(
-                f"the target of {most:.6g} cannot be reached: with {self.options.multiple} channels left in every "
-                f"layer that may be cut, the model still costs {found:.6g}",
+                f"the target of {text(most)} cannot be reached: with {self.options.multiple} channels left in every "
+                f"layer that may be cut, the model still costs {text(found)}",
                 stage=STAGE,
                 hint="lower round_to, ignore fewer layers, or raise the target",
                 code="target-unreachable",

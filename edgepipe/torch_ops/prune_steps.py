@@ -28,7 +28,8 @@ class Progress:
     """What has been done to a model: all of it is plain data, kept in the checkpoint after each step.
 
     ``channels`` and ``heads`` are [before, after] of each group that was cut; ``steps`` say for each
-    step its cost, scores and training epochs; ``stopped`` why there were not more.
+    step its cost, scores and training epochs; ``stopped`` why there were not more; ``target`` its
+    metric, the most that was allowed and what was reached.
     """
 
     edits: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -37,6 +38,7 @@ class Progress:
     left_whole: dict[str, str] = dataclasses.field(default_factory=dict)
     steps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     stopped: str = ""
+    target: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def notes(self) -> dict[str, str]:
         """What was done to each layer, for people."""
@@ -129,8 +131,13 @@ def prune_in_steps(
         progress.steps.append(record)
         if checkpoint is not None and number < options.steps:
             _save(checkpoint, model, progress)
+    for name, reason in progress.left_whole.items():
+        if name not in progress.channels:
+            log.info("%s is left whole: it %s", name, reason)
     if options.target is not None:
-        _say_target(options, most, cost(model))
+        reached = cost(model)
+        progress.target = {"metric": options.target.metric, "most": most, "reached": reached}
+        _say_target(options, most, reached)
     return model, progress
 
 
@@ -145,7 +152,7 @@ def _say_target(options: PruningOptions, most: float, reached: float) -> None:
     assert options.target is not None
     near = (most - reached) / most
     log.info(
-        "target %s %.4g: reached %.4g%s", options.target.metric, most, reached,
+        "target %s: reached %s%s", options.target.text(most), options.target.text(reached),
         f", {100 * near:.1f} % below, since channels go {options.multiple} at a time" if near > NEAR else "",
     )  # fmt: skip
 
