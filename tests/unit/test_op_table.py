@@ -42,8 +42,12 @@ from edgepipe.op_table import (
     tiled_macs,
 )
 from edgepipe.op_timing import SESSION, time_operators
+from edgepipe.pipeline import run
 from edgepipe.profile import Cluster, DeviceProfile, find_profile
+from edgepipe.recipe import load_recipe
+from edgepipe.report import render
 from edgepipe.resources import profile_paths
+from edgepipe.store import Store
 from edgepipe.tflite_ops.flatbuffer import parse_model
 from edgepipe.tflite_ops.run import invoke_once, open_tflite
 from edgepipe.tflite_ops.tiny import op_chain_tflite
@@ -270,6 +274,46 @@ def test_a_step_that_gains_nothing_is_warned_of() -> None:
     assert gain_note(*change) == ""
     assert estimate_change({"layers_before": layers_of(64), "layers": layers_of(64)}, table) is None
     assert estimate_change({}, table) is None
+
+
+NET = """\
+from torch import nn
+def build():
+    return nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 64, 4))
+"""
+RECIPE = """\
+schema = 1
+name = "small"
+[model]
+builder = "net.py:build"
+[[model.inputs]]
+name = "x"
+shape = [1, 3, 12, 12]
+[[stages]]
+stage = "prune"
+ratio = {ratio}
+round_to = 1
+"""
+
+
+@pytest.mark.parametrize(("ratio", "gains"), [(0.05, False), (0.5, True)])
+def test_a_run_tells_what_each_step_does_for_the_recipes_devices(
+    tmp_path: Path, ratio: float, gains: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "net.py").write_text(NET)
+    (tmp_path / "recipe.toml").write_text(RECIPE.format(ratio=ratio))
+    recipe = load_recipe(tmp_path / "recipe.toml")
+    # localhost has no table and says nothing of its cores: nothing is said of it
+    recipe = dataclasses.replace(recipe, devices=("rpi4b_4gb", "localhost"))
+    with caplog.at_level(logging.WARNING):
+        done = run(recipe, Store(tmp_path / "store"))
+    step = next(s for s in done.run.read()["steps"] if s["step"] == "prune")
+    assert list(step["predicted"]) == ["rpi4b_4gb"]
+    predicted = step["predicted"]["rpi4b_4gb"]
+    assert predicted["source"] == "estimated"
+    assert (predicted["after_s"] < 0.8 * predicted["before_s"]) == gains
+    assert ("rpi4b_4gb will gain nothing" in caplog.text) == (not gains)
+    assert ("will gain nothing" in render(done.run, markdown=False)) == (not gains)
 
 
 # ------------------------------------------------------------------------------------------- kept
