@@ -184,6 +184,9 @@ class KeptAnswers:
         if number >= 0:
             variation = view_of(self.augment, len(self.data), seed=self.seed, number=number)
         self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(f".{path.name}.*.part"):  # by a process that was killed
+            if not Path("/proc", left.suffixes[-2][1:]).exists():
+                left.unlink(missing_ok=True)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             answers: np.ndarray | None = None

@@ -184,6 +184,7 @@ def test_kept_answers_that_are_damaged_or_of_other_data_are_asked_for_again(
     else:
         kept.write_bytes(content)
     teacher.samples_seen = 0
+    (tmp_path / f".{kept.name}.{2**30}.part").touch()  # of a process that was killed
     run(second, (teacher, 1.0), keep=(tmp_path,))
     assert teacher.samples_seen == 52
     assert same(first, second, rtol=0, atol=0)
