@@ -441,7 +441,7 @@ ROWS: dict[str, Row] = {
     ),
     "memory/plain": memory(),
     "memory/finetune": memory("finetune"),
-    "memory/distill": memory("distill", student="resnet", args={"width": 1.0}),
+    "memory/distill": memory("distill", student="fashion_mnist_teacher.py:build"),
     "memory/sparsify": memory("sparsify", sparsity=0.75),
     "memory/qat": memory("qat", validation="calibration"),
 }
