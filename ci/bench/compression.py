@@ -383,7 +383,10 @@ def memory(stage: str = "", **options: Any) -> Row:
         store = bench.work / "memory"
         shutil.rmtree(store, ignore_errors=True)
         own = dataclasses.replace(bench, cache="memory")
-        recipe = bench.fashion(builder="fashion_mnist_teacher.py:build", args={})
+        weights = (
+            "teacher" if stage == "distill" else ""
+        )  # of row teacher/teacher: random ones are refused
+        recipe = bench.fashion(weights, builder="fashion_mnist_teacher.py:build", args={})
         data = dict(recipe.data)
         data["train"] = dataclasses.replace(data["train"], limit=1024)
         recipe = dataclasses.replace(recipe, data=data)
