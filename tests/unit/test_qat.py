@@ -27,6 +27,7 @@ from edgepipe.torch_ops.qat import (
     objective,
     quantize_weight,
     range_owners,
+    round_ste,
 )
 from edgepipe.torch_ops.tflite_module import TfliteModule
 from edgepipe.torch_ops.train import ArraySet, accuracy, train
@@ -257,6 +258,23 @@ def test_both_ends_of_a_range_are_learned() -> None:
     assert unit.factor.grad is not None
     low, high = unit.factor.grad.tolist()
     assert low < 0 < high  # widening either end lets its value through: down for low, up for high
+
+
+def test_the_gradient_is_that_of_the_formula_written_operator_by_operator() -> None:
+    values = torch.randn(4, 3, 5, 2, generator=torch.Generator().manual_seed(0)) * 3
+    found = []
+    for rounding in (fake_quantize, by_operators):
+        unit, x = ActivationRange(-1.3, 2.1), values.clone().requires_grad_(True)
+        run = torch.vmap(lambda v, f=rounding, u=unit: f(v, *u.scale()))  # type: ignore[misc]
+        (run(x) * values).sum().backward()
+        assert x.grad is not None
+        assert unit.factor.grad is not None
+        found.append((x.grad, unit.factor.grad))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def by_operators(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    return (torch.clamp(round_ste(x / scale) + zero, -128, 127) - zero) * scale
 
 
 def test_weights_are_on_the_grid_of_their_own_channel() -> None:
