@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "init": "write a commented recipe for a model",
     "check": "find every mistake in a recipe without running anything",
     "run": "run a recipe: stages, evaluation, measurement, gates",
+    "students": "propose small networks that fit a latency and a size, to distil a model into",
     "convert": "convert a model to float TFLite and prove that it computes the same",
     "quantize": "quantise a float TFLite model to full int8",
     "inspect": "show tensors, operators, scales, sizes, float islands and MACs of a TFLite file",
