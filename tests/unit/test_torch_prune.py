@@ -372,6 +372,17 @@ def test_a_target_is_never_exceeded_and_nearly_used_up(
     assert most - max(0.02 * most, one) <= reached <= most
 
 
+def test_layers_of_one_width_do_not_all_lose_a_block_at_once() -> None:
+    layers = [nn.Conv2d(32, 32, 1, bias=False) for _ in range(6)]
+    model = nn.Sequential(nn.Conv2d(2, 32, 1), *layers, nn.Conv2d(32, 3, 1)).eval()
+    options = PruningOptions(round_to=8, target=PruningTarget(macs=0.7))
+    found = plan_pruning(model, INPUT, options, limit=(macs, 0.7 * macs(model)))
+    # all at 24 of 32 would be (24 / 32)^2 = 0.56; a block of one layer is 1/16 of the six
+    reached = macs(apply_edits(copy.deepcopy(model), found.edits)) / macs(model)
+    assert 0.7 - 1 / 16 < reached <= 0.7
+    assert {now for _, now in found.channels.values()} == {24}
+
+
 def test_a_target_that_is_met_or_cannot_be_is_an_error_that_says_by_how_much() -> None:
     model = make()
     with pytest.raises(StageError, match=r"costs \d+ already, no more than the target of \d+"):
