@@ -88,7 +88,11 @@ def plan_pruning(
     kept = choice.by_ratio(share * options.removed_share) if limit is None else choice.by_cost(*limit)  # fmt: skip
     for group in groups:
         if kept[group.name] == group.units:
-            left_whole[group.name] = f"has {group.channels} channels, to be rounded to {options.multiple}"  # fmt: skip
+            rounded = limit is None or group.channels <= options.multiple
+            why = (
+                f", to be rounded to {options.multiple}" if rounded else ", which the target allows"
+            )
+            left_whole[group.name] = f"has {group.channels} channels{why}"
     cut = [group for group in groups if kept[group.name] < group.units]
     if not cut:
         reasons = "; ".join(f"{name} {reason}" for name, reason in list(left_whole.items())[:4])
