@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import fnmatch
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -115,15 +116,17 @@ def _proven(
     """Of each group the reading by which half of it can be cut exactly; others go to ``left_whole``."""
     proof = Proof(model, inputs)
 
-    def half(group: Group) -> tuple[Group, range]:
-        return group, range(group.units // 2)
+    def half(group: Group) -> tuple[Group, list[int]]:
+        # any half: that of every other channel, or the first half, may be exact where others are not
+        order = torch.randperm(group.units, generator=torch.Generator().manual_seed(0))
+        return group, order[: group.units // 2].tolist()
 
     several = []
     for readings in found:
         if readings[0].units > 1:
             several.append(readings)
         else:
-            left_whole[readings[0].name] = f"has a single {'head' if readings[0].counts else 'channel'} to cut"  # fmt: skip
+            left_whole[readings[0].name] = "has a single channel to cut"
     if not proof.why_not_exact(edits_for(half(readings[0]) for readings in several)):
         return [readings[0] for readings in several]
     exact = []
@@ -132,7 +135,8 @@ def _proven(
         if "" in problems:
             exact.append(readings[problems.index("")])
         else:
-            left_whole[readings[0].name] = f"is needed whole: {problems[0]}"
+            # of attention, why not even heads can be cut
+            left_whole[readings[0].name] = f"is needed whole: {problems[min(1, len(problems) - 1)]}"
     return exact
 
 
@@ -278,8 +282,8 @@ def _why_whole(
 def _groups_of(
     graph: Any, raw: Any, first: str, names: Mapping[nn.Module, str]
 ) -> tuple[Group, ...]:
-    """The group; of attention two readings, the second for where the first is not exact; none where
-    torch-pruning does not say which channel is which."""
+    """The group, and as heads where it may be the inside of an attention: readings to be tried in
+    this order. None where torch-pruning does not say which channel is which."""
     places: dict[Key, list[tuple[int, int]]] = {}
     layers: dict[Key, nn.Module] = {}
     sets = 1
@@ -299,37 +303,39 @@ def _groups_of(
         if isinstance(module, _ConvNd) and not is_depthwise(module):
             sets = math.lcm(sets, module.groups)
     cut = tuple(dict.fromkeys([first, *(name for name, axis, _ in places if axis == "out")]))
-    if len(layers) == len(places) and all(isinstance(m, nn.Linear) for m in layers.values()):
-        # weight: (out, in)
-        sizes = {k: len(m.weight) if k[1] == "out" else len(m.weight.T) for k, m in layers.items()}  # type: ignore[arg-type]
-        readings = _attention(cut, sizes, {name: module for module, name in names.items()})
-        if readings:
-            return readings
     channels = 1 + max(unit for pairs in places.values() for _, unit in pairs)
     if channels % sets:
         return ()
+    readings: tuple[Group, ...] = ()
+    if len(layers) == len(places):
+        count = {"in": graph.get_in_channels, "out": graph.get_out_channels}
+        sizes = {key: count[key[1]](layer) for key, layer in layers.items()}
+        readings = _attention(cut, sizes, {name: module for module, name in names.items()})
     share = channels // sets  # channel c of a convolution in groups is number c % share of its own
     unified = {key: tuple((i, c % share) for i, c in pairs) for key, pairs in places.items()}
-    return (Group(first, cut, share, sets, unified),)
+    return (Group(first, cut, share, sets, unified), *readings)
 
 
 def _attention(
     cut: tuple[str, ...], sizes: Mapping[Key, int], modules: Mapping[str, nn.Module]
 ) -> tuple[Group, ...]:
-    """The heads of an attention, where linear layers that are cut together (``sizes`` of the axes)
+    """The heads of an attention, where layers that are cut together (``sizes``: channels of the axes)
     belong to one module that says how many heads it has; else nothing.
 
     One layer that gives queries, keys and values has them as (3, heads, width) or (heads, 3, width).
     """
-    owners = {name.rpartition(".")[0] for name, _, _ in sizes}
+    paths = [name.split(".") for name, _, _ in sizes]
+    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    owner = ".".join(parts[0] for parts in shared)
     widths = {size for (_, axis, _), size in sizes.items() if axis == "in"}
-    if len(owners) != 1 or len(widths) != 1:
+    if len(widths) != 1 or len(sizes) < 2:
         return ()
-    (owner,), (width,) = owners, widths
-    module = modules[owner]
+    (width,), module = widths, modules[owner]
     counts = [(n, v) for n in HEAD_ATTRIBUTES if type(v := getattr(module, n, None)) is int]
     heads = counts[0][1] if counts else 1
     if heads < 2 or any(value != heads for _, value in counts) or width % heads:
+        return ()
+    if any(size not in (width, 3 * width) for size in sizes.values()):
         return ()
     each = width // heads
     keep = [(owner, name, 1) for name, _ in counts]

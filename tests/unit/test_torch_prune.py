@@ -22,6 +22,7 @@ from edgepipe.torch_ops.channel_groups import find_groups
 from edgepipe.torch_ops.edits import apply_edits
 from edgepipe.torch_ops.prune import PruningPlan, importances, plan_pruning
 from edgepipe.torch_ops.run import count_macs, same_outputs
+from edgepipe.torch_ops.students import tiny_vit
 from edgepipe.torch_ops.train import ArraySet
 
 
@@ -520,6 +521,28 @@ def test_attention_loses_whole_heads_and_the_weakest_go(style: str) -> None:
     assert pruned.attention.num_heads == 2  # type: ignore[union-attr]
     (edit,) = [e for e in found.edits if e.get("axis") == "in"]
     assert edit["remove"] == [4, 5, 6, 7, 12, 13, 14, 15]
+
+
+def test_heads_of_attention_made_of_convolutions_are_found() -> None:
+    model = tiny_vit.build(size=(16, 16), blocks=1).eval()
+    image = [torch.randn(1, 3, 16, 16)]
+    found = plan_pruning(model, image, PruningOptions(ratio=0.5))
+    assert found.heads == {"blocks.0.query.0": (4, 2)}
+    assert set(found.left_whole) == {"head"}
+    assert {"edit": "set", "layer": "blocks.0", "attribute": "heads", "value": 2} in found.edits
+
+
+def test_heads_that_a_shape_hides_are_not_cut_across() -> None:
+    class Hidden(SelfAttention):
+        """Takes the width of a head from its weights: half of each head would fit, any half not."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (layer(x).unflatten(2, (4, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))  # fmt: skip
+            y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+            return self.proj(y.transpose(1, 2).flatten(2))
+
+    found = plan(Transformer(Hidden("apart")).eval(), ratio=0.5)
+    assert "is needed whole" in found.left_whole["attention.q"]
 
 
 def test_the_width_of_a_transformer_is_cut_through_its_norms_position_and_attention() -> None:
