@@ -41,7 +41,7 @@ class Distill(DistillOptions):
         "edgepipe.distillation", "edgepipe.students", "edgepipe.torch_ops.students",
         "edgepipe.torch_ops.distill", "edgepipe.training", "edgepipe.torch_ops.train",
         "edgepipe.torch_ops.augment", "edgepipe.torch_ops.data", "edgepipe.torch_ops.run",
-        "edgepipe.torch_ops.model", "edgepipe.torch_ops.edits", "edgepipe.torch_ops.result",
+        "edgepipe.torch_ops.model", "edgepipe.torch_ops.edits", "edgepipe.torch_ops.attention", "edgepipe.torch_ops.result",
         "edgepipe.array_ops.load",
     )  # fmt: skip
     packages: ClassVar[tuple[str, ...]] = ("torch", "safetensors", "numpy")

@@ -27,7 +27,7 @@ class ExportOnnx:
     accepts: ClassVar[tuple[str, ...]] = ("torch", "pt2")
     produces: ClassVar[str] = "onnx"
     ops: ClassVar[tuple[str, ...]] = (
-        "edgepipe.torch_ops.export", "edgepipe.torch_ops.model", "edgepipe.torch_ops.edits",
+        "edgepipe.torch_ops.export", "edgepipe.torch_ops.model", "edgepipe.torch_ops.edits", "edgepipe.torch_ops.attention",
         "edgepipe.torch_ops.pt2", "edgepipe.torch_ops.run", "edgepipe.tflite_ops.onnx_model",
         "edgepipe.parity", "edgepipe.predict", "edgepipe.array_ops",
     )  # fmt: skip

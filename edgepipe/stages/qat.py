@@ -40,7 +40,7 @@ class Qat(TrainingOptions):
     ops: ClassVar[tuple[str, ...]] = (
         "edgepipe.training", "edgepipe.torch_ops.qat", "edgepipe.torch_ops.tflite_module",
         "edgepipe.torch_ops.train", "edgepipe.torch_ops.augment", "edgepipe.torch_ops.data",
-        "edgepipe.torch_ops.edits",
+        "edgepipe.torch_ops.edits", "edgepipe.torch_ops.attention",
         "edgepipe.tflite_ops.quantize", "edgepipe.tflite_ops.flatbuffer", "edgepipe.array_ops",
     )  # fmt: skip
     packages: ClassVar[tuple[str, ...]] = ("torch", "litert-quantizer", "ai-edge-litert", "numpy")
