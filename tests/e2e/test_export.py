@@ -14,7 +14,7 @@ from torch import nn
 
 from edgepipe.artifact import Artifact
 from edgepipe.data import DataSource
-from edgepipe.errors import StageError
+from edgepipe.errors import ArtifactError, StageError
 from edgepipe.predict import predict
 from edgepipe.stage import StageContext
 from edgepipe.stages.export_onnx import ExportOnnx
@@ -173,10 +173,10 @@ def test_a_branch_on_values_is_named_with_its_line(root: Path) -> None:
     assert "nets.py: if z.sum() > 0" in caught.value.message
 
 
-def test_a_model_that_draws_random_numbers_fails_parity(root: Path) -> None:
-    with pytest.raises(StageError) as caught:
-        ExportOnnx().run(net(root, "random"), context(root))
-    assert caught.value.code == "parity"
+def test_a_model_that_draws_random_numbers_is_refused_before_it_is_exported(root: Path) -> None:
+    with pytest.raises(ArtifactError) as caught:
+        net(root, "random")
+    assert caught.value.code == "changing-outputs"
 
 
 def test_the_exporter_says_nothing_on_the_screen(
