@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import itertools
 import logging
+import os
 import sys
 import traceback
 import zipfile
@@ -15,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -665,17 +666,32 @@ def _shape_hint(shape: tuple[int, ...], spec: TensorSpec) -> str:
 
 
 class _importable(contextlib.AbstractContextManager[None]):
-    """Puts a folder first on sys.path while the user's code runs."""
+    """Puts a folder first on sys.path while the user's code runs.
+
+    Modules that code of another folder imported from beside itself are forgotten first: two recipes
+    may each have a ``helper.py``.
+    """
+
+    _neighbours: ClassVar[dict[str, str]] = {}  # module -> the folder it was found beside
 
     def __init__(self, folder: Path) -> None:
         self.folder = str(folder)
 
     def __enter__(self) -> None:
+        for name in [n for n, folder in self._neighbours.items() if folder != self.folder]:
+            sys.modules.pop(name, None)
+            del self._neighbours[name]
+        self.before = set(sys.modules)
         sys.path.insert(0, self.folder)
 
     def __exit__(self, *exc: object) -> None:
         with contextlib.suppress(ValueError):
             sys.path.remove(self.folder)
+        for name in set(sys.modules) - self.before:
+            file = getattr(sys.modules.get(name), "__file__", None) or ""
+            beside = str(Path(self.folder, name.partition(".")[0]))
+            if file == f"{beside}.py" or file.startswith(beside + os.sep):
+                self._neighbours[name] = self.folder
 
 
 def _load_file(path: Path) -> ModuleType:

@@ -406,3 +406,17 @@ def test_a_dataset_that_cannot_be_read_is_named(
 ) -> None:
     with pytest.raises(DataError, match=told):
         load_samples(dataset_source(tmp_path, **options), [TensorSpec("x", (1, 1, 2, 2))])
+
+
+def test_two_folders_may_each_have_a_helper(tmp_path: Path) -> None:
+    for number in (1, 2, 1):
+        folder = tmp_path / str(number)
+        folder.mkdir(exist_ok=True)
+        (folder / "helper.py").write_text(f"VALUE = {number}\n")
+        (folder / "data.py").write_text(
+            "import helper\nimport numpy as np\ndef make():\n"
+            "    import helper\n    return np.full((2, 3), helper.VALUE, np.float32)\n"
+        )
+        source = DataSource(kind="python", function="data.py:make", root=folder)
+        found = load_samples(source, [TensorSpec("x", (1, 3))])
+        assert found.inputs["x"].tolist() == [[number] * 3] * 2
