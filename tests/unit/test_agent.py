@@ -34,6 +34,8 @@ from .board_side import (
     worker_of,
 )
 
+pytestmark = pytest.mark.slow  # real processes and trainings: not for the inner loop
+
 
 @pytest.fixture
 def board(tmp_path: Path) -> Iterator[Path]:

@@ -17,6 +17,8 @@ from edgepipe.errors import EdgepipeError, RecipeError, StageError
 from edgepipe.recipe import load_recipe
 from edgepipe.store import Store
 
+pytestmark = pytest.mark.slow  # real processes and trainings: not for the inner loop
+
 NET = """\
 from torch import nn
 class Net(nn.Module):

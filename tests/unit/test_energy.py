@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from tests.unit.board_side import wait_for
 from tests.unit.test_worker import TARGET, load, make_spec, refused, run_worker
 
+pytestmark = pytest.mark.slow  # real processes and trainings: not for the inner loop
+
 # The form of `vcgencmd pmic_read_adc` on a Raspberry Pi 5; the values are typical, not captured.
 PI5 = """   3V7_WL_SW_A current(0)=0.09759375A
    3V3_SYS_A current(1)=0.08685844A

@@ -53,6 +53,8 @@ from edgepipe.tflite_ops.run import invoke_once, open_tflite
 from edgepipe.tflite_ops.tiny import op_chain_tflite
 from edgepipe.torch_ops.result import describe_layers
 
+pytestmark = pytest.mark.slow  # real processes and trainings: not for the inner loop
+
 NOW = datetime.datetime(2026, 11, 23, 4, tzinfo=datetime.UTC)
 SIZES = ((48, (8, 8)), (24, (16, 24)), (24, (20, 20)), (12, (64, 64)), (8, (12, 36)), (6, (128, 128)), (3, (256, 256)))  # fmt: skip
 CHAINS = ("conv", "pointwise", "depthwise", "dense", "elementwise")

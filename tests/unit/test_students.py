@@ -25,6 +25,8 @@ from edgepipe.students import FOLDER, STUDENTS, student_args
 from edgepipe.torch_ops.model import ModelDescription, build_model, load_model, save_model
 from edgepipe.torch_ops.result import describe_builder
 
+pytestmark = pytest.mark.slow  # real processes and trainings: not for the inner loop
+
 
 def description(name: str, shape: tuple[int, ...], classes: int, **given: Any) -> ModelDescription:
     return ModelDescription(

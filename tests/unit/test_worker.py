@@ -32,6 +32,8 @@ from edgepipe.tflite_ops.tiny import (
 )
 from tests.unit.tflite_builder import Graph
 
+pytestmark = pytest.mark.slow  # real processes and trainings: not for the inner loop
+
 TARGET = target_dir("linux")
 WORKER = TARGET / "worker.py"
 RUNTIMES = {
