@@ -63,7 +63,8 @@ class DistillOptions(TrainingOptions):
     teaches, unless ``teachers`` are named. Without ``student`` the given model is the student.
 
     ``loss`` is ``kd`` (softened by ``temperature``) or ``dkd``; ``soft_weight`` its share beside the
-    labels', reached after ``soft_warmup`` epochs. Where the data is augmented, teachers and student see
+    labels', reached after ``soft_warmup`` epochs. A teacher that was trained with label smoothing has soft
+    answers already: ``temperature = 1.0`` (Mueller et al. 2019, section 4). Where the data is augmented, teachers and student see
     the same variations: ``views`` of them in turn (0: another in every epoch). What teachers say of a
     view is kept in the store unless ``cache`` is off, samples are mixed or ``features`` compared.
     """
