@@ -15,6 +15,8 @@ import pytest
 from edgepipe import cli
 from edgepipe.tflite_ops.tiny import tiny_tflite
 
+pytestmark = pytest.mark.slow  # real processes and runs: not for the inner loop
+
 RECIPE = """\
 schema = 1
 name = "small"

@@ -20,6 +20,8 @@ from edgepipe.torch_ops.run import count_macs, same_outputs
 from edgepipe.torch_ops.train import ArraySet, accuracy, train
 from edgepipe.training import TrainingOptions
 
+pytestmark = pytest.mark.slow  # trainings: not for the inner loop
+
 INPUT = [torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))]
 FINETUNE = TrainingOptions(epochs=2, lr=0.01, batch_size=32)
 

@@ -35,6 +35,8 @@ from edgepipe.training import TrainingOptions
 
 from .tflite_builder import Graph, small_cnn
 
+pytestmark = pytest.mark.slow  # trainings: not for the inner loop
+
 SHAPE = (1, 6, 7, 4)
 
 

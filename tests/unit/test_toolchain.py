@@ -19,6 +19,8 @@ import pytest
 from edgepipe import toolchain
 from edgepipe.errors import MissingExtra, NotReadyError, RequestError, StageError
 
+pytestmark = pytest.mark.slow  # real processes and runs: not for the inner loop
+
 TINY = toolchain.Toolchain("tiny", "nothing at all", (sys.version_info[1],), 1, "json")
 
 

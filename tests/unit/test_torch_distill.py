@@ -20,6 +20,8 @@ from edgepipe.torch_ops import distill as ops
 from edgepipe.torch_ops.train import ArraySet, Batch, Epoch
 from edgepipe.training import Augmentation
 
+pytestmark = pytest.mark.slow  # trainings: not for the inner loop
+
 OPTIONS: dict[str, Any] = {"student": "ds_cnn", "epochs": 4, "batch_size": 16, "lr": 0.01, "weight_decay": 0.0, "views": 0}  # fmt: skip
 scores = st.lists(st.floats(-8, 8, width=32), min_size=3, max_size=6)
 

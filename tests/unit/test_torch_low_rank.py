@@ -20,6 +20,8 @@ from edgepipe.torch_ops.factors import vbmf_rank
 from edgepipe.torch_ops.low_rank import LowRankPlan, Split, apply_low_rank, plan_low_rank
 from edgepipe.torch_ops.run import count_macs, same_outputs
 
+pytestmark = pytest.mark.slow  # trainings: not for the inner loop
+
 
 def seeded(make: Any, *, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng():

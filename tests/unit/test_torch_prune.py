@@ -25,6 +25,8 @@ from edgepipe.torch_ops.run import count_macs, same_outputs
 from edgepipe.torch_ops.students import tiny_vit
 from edgepipe.torch_ops.train import ArraySet
 
+pytestmark = pytest.mark.slow  # trainings: not for the inner loop
+
 
 class Net(nn.Module):
     """Convolutions of all kinds: depthwise, residual, concatenated, transposed, then a flattened head."""

@@ -33,6 +33,8 @@ from edgepipe.training import TrainingOptions
 
 from .tflite_builder import Graph
 
+pytestmark = pytest.mark.slow  # trainings: not for the inner loop
+
 
 def net() -> nn.Module:
     with torch.random.fork_rng():

@@ -19,6 +19,8 @@ from edgepipe.torch_ops.model import read_weights
 from edgepipe.torch_ops.train import ArraySet, Epoch, train
 from edgepipe.training import Augmentation, TrainingOptions
 
+pytestmark = pytest.mark.slow  # trainings: not for the inner loop
+
 OPTIONS: dict[str, Any] = {"epochs": 4, "batch_size": 16, "lr": 0.02, "weight_decay": 0.0}
 
 

@@ -24,6 +24,8 @@ from edgepipe.torch_ops.train import ArraySet
 from edgepipe.torch_ops.trainer import train_by_function
 from edgepipe.training import TrainingOptions
 
+pytestmark = pytest.mark.slow  # trainings: not for the inner loop
+
 BUILDER = "from torch import nn\ndef build(): return nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.1), nn.ReLU(), nn.Linear(8, 2))\n"
 TRAINER = """\
 import torch
