@@ -20,6 +20,8 @@ from edgepipe.tflite_ops.inspect import describe, tensor_specs
 
 from ..unit.tflite_builder import Graph, small_cnn
 
+pytestmark = pytest.mark.slow  # real processes and runs: not for the inner loop
+
 # Google's int8 files were calibrated on their own training pictures, ours on other photographs, so
 # equality is not to be had; a recipe that is right is not 3 dB (half the noise power again) worse.
 SLACK_DB = 3.0

@@ -15,6 +15,8 @@ from edgepipe import runtime
 from edgepipe.errors import MissingExtra
 from edgepipe.runtime import PINS, Pin, cache_path, runtime_library
 
+pytestmark = pytest.mark.slow  # real processes and runs: not for the inner loop
+
 LIBRARY = b"\x7fELF a library for a board"
 
 
