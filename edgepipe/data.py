@@ -101,6 +101,13 @@ class DataSource:
             raise DataError("fold and not_fold are both set", hint="keep one of them")
 
 
+def at_most(source: DataSource, count: int) -> DataSource:
+    """The source with its ``limit`` lowered to ``count`` samples; 0 changes nothing."""
+    if not count or 0 < source.limit <= count:
+        return source
+    return dataclasses.replace(source, limit=count)
+
+
 def split_reference(reference: str, root: Path | None) -> tuple[Path | str, str]:
     """``"file.py:name"`` -> (absolute Path, name); ``"package.module:name"`` -> (module, name)."""
     module, _, name = reference.partition(":")

@@ -399,6 +399,7 @@ class TaskMetricGate:
     name: ClassVar[str] = "task_metric"
     title: ClassVar[str] = "the task metric of the shipped file reaches a floor"
     scope: ClassVar[Literal["model", "device"]] = "model"
+    required: ClassVar[tuple[str, ...]] = ("model_sha256",)  # of the metric of the same name
 
     min: float
 
@@ -406,30 +407,7 @@ class TaskMetricGate:
         _check_option("min", self.min, 0, 1, "a share from 0 to 1, like 0.9 for 90 %")
 
     def judge(self, evidence: Evidence) -> Verdict:
-        return _limit(self, evidence, "task_metric", self.min, at_most=False)
-
-
-def _judge_drop(
-    gate: Gate, evidence: Evidence, metric: str, limit: float, hard_max: float | None,
-    required: Sequence[str] = ("model_sha256",),
-) -> Verdict:  # fmt: skip
-    """A limit on a loss in points, and where ``hard_max`` is set, on its 95 % interval."""
-    verdict = _limit(gate, evidence, metric, limit, at_most=True, required=required)
-    if verdict.value is None:
-        return verdict
-    context = evidence.measurements[metric].context
-    low, high = context.get("interval_points", (None, None))
-    if low is None or high is None:
-        if verdict.status is Status.PASS and hard_max is not None:
-            reason = f"{verdict.reason}; this metric gives no interval to judge hard_max by: let it return one truth value a sample"
-            return dataclasses.replace(verdict, status=Status.INCONCLUSIVE, reason=reason)
-        return verdict
-    reason = f"{verdict.reason} (95 % interval {low:+.2f} to {high:+.2f} points, {context['samples']} samples)"  # fmt: skip
-    status = verdict.status
-    if status is Status.PASS and hard_max is not None and high > hard_max:
-        status = Status.INCONCLUSIVE
-        reason += f"; a loss above {hard_max:g} points is not excluded: evaluate on more samples"
-    return dataclasses.replace(verdict, status=status, reason=reason)
+        return _limit(self, evidence, self.name, self.min, at_most=False, required=self.required)
 
 
 @record
@@ -442,6 +420,7 @@ class AccuracyDropGate:
     name: ClassVar[str] = "accuracy_drop"
     title: ClassVar[str] = "the shipped file loses at most so many points of the task metric"
     scope: ClassVar[Literal["model", "device"]] = "model"
+    required: ClassVar[tuple[str, ...]] = ("model_sha256",)  # of the metric of the same name
 
     max: Annotated[float, Unit("points")]
     hard_max: Annotated[float, Unit("points")] | None = None
@@ -451,7 +430,22 @@ class AccuracyDropGate:
             _check_option("hard_max", self.hard_max, self.max, math.inf, "max or more")
 
     def judge(self, evidence: Evidence) -> Verdict:
-        return _judge_drop(self, evidence, "accuracy_drop", self.max, self.hard_max)
+        verdict = _limit(self, evidence, self.name, self.max, at_most=True, required=self.required)
+        if verdict.value is None:
+            return verdict
+        context = evidence.measurements[self.name].context
+        low, high = context.get("interval_points", (None, None))
+        if low is None or high is None:
+            if verdict.status is Status.PASS and self.hard_max is not None:
+                reason = f"{verdict.reason}; this metric gives no interval to judge hard_max by: let it return one truth value a sample"
+                return dataclasses.replace(verdict, status=Status.INCONCLUSIVE, reason=reason)
+            return verdict
+        reason = f"{verdict.reason} (95 % interval {low:+.2f} to {high:+.2f} points, {context['samples']} samples)"  # fmt: skip
+        status = verdict.status
+        if status is Status.PASS and self.hard_max is not None and high > self.hard_max:
+            status = Status.INCONCLUSIVE
+            reason += f"; a loss above {self.hard_max:g} points is not excluded: evaluate on more samples"  # fmt: skip
+        return dataclasses.replace(verdict, status=status, reason=reason)
 
 
 @record
@@ -516,26 +510,17 @@ class DeviceAgreementGate:
 
 
 @record
-class DeviceTaskMetricGate:
+class DeviceTaskMetricGate(TaskMetricGate):
     """The task metric of the device's own outputs is at least ``min`` (0 to 1)."""
 
     name: ClassVar[str] = "device_task_metric"
     title: ClassVar[str] = "the task metric of the device's own outputs reaches a floor"
     scope: ClassVar[Literal["model", "device"]] = "device"
-
-    min: float
-
-    def __post_init__(self) -> None:
-        _check_option("min", self.min, 0, 1, "a share from 0 to 1, like 0.9 for 90 %")
-
-    def judge(self, evidence: Evidence) -> Verdict:
-        return _limit(
-            self, evidence, "device_task_metric", self.min, at_most=False, required=ON_DEVICE
-        )
+    required: ClassVar[tuple[str, ...]] = ON_DEVICE
 
 
 @record
-class DeviceAccuracyDropGate:
+class DeviceAccuracyDropGate(AccuracyDropGate):
     """What the device computed loses at most ``max`` percentage points against the reference model.
 
     PASS also needs the paired 95 % interval to exclude a loss above ``hard_max``.
@@ -544,18 +529,7 @@ class DeviceAccuracyDropGate:
     name: ClassVar[str] = "device_accuracy_drop"
     title: ClassVar[str] = "the device's own outputs lose at most so many points of the task metric"
     scope: ClassVar[Literal["model", "device"]] = "device"
-
-    max: Annotated[float, Unit("points")]
-    hard_max: Annotated[float, Unit("points")] | None = None
-
-    def __post_init__(self) -> None:
-        if self.hard_max is not None:
-            _check_option("hard_max", self.hard_max, self.max, math.inf, "max or more")
-
-    def judge(self, evidence: Evidence) -> Verdict:
-        return _judge_drop(
-            self, evidence, "device_accuracy_drop", self.max, self.hard_max, required=ON_DEVICE
-        )
+    required: ClassVar[tuple[str, ...]] = ON_DEVICE
 
 
 GATES: dict[str, type[Gate]] = {

@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from edgepipe.artifact import Artifact, make_artifact
+from edgepipe.data import at_most
 from edgepipe.errors import StageOptionError
 from edgepipe.schema import Unit, record
 from edgepipe.stage import StageContext
@@ -97,9 +98,7 @@ class LowRank:
             data = training_set(context.data[self.validation], artifact.inputs)
         samples = None
         if self.data:
-            source = context.data[self.data]
-            if self.samples and not 0 < source.limit <= self.samples:
-                source = dataclasses.replace(source, limit=self.samples)
+            source = at_most(context.data[self.data], self.samples)
             loaded = load_samples(source, artifact.inputs)
             samples = [loaded.inputs[spec.name] for spec in artifact.inputs]
         table = self._table(context)

@@ -7,6 +7,7 @@ import logging
 from typing import Any, ClassVar, Literal
 
 from edgepipe.artifact import Artifact, make_artifact
+from edgepipe.data import at_most
 from edgepipe.errors import StageError, StageOptionError
 from edgepipe.schema import record
 from edgepipe.stage import StageContext
@@ -79,9 +80,7 @@ class Qat(TrainingOptions):
         body = TfliteModule(content, artifact.inputs, artifact.outputs, where=where)
         data = training_set(context.data[self.data], specs)
         validation = training_set(context.data[self.validation], specs) if self.validation else None
-        source = context.data[self.calibration]
-        if self.samples and not 0 < source.limit <= self.samples:
-            source = dataclasses.replace(source, limit=self.samples)
+        source = at_most(context.data[self.calibration], self.samples)
         calibration = load_samples(source, specs)
         log.info("ranges start from %d samples", len(calibration))
         batches = list(file_batches(calibration, artifact.inputs))

@@ -9,7 +9,7 @@ import logging
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from edgepipe.artifact import Artifact, TensorSpec, make_artifact
-from edgepipe.data import DataSource
+from edgepipe.data import DataSource, at_most
 from edgepipe.errors import ArtifactError, StageError, StageOptionError
 from edgepipe.predict import predict
 from edgepipe.schema import Unit, near_miss, record
@@ -162,10 +162,7 @@ class QuantizeInt8:
                 f"{near_miss(name, list(context.data))}",
                 hint=f"add [data.{name}] to the recipe (known: {', '.join(context.data) or 'none'})",
             )
-        source = context.data[name]
-        if samples and (source.limit == 0 or source.limit > samples):
-            source = dataclasses.replace(source, limit=samples)
-        return source
+        return at_most(context.data[name], samples)
 
     def _specs(
         self, artifact: Artifact, quantized: bytes
