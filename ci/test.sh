@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tests. `ci/test.sh` runs everything that runs on this machine, `ci/test.sh fast` the inner
-# loop (under a minute). More arguments go to pytest.
+# loop (about a minute). More arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
