@@ -32,12 +32,27 @@ class ThermalLimits:
 
 
 @record
+class Emulation:
+    """The machine that stands for a board: whole (``system``) or its processes only (``user``).
+
+    ``cpu`` is QEMU's name of a core (``cortex-a72``), ``userland`` Debian's of an architecture.
+    """
+
+    kind: Literal["system", "user"]
+    cpu: str
+    memory: Annotated[float, Unit("size")]
+    cores: int = 1
+    userland: Literal["arm64", "armhf"] = "arm64"
+
+
+@record
 class DeviceProfile:
     """``sources`` maps each fact (key of this table) to a URL or ``"probed on <date>"``.
 
     ``target`` is the folder under ``targets/`` with the payload; ``runtime`` the inference runtime
     the numbers are for. ``work_dir`` may begin with ``~``.
     A profile of no certain board (localhost) leaves facts open: ``"any"``, 0, no clusters.
+    ``emulated`` says that no such board is meant but a machine of QEMU's that stands for one.
     """
 
     schema: int
@@ -57,6 +72,7 @@ class DeviceProfile:
     threads: int = 1
     work_dir: str = "~/.edgepipe"
     thermal: ThermalLimits = dataclasses.field(default_factory=ThermalLimits)
+    emulated: Emulation | None = None
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
