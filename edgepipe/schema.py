@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
 
 from edgepipe.errors import RequestError
-from edgepipe.units import parse_quantity
+from edgepipe.units import parse_quantity, quantity_pattern
 
 T = TypeVar("T")
 
@@ -23,7 +23,9 @@ T = TypeVar("T")
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def record(cls: type[T]) -> type[T]:
     """A frozen, keyword-only dataclass whose unknown keys and wrong types are refused by `build`."""
-    config = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+    config = {
+        "extra": "forbid", "strict": True, "allow_inf_nan": False, "use_attribute_docstrings": True,
+    }  # fmt: skip
     cls.__pydantic_config__ = config  # type: ignore[attr-defined]
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
@@ -32,23 +34,48 @@ def record(cls: type[T]) -> type[T]:
 class Unit:
     """Marks a float field as a quantity written with a unit: ``Annotated[float, Unit("time")]``.
 
-    The field holds the base unit (seconds, bytes, ...); the file says ``"33 ms"``.
+    The field holds the base unit (seconds, bytes, ...); the file says ``"33 ms"``. ``minimum`` is in
+    the base unit.
     """
 
     dimension: str
+    minimum: float | None = None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         from pydantic_core import PydanticCustomError, core_schema
 
         def parse(text: object) -> float:
             try:
-                return parse_quantity(text, self.dimension)
+                value = parse_quantity(text, self.dimension)
             except RequestError as exc:
                 raise PydanticCustomError(
                     "quantity", "{reason}", {"reason": f"{exc.message} ({exc.hint})"}
                 ) from exc
+            if self.minimum is not None and value < self.minimum:
+                raise PydanticCustomError("quantity", "{reason}", {"reason": f"{text!r} is too little"})  # fmt: skip
+            return value
 
         return core_schema.no_info_before_validator_function(parse, core_schema.float_schema())
+
+    def __get_pydantic_json_schema__(self, source: Any, handler: Any) -> dict[str, Any]:
+        example = {"time": "33 ms", "size": "4 GiB", "ratio": "3 %", "temperature": "60 C"}
+        return {
+            "type": "string",
+            "pattern": quantity_pattern(self.dimension),
+            "examples": [example[self.dimension]] if self.dimension in example else [],
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """Marks a text field that must match a regular expression: ``Annotated[str, Pattern("^a*$")]``."""
+
+    regex: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.str_schema(pattern=self.regex, strict=True)
 
 
 @functools.cache
@@ -56,6 +83,20 @@ def _adapter(cls: Any) -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(cls)
+
+
+def json_schema(cls: Any) -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of the TOML files that `build` makes ``cls`` from."""
+    schema: dict[str, Any] = _adapter(cls).json_schema()
+    for table in (schema, *schema.get("$defs", {}).values()):
+        for item in table.get("properties", {}).values():
+            item.pop("title", None)  # the key again
+            if item.get("default", ...) is None:  # TOML has no null: the key is left out
+                del item["default"]
+                item.update(item.pop("anyOf")[0])
+            if "pattern" in item and not isinstance(item.get("default"), str):
+                item.pop("default", None)  # in base units, which no file says
+    return schema
 
 
 def near_miss(word: str, legal: list[str]) -> str:

@@ -27,6 +27,12 @@ UNITS: dict[str, dict[str, float]] = {
 _QUANTITY = re.compile(r"^\s*([+-]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*([^\d\s].*?)\s*$")
 
 
+def quantity_pattern(dimension: str) -> str:
+    """A regular expression (of ECMA 262, as JSON Schema asks) for what `parse_quantity` takes."""
+    units = "|".join(re.escape(unit) for unit in UNITS[dimension])
+    return rf"^\s*[+-]?\d+(\.\d+)?([eE][+-]?\d+)?\s*({units})\s*$"
+
+
 def parse_quantity(text: object, dimension: str) -> float:
     """``"33 ms"`` with dimension ``"time"`` -> ``0.033``.
 
@@ -88,5 +94,5 @@ def format_value(value: float, unit: str) -> str:
     if unit == "ratio":
         return f"{100 * value:.{'3g' if abs(value) < 9.995 else '0f'}} %"
     if unit == "":
-        return f"{value:.4g}"
+        return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
     return f"{value:.4g} {unit}"
