@@ -17,18 +17,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from edgepipe import stats
 from edgepipe.artifact import Artifact, hash_path
-from edgepipe.crunner import CBoard, CRunnerJob, prepare_board
 from edgepipe.device.base import Device
-from edgepipe.device.parse import parse_home
 from edgepipe.device.retry import RetryingDevice
 from edgepipe.errors import (
     ArtifactError,
     DeviceError,
-    MissingExtra,
     NotReadyError,
-    ProfileError,
     RequestError,
     TransferError,
 )
@@ -36,13 +31,9 @@ from edgepipe.job import (
     COMMAND_TIMEOUT_S,
     BoardJob,
     Outcome,
-    bad_answer,
-    parse_facts,
 )
 from edgepipe.measurement import Measurement, single
-from edgepipe.payload import Payload, push_payload
-from edgepipe.profile import DeviceProfile, absolute_work_dir
-from edgepipe.runtime import has_runtime_library, runtime_library
+from edgepipe.profile import DeviceProfile
 from edgepipe.schema import Unit, record
 from edgepipe.sessions import (
     BASE,
@@ -50,11 +41,13 @@ from edgepipe.sessions import (
     MODEL,
     Session,
     exclusion,
-    progress,
     round_ratios,
     to_measurements,
 )
 from edgepipe.units import format_bytes
+
+from edgepipe import preflight, stats
+from edgepipe.preflight import Board
 
 if TYPE_CHECKING:
     from edgepipe.evaluate import DeviceEvaluation
@@ -63,7 +56,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SCHEMA = 2
-PYTHON_NEEDED = (3, 7)
 # A session shorter than this says nothing about percentiles (44 samples bound a p90 at 99 %).
 MIN_INFERENCES = 30
 # What Linux is built for on the largest boards and servers (CONFIG_NR_CPUS, 8192 on x86).
@@ -211,17 +203,17 @@ def measure(
         encoded = encode_samples(model.path, samples, model.inputs)
     budget_s = options.budget + options.sustained
     link = RetryingDevice(device, deadline_s=time.monotonic() + budget_s + COMMAND_TIMEOUT_S)
-    board = _prepare_board(link, profile)
+    board = preflight.prepare(link, profile)
     facts = board.facts()
-    check_board(facts["device"], profile, link.address)
+    preflight.check_board(facts["device"], profile, link.address)
     if encoded is not None:
         from edgepipe.evaluate import check_fits
 
         check_fits(model, encoded, free_bytes=facts.get("free_bytes"), reserve_bytes=MIN_FREE_BYTES, address=link.address)  # fmt: skip
-    request = _request(board, profile, options, models, _push_runtime(board, profile, options, facts), encoded, budget_s)  # fmt: skip
+    request = _request(board, profile, options, models, preflight.push_runtime(board, profile, options.backend, facts), encoded, budget_s)  # fmt: skip
     job = _named_job(board, options, request, unique=keep)
     job_dir = f"{board.work_dir}/jobs/{job['id']}"
-    hint = _runtime_hint(profile, options, facts["device"])
+    hint = preflight.runtime_hint(profile, options.backend, facts["device"])
     board_job = board.job(job, job_dir, runtime_hint=hint)
     try:
         board_job.find_earlier(board_time_s=facts["health"].get("realtime_s"), max_age_s=budget_s)
@@ -269,88 +261,11 @@ def _check_model(model: Artifact) -> None:
         )
 
 
-# ------------------------------------------------------------------------------- preflight, push
-
-
-@dataclasses.dataclass(frozen=True)
-class _Board:
-    """A board that was found fit to be asked: by the agent, or by the C runner where it has no Python."""
-
-    device: Device
-    work_dir: str
-    payload: Payload
-    c_board: CBoard | None = None
-
-    def job(self, job: Mapping[str, Any], job_dir: str, *, runtime_hint: str) -> BoardJob:
-        if self.c_board is not None:
-            return CRunnerJob(self.c_board, job, job_dir, runtime_hint=runtime_hint, progress=progress)  # fmt: skip
-        return BoardJob(
-            self.device, self.payload, job, job_dir, runtime_hint=runtime_hint, progress=progress
-        )
-
-    def facts(self) -> dict[str, Any]:
-        if self.c_board is not None:
-            return self.c_board.facts()
-        command = ["python3", self.payload.entry, "facts", self.work_dir]
-        done = self.device.run(command, timeout_s=COMMAND_TIMEOUT_S)
-        return parse_facts(
-            done.stdout, stderr=done.stderr, returncode=done.returncode, address=self.device.address
-        )
-
-
-def _prepare_board(device: Device, profile: DeviceProfile) -> _Board:
-    """Find Python and the home folder there, and push the agent; without Python, the C runner."""
-    question = 'import json,os,sys; print(json.dumps([os.path.expanduser("~"), list(sys.version_info[:3])]))'  # fmt: skip
-    done = device.run(["python3", "-c", question], timeout_s=COMMAND_TIMEOUT_S)
-    if done.returncode in (126, 127):
-        said = device.run(["sh", "-c", 'printf %s "$HOME"'], timeout_s=COMMAND_TIMEOUT_S)
-        home = parse_home(said.stdout.decode("utf-8", "replace"), device.address)
-        work_dir = absolute_work_dir(profile.work_dir, home)
-        c_board = prepare_board(device, profile.target, work_dir)
-        return _Board(device, work_dir, c_board.payload, c_board)
-    try:
-        home, version = json.loads(done.stdout)
-        version = tuple(int(n) for n in version)
-        home = str(home)
-    except (ValueError, TypeError) as exc:
-        raise bad_answer(
-            "python3 did not answer", done.stdout, done.stderr, device.address
-        ) from exc
-    if version < PYTHON_NEEDED:
-        raise NotReadyError(
-            f"python3 on {device.address} is {'.'.join(map(str, version))}; "
-            f"the runner needs {'.'.join(map(str, PYTHON_NEEDED))}",
-            hint="on the device: sudo apt-get install python3 (of a newer release)",
-            code="no-python",
-        )
-    work_dir = absolute_work_dir(profile.work_dir, home)
-    return _Board(device, work_dir, push_payload(device, profile.target, work_dir))
-
-
-def check_board(facts: Mapping[str, Any], profile: DeviceProfile, address: str) -> None:
-    """Refuse a board of another kind than the profile's. Raises ProfileError (``wrong-profile``)."""
-    machine = facts.get("machine")
-    # "any" of a profile fits every board; a null device says it, too, and fits every profile
-    if "any" not in (profile.machine, machine) and machine != profile.machine:
-        raise ProfileError(
-            f"{address} runs {machine} programs, profile {profile.name} describes a "
-            f"{profile.machine} board",
-            hint="choose the profile of this board with --profile; `edgepipe devices list` shows them",
-            code="wrong-profile",
-        )
-    # a board that names itself must be of the profile's kind, or its figures would pass for those of
-    # another ("Raspberry Pi 4 Model B Rev 1.5" is a "Raspberry Pi 4 Model B")
-    model = str(facts.get("model") or "").split(" Rev ")[0]
-    if machine != "any" and profile.model != "any" and model and model != profile.model:
-        raise ProfileError(
-            f"{address} is a {model}, profile {profile.name} describes a {profile.model}",
-            hint="choose the profile of this board with --profile, or write one: edgepipe probe ADDRESS --write NAME",
-            code="wrong-profile",
-        )
+# ------------------------------------------------------------------------------------ the request
 
 
 def _request(
-    board: _Board,
+    board: Board,
     profile: DeviceProfile,
     options: MeasureOptions,
     models: Mapping[str, Artifact],
@@ -399,7 +314,7 @@ def _request(
 
 
 def _named_job(
-    board: _Board, options: MeasureOptions, request: Mapping[str, Any], *, unique: bool
+    board: Board, options: MeasureOptions, request: Mapping[str, Any], *, unique: bool
 ) -> dict[str, Any]:
     """The job with its id: the same for the same request, so that it is found again on the board.
 
@@ -423,70 +338,19 @@ def _user_name() -> str:
         return f"uid {os.getuid()}"
 
 
-def _push_runtime(
-    board: _Board, profile: DeviceProfile, options: MeasureOptions, facts: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """Push libLiteRt.so where the profile's runtime is LiteRT and there is one for this board.
-
-    With backend ``auto`` a board it cannot run on goes on to the runtimes installed there.
-    """
-    wanted = options.backend
-    if wanted not in ("auto", "litert-c"):
-        return None
-    machine, version = str(facts["device"].get("machine")), profile.runtime_version
-    why_not = ""
-    if profile.runtime != "litert":
-        why_not = f"profile {profile.name} asks for {profile.runtime}"
-    elif not has_runtime_library(machine, version):
-        why_not = f"there is no LiteRT {version} library for {machine}"
-    if wanted == "litert-c" and why_not:
-        raise RequestError(
-            f"backend litert-c cannot be used on {board.device.address}: {why_not}",
-            hint='use backend = "auto", or the interpreter installed on the board',
-        )
-    if why_not:
-        log.info("no runtime is pushed (%s); using what is installed on the device", why_not)
-        return None
-    try:
-        library = runtime_library(machine, version)
-    except MissingExtra as exc:
-        if wanted == "litert-c" or not facts["packages"]:
-            raise
-        log.warning("no runtime is pushed (%s); using what is installed on the device", exc.message)
-        return None
-    remote = f"{board.work_dir}/rt/{library.sha256}/{library.path.name}"
-    board.device.push(library.path, remote)
-    return {
-        "path": remote,
-        "size": library.path.stat().st_size,
-        "sha256": library.sha256,
-        "version": library.version,
-        "glibc": library.glibc,
-    }
-
-
-def _push_models(board: _Board, models: Mapping[str, Artifact]) -> None:
+def _push_models(board: Board, models: Mapping[str, Artifact]) -> None:
     for model in {m.sha256: m for m in models.values()}.values():
         log.info("pushing %s (%s) to %s", model.path.name, format_bytes(model.size_bytes), board.device.address)  # fmt: skip
         board.device.push(model.path, f"{board.work_dir}/models/{model.sha256}.tflite")
 
 
-def _push_samples(board: _Board, job: Mapping[str, Any], samples: RawSamples | None) -> None:
+def _push_samples(board: Board, job: Mapping[str, Any], samples: RawSamples | None) -> None:
     if samples is None:
         return
     with tempfile.TemporaryDirectory(prefix="edgepipe-") as folder:
         path = Path(folder) / "inputs.bin"
         path.write_bytes(samples.data)
         board.device.push(path, job["inputs"]["path"])
-
-
-def _runtime_hint(profile: DeviceProfile, options: MeasureOptions, facts: Mapping[str, Any]) -> str:
-    if options.backend == "tflite-runtime-interpreter" or facts.get("machine") == "armv7l":
-        return "on the device, with Python 3.8 to 3.11: python3 -m pip install tflite-runtime==2.14.0 'numpy<2'"  # fmt: skip
-    return (
-        f"on the device: python3 -m pip install ai-edge-litert=={profile.runtime_version} "
-        "(Debian 12, Ubuntu 22.04 or newer)"
-    )
 
 
 # ----------------------------------------------------------------------------------- running
@@ -626,7 +490,7 @@ def _context(
     profile: DeviceProfile,
     options: MeasureOptions,
     job: Mapping[str, Any],
-    board: _Board,
+    board: Board,
     outcome: Outcome,
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:

@@ -30,21 +30,29 @@ _FETCH_TIMEOUT_S = 900.0
 
 @dataclasses.dataclass(frozen=True)
 class Pin:
-    """One known build. ``glibc`` is the newest symbol version it needs (``objdump -T``), which the
-    wheel's platform tag understates for aarch64."""
+    """One known build. ``glibc`` and ``glibcxx`` (libstdc++) are the newest symbol versions it needs
+    (``readelf -V``), which the wheel's platform tag understates for aarch64. A libstdc++ that has
+    the GLIBCXX version has the older CXXABI and GCC ones, too."""
 
     sha256: str
     size_bytes: int
     glibc: str
+    glibcxx: str
 
 
 # (version, machine) -> build, computed from the wheels on PyPI
 PINS: dict[tuple[str, str], Pin] = {
     ("2.3.0", "x86_64"): Pin(
-        "eec47eb35e2924b3166015887e652a58edc9af823ae38e02bf83bef2548300bb", 8039424, "2.27"
+        "eec47eb35e2924b3166015887e652a58edc9af823ae38e02bf83bef2548300bb",
+        8039424,
+        "2.27",
+        "3.4.22",
     ),
     ("2.3.0", "aarch64"): Pin(
-        "b57687dc234d2b8b0598aef5a9c961ed24263df8f8b3f56adbee1cff618e544b", 5991672, "2.34"
+        "b57687dc234d2b8b0598aef5a9c961ed24263df8f8b3f56adbee1cff618e544b",
+        5991672,
+        "2.34",
+        "3.4.30",
     ),
 }
 
@@ -57,6 +65,7 @@ class RuntimeLibrary:
     version: str
     sha256: str
     glibc: str
+    glibcxx: str
 
 
 def has_runtime_library(machine: str, version: str) -> bool:
@@ -79,7 +88,7 @@ def runtime_library(machine: str, version: str = DEFAULT_VERSION) -> RuntimeLibr
             "(backend = litert-interpreter or tflite-runtime-interpreter)",
             code="no-runtime-library",
         )
-    found = RuntimeLibrary(cache_path(pin), version, pin.sha256, pin.glibc)
+    found = RuntimeLibrary(cache_path(pin), version, pin.sha256, pin.glibc, pin.glibcxx)
     installed = _installed(version)
     if installed is not None and _is(installed, pin):
         return dataclasses.replace(found, path=installed)

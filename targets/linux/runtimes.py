@@ -7,9 +7,11 @@ import os
 import platform
 import re
 import struct
+import sys
 
 from board import glibc_version, log, machine, packages, sha256_of
 from job import EX_NO_RUNTIME, Stop
+from sysfs import SYSROOT
 
 # ELF e_machine (elf.h) and EI_CLASS for what `machine` returns
 ELF_MACHINES = {3: "i686", 40: "armv7l", 62: "x86_64", 183: "aarch64"}
@@ -31,6 +33,28 @@ def numbers(version):
     return tuple(int(n) for n in re.findall(r"\d+", version or "")[:3])
 
 
+# Where distributions keep libstdc++.so.6, besides what the dynamic linker lists.
+LIBRARY_FOLDERS = ("/lib", "/usr/lib", "/lib64", "/usr/lib64", "/usr/local/lib")
+
+
+def libstdcxx_version():
+    """The newest GLIBCXX symbol version of this process's libstdc++ ("3.4.30"); None = no such library.
+
+    Read from the file's text, as loading a broken library could end this process.
+    """
+    multiarch = getattr(sys.implementation, "_multiarch", "")
+    for folder in [os.path.join(f, multiarch) for f in LIBRARY_FOLDERS[:2]] + list(LIBRARY_FOLDERS):
+        try:
+            with open(os.path.join(SYSROOT + folder, "libstdc++.so.6"), "rb") as stream:
+                found = re.findall(rb"\0GLIBCXX_(\d+(?:\.\d+)+)(?=\0)", stream.read())
+        except OSError:
+            continue
+        if found:
+            newest = max(found, key=lambda text: [int(n) for n in text.split(b".")])
+            return newest.decode()
+    return None
+
+
 def library_fault(library):
     """Why a pushed libLiteRt.so must not be loaded here, or None."""
     found, here = elf_machine(library["path"]), machine()
@@ -46,6 +70,12 @@ def library_fault(library):
             return "the C library here is not glibc"
         if numbers(has) < numbers(library["glibc"]):
             return "the library needs glibc %s, this board has %s" % (library["glibc"], has)
+    if library.get("glibcxx"):
+        has = libstdcxx_version()  # None: not where we look; the self-test will tell
+        if has is not None and numbers(has) < numbers(library["glibcxx"]):
+            return "the library needs libstdc++ with GLIBCXX_%s, this board's has %s" % (
+                library["glibcxx"], has,
+            )  # fmt: skip
     return None
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from edgepipe import bench
-from edgepipe.bench import MeasureOptions, check_board, plan_of
+from edgepipe.bench import MeasureOptions, plan_of
 from edgepipe.errors import ProfileError, RequestError
 from edgepipe.job import BoardJob, Outcome
 from edgepipe.payload import payload_files
+from edgepipe.preflight import check_board
 from edgepipe.profile import find_profile, load_profile
 from edgepipe.resources import profile_paths
 from edgepipe.schema import build

@@ -6,6 +6,8 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import platform
+import re
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -44,9 +46,22 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def pin_the_test_library(monkeypatch: pytest.MonkeyPatch) -> Pin:
-    pin = Pin(hashlib.sha256(LIBRARY).hexdigest(), len(LIBRARY), "2.34")
+    pin = Pin(hashlib.sha256(LIBRARY).hexdigest(), len(LIBRARY), "2.34", "3.4.30")
     monkeypatch.setitem(PINS, ("2.3.0", "aarch64"), pin)
     return pin
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_what_a_pinned_library_needs_is_what_readelf_says(
+    machine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    path = runtime_library(machine).path
+    said = subprocess.run(["readelf", "-V", path], check=True, capture_output=True, text=True)
+    for what, pinned in (("GLIBC", "glibc"), ("GLIBCXX", "glibcxx")):
+        versions = [v.split(".") for v in re.findall(rf"\b{what}_([\d.]+)", said.stdout)]
+        newest = max(versions, key=lambda v: [int(n) for n in v])
+        assert ".".join(newest) == getattr(PINS["2.3.0", machine], pinned)
 
 
 needs_pip = pytest.mark.skipif(not importlib.util.find_spec("pip"), reason="needs pip here")

@@ -1,0 +1,152 @@
+"""What must be there before a board can measure: a way to ask it, a board of the right kind, a runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from edgepipe.crunner import CBoard, CRunnerJob, prepare_board
+from edgepipe.device.base import Device
+from edgepipe.device.parse import parse_home
+from edgepipe.errors import MissingExtra, NotReadyError, ProfileError, RequestError
+from edgepipe.job import COMMAND_TIMEOUT_S, BoardJob, bad_answer, parse_facts
+from edgepipe.payload import Payload, push_payload
+from edgepipe.profile import DeviceProfile, absolute_work_dir
+from edgepipe.runtime import has_runtime_library, runtime_library
+from edgepipe.sessions import progress
+
+log = logging.getLogger(__name__)
+
+PYTHON_NEEDED = (3, 7)
+
+
+@dataclasses.dataclass(frozen=True)
+class Board:
+    """A board that was found fit to be asked: by the agent, or by the C runner where it has no Python."""
+
+    device: Device
+    work_dir: str
+    payload: Payload
+    c_board: CBoard | None = None
+
+    def job(self, job: Mapping[str, Any], job_dir: str, *, runtime_hint: str) -> BoardJob:
+        if self.c_board is not None:
+            return CRunnerJob(self.c_board, job, job_dir, runtime_hint=runtime_hint, progress=progress)  # fmt: skip
+        return BoardJob(
+            self.device, self.payload, job, job_dir, runtime_hint=runtime_hint, progress=progress
+        )
+
+    def facts(self) -> dict[str, Any]:
+        if self.c_board is not None:
+            return self.c_board.facts()
+        command = ["python3", self.payload.entry, "facts", self.work_dir]
+        done = self.device.run(command, timeout_s=COMMAND_TIMEOUT_S)
+        return parse_facts(
+            done.stdout, stderr=done.stderr, returncode=done.returncode, address=self.device.address
+        )
+
+
+def prepare(device: Device, profile: DeviceProfile) -> Board:
+    """Find Python and the home folder there, and push the agent; without Python, the C runner."""
+    question = 'import json,os,sys; print(json.dumps([os.path.expanduser("~"), list(sys.version_info[:3])]))'  # fmt: skip
+    done = device.run(["python3", "-c", question], timeout_s=COMMAND_TIMEOUT_S)
+    if done.returncode in (126, 127):
+        said = device.run(["sh", "-c", 'printf %s "$HOME"'], timeout_s=COMMAND_TIMEOUT_S)
+        home = parse_home(said.stdout.decode("utf-8", "replace"), device.address)
+        work_dir = absolute_work_dir(profile.work_dir, home)
+        c_board = prepare_board(device, profile.target, work_dir)
+        return Board(device, work_dir, c_board.payload, c_board)
+    try:
+        home, version = json.loads(done.stdout)
+        version = tuple(int(n) for n in version)
+        home = str(home)
+    except (ValueError, TypeError) as exc:
+        raise bad_answer(
+            "python3 did not answer", done.stdout, done.stderr, device.address
+        ) from exc
+    if version < PYTHON_NEEDED:
+        raise NotReadyError(
+            f"python3 on {device.address} is {'.'.join(map(str, version))}; "
+            f"the runner needs {'.'.join(map(str, PYTHON_NEEDED))}",
+            hint="on the device: sudo apt-get install python3 (of a newer release)",
+            code="no-python",
+        )
+    work_dir = absolute_work_dir(profile.work_dir, home)
+    return Board(device, work_dir, push_payload(device, profile.target, work_dir))
+
+
+def check_board(facts: Mapping[str, Any], profile: DeviceProfile, address: str) -> None:
+    """Refuse a board of another kind than the profile's. Raises ProfileError (``wrong-profile``)."""
+    machine = facts.get("machine")
+    # "any" of a profile fits every board; a null device says it, too, and fits every profile
+    if "any" not in (profile.machine, machine) and machine != profile.machine:
+        raise ProfileError(
+            f"{address} runs {machine} programs, profile {profile.name} describes a "
+            f"{profile.machine} board",
+            hint="choose the profile of this board with --profile; `edgepipe devices list` shows them",
+            code="wrong-profile",
+        )
+    # a board that names itself must be of the profile's kind, or its figures would pass for those of
+    # another ("Raspberry Pi 4 Model B Rev 1.5" is a "Raspberry Pi 4 Model B")
+    model = str(facts.get("model") or "").split(" Rev ")[0]
+    if machine != "any" and profile.model != "any" and model and model != profile.model:
+        raise ProfileError(
+            f"{address} is a {model}, profile {profile.name} describes a {profile.model}",
+            hint="choose the profile of this board with --profile, or write one: edgepipe probe ADDRESS --write NAME",
+            code="wrong-profile",
+        )
+
+
+def push_runtime(
+    board: Board, profile: DeviceProfile, backend: str, facts: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Push libLiteRt.so where the profile's runtime is LiteRT and there is one for this board.
+
+    With backend ``auto`` a board it cannot run on goes on to the runtimes installed there.
+    """
+    if backend not in ("auto", "litert-c"):
+        return None
+    machine, version = str(facts["device"].get("machine")), profile.runtime_version
+    why_not = ""
+    if profile.runtime != "litert":
+        why_not = f"profile {profile.name} asks for {profile.runtime}"
+    elif not has_runtime_library(machine, version):
+        why_not = f"there is no LiteRT {version} library for {machine}"
+    if backend == "litert-c" and why_not:
+        raise RequestError(
+            f"backend litert-c cannot be used on {board.device.address}: {why_not}",
+            hint='use backend = "auto", or the interpreter installed on the board',
+        )
+    if why_not:
+        log.info("no runtime is pushed (%s); using what is installed on the device", why_not)
+        return None
+    try:
+        library = runtime_library(machine, version)
+    except MissingExtra as exc:
+        if backend == "litert-c" or not facts["packages"]:
+            raise
+        log.warning("no runtime is pushed (%s); using what is installed on the device", exc.message)
+        return None
+    remote = f"{board.work_dir}/rt/{library.sha256}/{library.path.name}"
+    board.device.push(library.path, remote)
+    return {
+        "path": remote,
+        "size": library.path.stat().st_size,
+        "sha256": library.sha256,
+        "version": library.version,
+        "glibc": library.glibc,
+        "glibcxx": library.glibcxx,
+    }
+
+
+def runtime_hint(profile: DeviceProfile, backend: str, facts: Mapping[str, Any]) -> str:
+    """What mends a board on which no runtime works."""
+    if backend == "tflite-runtime-interpreter" or facts.get("machine") == "armv7l":
+        return "on the device, with Python 3.8 to 3.11: python3 -m pip install tflite-runtime==2.14.0 'numpy<2'"  # fmt: skip
+    return (
+        f"on the device: python3 -m pip install ai-edge-litert=={profile.runtime_version} "
+        "(Debian 12, Ubuntu 22.04 or newer)"
+    )
