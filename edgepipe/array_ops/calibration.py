@@ -163,9 +163,17 @@ def file_batches(samples: Samples, specs: Sequence[TensorSpec]) -> Iterator[list
 
 
 def settle(
-    minima: np.ndarray, maxima: np.ndarray, names: Sequence[str], *, seed: int = 0
+    minima: np.ndarray,
+    maxima: np.ndarray,
+    names: Sequence[str],
+    *,
+    batches: int = 0,
+    seed: int = 0,
 ) -> Settling:
     """How the ranges of T tensors widen over N samples: ``minima``, ``maxima`` are (N, T).
+
+    Where each row stands for several batches, ``batches`` is how many there were in all; the curve
+    then counts those.
 
     Worked example: one tensor, maxima 1, 1, 1, 2 and minima 0. In stored order the range after half
     the samples is 1 and after all 2, so the second half widened it by 50 % of the whole.
@@ -190,7 +198,8 @@ def settle(
     mean_growth = float(growth.mean())
     return Settling(
         curve=tuple(
-            (size, round(float(share.mean()), 4)) for size, share in zip(sizes, shares, strict=True)
+            (size * (batches or count) // count, round(float(share.mean()), 4))
+            for size, share in zip(sizes, shares, strict=True)
         ),
         growth=round(mean_growth, 4),
         slowest=str(np.array(names, dtype=object)[moving][worst]),

@@ -6,17 +6,18 @@ import dataclasses
 import hashlib
 import json
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from edgepipe.artifact import Artifact, TensorSpec, make_artifact
-from edgepipe.data import DataSource, at_most
+from edgepipe.data import DataSource, at_most, user_path
 from edgepipe.errors import ArtifactError, StageError, StageOptionError
 from edgepipe.predict import predict
+from edgepipe.range_table import RangeTable, read_table, table_text
 from edgepipe.schema import Unit, near_miss, record
 from edgepipe.stage import StageContext
 
 if TYPE_CHECKING:
-    from edgepipe.array_ops.calibration import CalibrationReport
     from edgepipe.array_ops.load import Samples
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 # Samples the int8 file is compared with the float file on: enough for a stable SQNR (the standard
 # error of a mean over 64 is an eighth of the spread), few enough to cost less than calibration.
 PARITY_SAMPLES = 64
+LEARNED = "learned"
 
 
 @record
@@ -31,6 +33,10 @@ class QuantizeInt8:
     """Activations int8 with scale and zero point, weights int8 symmetric per output channel.
 
     ``data`` names the calibration set and ``samples`` caps how many of it are used (a seeded choice).
+    ``method`` says how each activation's range follows from them: the union of the samples' ranges
+    (``min_max``), their moving average, without 0.01 % of the values at each end (``percentile``),
+    with the least squared error (``mse``), or nearest in distribution (``kl``). ``ranges`` names a
+    file of ranges to take instead, such as the ``ranges.json`` of an earlier run.
     ``input_dtype`` and ``output_dtype`` are those of the file's doors. Anything that would stay in
     float is an error unless its operators are in ``allow_float``. ``min_sqnr`` is the least signal
     to quantisation-noise ratio against the float file on real samples, over all outputs.
@@ -43,6 +49,8 @@ class QuantizeInt8:
     ops: ClassVar[tuple[str, ...]] = (
         "edgepipe.array_ops",
         "edgepipe.predict",
+        "edgepipe.range_table",
+        "edgepipe.tflite_ops.calibrate",
         "edgepipe.tflite_ops.flatbuffer",
         "edgepipe.tflite_ops.inspect",
         "edgepipe.tflite_ops.quantize",
@@ -58,6 +66,8 @@ class QuantizeInt8:
 
     data: str = "calibration"
     samples: int = 500
+    method: Literal["min_max", "moving_average", "percentile", "mse", "kl"] = "min_max"
+    ranges: Path | None = None
     input_dtype: Literal["int8", "uint8", "float32"] = "int8"
     output_dtype: Literal["int8", "uint8", "float32"] = "int8"
     allow_float: tuple[str, ...] = ()
@@ -66,6 +76,9 @@ class QuantizeInt8:
     # a second data set whose statistics the calibration set must resemble, such as "evaluation"
     compare_with: str = ""
     min_sqnr: Annotated[float, Unit("level")] = 10.0
+
+    def files(self) -> tuple[Path, ...]:
+        return (self.ranges,) if self.ranges is not None else ()
 
     def data_names(self) -> tuple[str, ...]:
         return (self.data, self.compare_with) if self.compare_with else (self.data,)
@@ -81,6 +94,7 @@ class QuantizeInt8:
         )
         from edgepipe.array_ops.load import load_samples
         from edgepipe.tflite_ops import quantize as ops
+        from edgepipe.tflite_ops.calibrate import find_ranges
         from edgepipe.tflite_ops.flatbuffer import parse_model
         from edgepipe.tflite_ops.sparse import sparsity_facts
 
@@ -105,24 +119,29 @@ class QuantizeInt8:
         content, fused = ops.fuse_activations(content, where=where)
         for line in fused:
             log.info("fused %s", line)
-        learned = artifact.facts.get("learned_ranges")
-        if learned:
-            # training found them, and the weights have grown used to them
-            log.info("taking %d ranges as they were trained", len(learned))
-            table = {name: (float(low), float(high)) for name, (low, high) in learned.items()}
-        else:
+        given = self._given_ranges(artifact, context)
+        if given is None:
             log.info("calibrating on %d samples", len(samples))
-            batches = file_batches(samples, artifact.inputs)
-            ranges = ops.collect_ranges(content, batches, where=where, total=len(samples))
-            settling = settle(ranges.minima, ranges.maxima, ranges.names, seed=context.seed)
+            found, ranges = find_ranges(
+                content,
+                lambda: file_batches(samples, artifact.inputs),
+                method=self.method,
+                where=where,
+                total=len(samples),
+            )
+            settling = settle(ranges.minima, ranges.maxima, ranges.names, batches=ranges.batches, seed=context.seed)  # fmt: skip
             report = add_settling(report, settling)
-            table = ranges.table()
+            table = RangeTable(found, self.method, len(samples), report.origin)
+        else:
+            ops.check_ranges(given.ranges, content, where=where)
+            log.info("taking %d %s ranges as they are", len(given.ranges), given.method)
+            table = given
         for warning in report.warnings:
             log.warning("calibration: %s", warning)
 
         quantized = ops.quantize(
             content,
-            table,
+            table.ranges,
             input_dtype=self.input_dtype,
             output_dtype=self.output_dtype,
             where=where,
@@ -133,7 +152,7 @@ class QuantizeInt8:
 
         path = context.work_dir / "model.tflite"
         path.write_bytes(quantized)
-        ranges_text = _ranges_text(table, report)
+        ranges_text = table_text(table)
         (context.work_dir / "ranges.json").write_text(ranges_text, encoding="utf-8")
         inputs, outputs = self._specs(artifact, quantized)
         result = make_artifact("tflite", path, inputs=inputs, outputs=outputs, parent=artifact)
@@ -144,8 +163,9 @@ class QuantizeInt8:
             "ranges": {
                 "file": "ranges.json",
                 "sha256": hashlib.sha256(ranges_text.encode()).hexdigest(),
-                "tensors": len(table),
-                "learned": bool(learned),
+                "tensors": len(table.ranges),
+                "method": table.method,
+                "learned": table.method == LEARNED,
             },
             "float_islands": islands,
             "fused_activations": list(fused),
@@ -154,6 +174,17 @@ class QuantizeInt8:
             "runtime": f"ai-edge-litert {version('ai-edge-litert')}",
         }
         return dataclasses.replace(result, facts=facts)
+
+    def _given_ranges(self, artifact: Artifact, context: StageContext) -> RangeTable | None:
+        """Ranges that need no calibration: those of ``ranges``, else those that training found."""
+        if self.ranges is not None:
+            return read_table(user_path(self.ranges, context.root))
+        learned = artifact.facts.get("learned_ranges")
+        if not learned:
+            return None
+        # the weights have grown used to them
+        found = {name: (float(low), float(high)) for name, (low, high) in learned.items()}
+        return RangeTable(found, LEARNED)
 
     def _source(self, context: StageContext, name: str, samples: int) -> DataSource:
         if name not in context.data:
@@ -267,14 +298,3 @@ def source_specs(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
         )
         for spec in specs
     )
-
-
-def _ranges_text(table: dict[str, tuple[float, float]], report: CalibrationReport) -> str:
-    """ranges.json: what each activation's range was, for people and for a later look."""
-    data = {
-        "schema": 1,
-        "samples": report.samples,
-        "data": report.origin,
-        "tensors": {name: {"min": low, "max": high} for name, (low, high) in table.items()},
-    }
-    return json.dumps(data, indent=1) + "\n"

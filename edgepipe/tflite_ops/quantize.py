@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import re
 import time
 import warnings
 from collections import Counter
@@ -27,7 +28,7 @@ from litert_quantizer import recipe as quantizer_recipe
 
 from edgepipe.array_ops.compare import sqnr_db
 from edgepipe.errors import StageError
-from edgepipe.tflite_ops.flatbuffer import Model, Operator, Subgraph, parse_model
+from edgepipe.tflite_ops.flatbuffer import Model, Operator, Subgraph, Tensor, parse_model
 from edgepipe.tflite_ops.inspect import FloatIsland, describe_model
 from edgepipe.tflite_ops.run import invoke_once, native_messages_logged, open_tflite
 
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 
 STAGE = "quantize_int8"
 IoDtype = Literal["int8", "uint8", "float32"]
+Precision = Literal["int16", "float"]
 
 # Operators whose kernels clamp their result themselves: the *Options tables of schema.fbs with a
 # fused_activation_function that every runtime from TFLite 2.14 on honours.
@@ -62,18 +64,35 @@ _HUGE = 3e38
 _PROGRESS_S = 2.0
 
 
+# Rows of `Ranges`: enough for its curve of settling, and all the memory it takes
+MAX_ROWS = 512
+# litert-quantizer's own calibration (utils/qsv_utils.py, moving_average_update)
+SMOOTHING = 0.95
+
+
 @dataclasses.dataclass(frozen=True)
 class Ranges:
-    """Smallest and largest value of T activation tensors in each of N batches: (N, T) float32."""
+    """Smallest and largest value of T activation tensors in N groups of batches: (N, T) float32.
+
+    ``batches`` were seen in all, number i in group i mod N, one each up to `MAX_ROWS`. ``moving``
+    (2, T) are the moving averages of the batches' ends, in their order.
+    """
 
     names: tuple[str, ...]
     minima: np.ndarray
     maxima: np.ndarray
+    moving: np.ndarray
+    batches: int
 
     def table(self) -> dict[str, tuple[float, float]]:
         """Tensor name -> (minimum, maximum) over all batches."""
         lowest, highest = self.minima.min(axis=0), self.maxima.max(axis=0)
         return {name: (float(lowest[i]), float(highest[i])) for i, name in enumerate(self.names)}
+
+    def averages(self) -> dict[str, tuple[float, float]]:
+        """Tensor name -> moving average (0.95) of the batches' minima and maxima."""
+        low, high = self.moving
+        return {name: (float(low[i]), float(high[i])) for i, name in enumerate(self.names)}
 
 
 def check_quantizable(model: Model, *, where: str) -> None:
@@ -224,18 +243,16 @@ def collect_ranges(
     """Run the float model on each batch and note the range of every activation, in one pass.
 
     A batch holds one array for each input, of exactly the file's shape and dtype and in its order.
-    Memory: all activations of one inference, and 8 bytes for each tensor and batch. Raises
-    StageError naming the tensor where one becomes NaN. Infinities, which padding for max pooling
-    brings in, are left out of the range.
+    Memory: all activations of one inference, and 8 bytes for each tensor and one of `MAX_ROWS`
+    batches. Raises StageError naming the tensor where one becomes NaN. Infinities, which padding for
+    max pooling brings in, are left out of the range.
     """
     graph = parse_model(content, where=where).subgraphs[0]
-    tensors = [
-        t for t in graph.tensors
-        if t.is_float and not t.is_constant and _is_used(t.index, graph)
-    ]  # fmt: skip
+    tensors = activations(graph)
     interpreter = open_tflite(content, preserve_all_tensors=True)
-    minima: list[np.ndarray] = []
-    maxima: list[np.ndarray] = []
+    rows = np.empty((MAX_ROWS, 2, len(tensors)), np.float32)
+    moving = np.empty((2, len(tensors)))
+    seen = 0
     shown = time.monotonic()
     for batch in batches:
         _invoke(interpreter, batch, where=where)
@@ -246,18 +263,32 @@ def collect_ranges(
             # in order of execution, the first to go wrong is the cause
             bad = _first_nan(graph, {t.index for t, v in zip(tensors, row[0], strict=True) if np.isnan(v)})  # fmt: skip
             raise StageError(
-                f"{where}: {bad} is NaN for calibration sample {len(minima)}",
+                f"{where}: {bad} is NaN for calibration sample {seen}",
                 stage=STAGE,
                 hint="run the float model on this sample: it divides by zero or overflows",
             )
-        minima.append(row[0])
-        maxima.append(row[1])
+        kept = rows[seen % MAX_ROWS]
+        if seen < MAX_ROWS:
+            kept[:] = row
+        else:
+            kept[0], kept[1] = np.minimum(kept[0], row[0]), np.maximum(kept[1], row[1])
+        moving = SMOOTHING * moving + (1 - SMOOTHING) * row if seen else row.astype(np.float64)
+        seen += 1
         if total and time.monotonic() - shown > _PROGRESS_S:
             shown = time.monotonic()
-            log.info("calibrating: %d of %d samples", len(minima), total)
-    if not minima:
+            log.info("calibrating: %d of %d samples", seen, total)
+    if not seen:
         raise StageError(f"{where}: there is no calibration sample", stage=STAGE)
-    return Ranges(tuple(t.name for t in tensors), np.stack(minima), np.stack(maxima))
+    rows = rows[:seen]
+    return Ranges(tuple(t.name for t in tensors), rows[:, 0], rows[:, 1], moving, seen)
+
+
+def activations(graph: Subgraph) -> list[Tensor]:
+    """The float tensors that an inference computes or is given, in the file's order."""
+    return [
+        t for t in graph.tensors
+        if t.is_float and not t.is_constant and _is_used(t.index, graph)
+    ]  # fmt: skip
 
 
 def _invoke(interpreter: Interpreter, batch: Sequence[np.ndarray], *, where: str) -> None:
@@ -286,6 +317,20 @@ def _first_nan(graph: Subgraph, bad: set[int]) -> str:
     return "an input"
 
 
+def check_ranges(ranges: Mapping[str, tuple[float, float]], content: bytes, *, where: str) -> None:
+    """Raise StageError unless every activation of the file has a range."""
+    graph = parse_model(content, where=where).subgraphs[0]
+    missing = [t.name for t in activations(graph) if t.name not in ranges]
+    if missing:
+        raise StageError(
+            f"the given ranges lack {len(missing)} of the {len(activations(graph))} activations of"
+            f" {where}, the first is {missing[0]!r}",
+            stage=STAGE,
+            hint="tensors have other names in each conversion: take the ranges.json of this very float file",
+            code="ranges-missing",
+        )
+
+
 # --- quantising ----------------------------------------------------------------------------------
 
 
@@ -295,6 +340,7 @@ def quantize(
     *,
     input_dtype: IoDtype = "int8",
     output_dtype: IoDtype = "int8",
+    precision: Mapping[str, Precision] | None = None,
     where: str = "the model",
 ) -> bytes:
     """A float32 .tflite -> int8 .tflite, with the given range of every activation tensor.
@@ -303,7 +349,8 @@ def quantize(
     at a door is the int8 value + 128 (same scale, zero point + 128), through one QUANTIZE operator;
     float32 leaves one QUANTIZE or DEQUANTIZE there. Inputs and outputs that are integers stay.
     Operators without an integer form stay in float between DEQUANTIZE and QUANTIZE: look for them
-    with `float_reasons`. Raises StageError where litert-quantizer fails.
+    with `float_reasons`. ``precision`` says for single operators, by the name of the first tensor
+    they make, that they compute with 16-bit activations or in float. Raises StageError where litert-quantizer fails.
     """
     graph = parse_model(content, where=where).subgraphs[0]
     statistics = {}
@@ -323,7 +370,7 @@ def quantize(
     with _quiet():
         try:
             tool = quantizer.Quantizer(content)
-            tool.load_quantization_recipe(_recipe(input_dtype, output_dtype))
+            tool.load_quantization_recipe(_recipe(input_dtype, output_dtype, precision or {}))
             result = tool.quantize(
                 statistics, enable_progress_bar=False, enable_progress_report=False
             )
@@ -375,8 +422,11 @@ def _weight_ranges(
     return found
 
 
-def _recipe(input_dtype: IoDtype, output_dtype: IoDtype) -> list[dict[str, Any]]:
-    """litert-quantizer's own int8 recipe with our rule for BATCH_MATMUL, then one for each door that is not int8."""
+def _recipe(
+    input_dtype: IoDtype, output_dtype: IoDtype, precision: Mapping[str, Precision]
+) -> list[dict[str, Any]]:
+    """litert-quantizer's own int8 recipe with our rule for BATCH_MATMUL, then the layers that are not
+    int8, then one rule for each door. Of two scopes that fit, the later counts."""
     rules: list[dict[str, Any]] = quantizer_recipe.static_wi8_ai8()
     base = rules[0]["op_config"]
     # The int8 kernel of BATCH_MATMUL reads one scale for a tensor: of a constant with a scale for
@@ -387,12 +437,21 @@ def _recipe(input_dtype: IoDtype, output_dtype: IoDtype) -> list[dict[str, Any]]
         "operation": qtyping.TFLOperationName.BATCH_MATMUL,
         "op_config": {**base, "weight_tensor_config": weights},
     })  # fmt: skip
+    wide = quantizer_recipe.static_wi8_ai16()[0]
+    for name, kind in precision.items():
+        # an operator's scope is "NAME;" of all that it makes (utils/tfl_flatbuffer_utils.py)
+        scope = {"regex": f"^{re.escape(name)};", "operation": rules[0]["operation"]}
+        if kind == "int16":
+            rules.append({**wide, **scope})
+        else:
+            rules.append({**scope, "algorithm_key": "no_quantize", "op_config": base})
     for door, dtype in (("INPUT", input_dtype), ("OUTPUT", output_dtype)):
-        rule: dict[str, Any] = {"regex": ".*", "operation": qtyping.TFLOperationName(door)}
+        # a scope of its own, which comes after those of single operators
+        rule: dict[str, Any] = {"regex": ".+", "operation": qtyping.TFLOperationName(door)}
         if dtype == "float32":
             rules.append({**rule, "algorithm_key": "no_quantize", "op_config": base})
-        elif dtype == "uint8":
-            activation = {**base["activation_tensor_config"], "dtype": "UINT"}
+        else:
+            activation = {**base["activation_tensor_config"], "dtype": "UINT" if dtype == "uint8" else "INT"}  # fmt: skip
             config = {**base, "activation_tensor_config": activation}
             rules.append({**rule, "algorithm_key": "min_max_uniform_quantize", "op_config": config})
     return rules

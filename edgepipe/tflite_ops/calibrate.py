@@ -1,0 +1,86 @@
+"""The range of every activation of a float file, by any method, in at most two passes over the data."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, get_args
+
+import numpy as np
+
+from edgepipe.array_ops.ranges import METHODS, Histogram, Range, add_values, new_histogram
+from edgepipe.errors import StageError
+from edgepipe.tflite_ops.flatbuffer import parse_model
+from edgepipe.tflite_ops.quantize import STAGE, Ranges, activations, collect_ranges
+from edgepipe.tflite_ops.run import invoke_once, open_tflite
+
+log = logging.getLogger(__name__)
+
+Method = Literal["min_max", "moving_average", "percentile", "mse", "kl"]
+# the methods that need a histogram, which is a second pass
+FROM_HISTOGRAMS = tuple(m for m in get_args(Method) if m in METHODS)
+_PROGRESS_S = 2.0
+
+# Calibration data, from its beginning each time it is called
+Batches = Callable[[], Iterable[Sequence[np.ndarray]]]
+
+
+def find_ranges(
+    content: bytes, batches: Batches, *, method: Method, where: str, total: int = 0
+) -> tuple[dict[str, Range], Ranges]:
+    """Tensor name -> (low, high) by ``method``, and the ranges batch by batch behind it.
+
+    ``min_max`` is the union of all samples' ranges; ``moving_average`` what litert-quantizer and
+    TensorFlow do by default; ``percentile`` (99.99 at each end), ``mse`` and ``kl`` read
+    `array_ops.ranges` histograms, which a second pass fills. Memory depends on the model alone.
+    """
+    ranges = collect_ranges(content, batches(), where=where, total=total)
+    if method == "min_max":
+        return ranges.table(), ranges
+    if method == "moving_average":
+        return ranges.averages(), ranges
+    histograms = collect_histograms(content, batches(), ranges.table(), where=where, total=total)
+    return ranges_of(histograms, method=method), ranges
+
+
+def ranges_of(histograms: Mapping[str, Histogram], *, method: Method) -> dict[str, Range]:
+    """Tensor name -> (low, high) by one of the methods that read histograms."""
+    choose = METHODS[method]
+    return {name: choose(histogram) for name, histogram in histograms.items()}
+
+
+def collect_histograms(
+    content: bytes,
+    batches: Iterable[Sequence[np.ndarray]],
+    limits: Mapping[str, Range],
+    *,
+    where: str,
+    total: int = 0,
+) -> dict[str, Histogram]:
+    """Run the float model on each batch and count the values of every tensor named in ``limits``.
+
+    ``limits`` are the ranges of the very same batches (`collect_ranges`), so that bins need not
+    grow. Memory: all activations of one inference, and 16 kB a tensor.
+    """
+    graph = parse_model(content, where=where).subgraphs[0]
+    tensors = [t for t in activations(graph) if t.name in limits]
+    found = {t.name: new_histogram(*limits[t.name]) for t in tensors}
+    interpreter = open_tflite(content, preserve_all_tensors=True)
+    inputs = interpreter.get_input_details()
+    seen, shown = 0, time.monotonic()
+    for batch in batches:
+        for detail, array in zip(inputs, batch, strict=True):
+            interpreter.set_tensor(detail["index"], array)
+        invoke_once(interpreter, where=where)
+        for tensor in tensors:
+            found[tensor.name] = add_values(
+                found[tensor.name], interpreter.get_tensor(tensor.index)
+            )
+        seen += 1
+        if total and time.monotonic() - shown > _PROGRESS_S:
+            shown = time.monotonic()
+            log.info("counting values: %d of %d samples", seen, total)
+    if not seen:
+        raise StageError(f"{where}: there is no calibration sample", stage=STAGE)
+    return found
