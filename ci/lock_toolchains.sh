@@ -23,6 +23,8 @@ TOML
     echo "backports-strenum<1.3" > "$folder/constraints.txt"
     # the full opencv-python needs libGL, which servers and containers lack; headless does not
     echo "opencv-python ; python_version < '3'" > "$folder/overrides.txt"
+    # borrowed from edgepipe's own environment (Toolchain.borrowed); its dependencies are named below
+    echo "torch ; python_version < '3'" >> "$folder/overrides.txt"
     (cd "$folder" && uv pip compile pyproject.toml --python "$python" --universal --generate-hashes \
         --constraint constraints.txt --override overrides.txt --no-header --no-annotate --quiet \
         --output-file lock.txt > /dev/null)
@@ -37,4 +39,7 @@ TOML
 
 lock onnx2tf 3.12 ">=3.12,<3.14" "onnx2tf==2.6.9" "opencv-python-headless==4.13.0.92"
 lock onnx2tf-tf 3.11 ">=3.11,<3.13" "onnx2tf==1.29.24" "opencv-python-headless==4.11.0.86"
+# the last seven are what torch needs
+lock litert-torch 3.11 ">=3.11,<3.13" "litert-torch==0.10.0" "jax==0.10.2" \
+    filelock "typing-extensions>=4.10.0" "setuptools>=77.0.3" "sympy>=1.13.3" "networkx>=2.5.1" jinja2 "fsspec>=0.8.5"
 lock zig 3.11 ">=3.11,<3.15" "ziglang==0.17.1"

@@ -14,6 +14,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -44,7 +46,12 @@ _POLL_S = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Toolchain:
-    """One converter or compiler. ``pythons`` are the minor versions of CPython 3 its lock is for, best first."""
+    """One converter or compiler. ``pythons`` are the minor versions of CPython 3 its lock is for, best first.
+
+    ``borrowed`` are distributions that the environment does not install but links from the one
+    edgepipe runs in: torch, whose ordinary wheel brings gigabytes of CUDA, and which is there
+    wherever there is a PyTorch model to convert. Such a toolchain runs on our own Python version.
+    """
 
     name: str
     summary: str
@@ -52,6 +59,7 @@ class Toolchain:
     disk_mb: int
     # imported once after installing, and what the converter scripts import
     check: str
+    borrowed: tuple[str, ...] = ()
 
     @property
     def lock(self) -> Path:
@@ -63,6 +71,7 @@ TOOLCHAINS: dict[str, Toolchain] = {
     for tool in (
         Toolchain("onnx2tf", "onnx2tf 2.6.9, ONNX to TFLite without TensorFlow", (12, 13), 540, "onnx2tf.tflite_builder"),
         Toolchain("onnx2tf-tf", "onnx2tf 1.29.24 with TensorFlow 2.19, for hosts without Python 3.12", (11, 12), 2400, "onnx2tf"),
+        Toolchain("litert-torch", "litert-torch 0.10.0, PyTorch programs to TFLite, on edgepipe's own torch", (11, 12), 1100, "litert_torch", ("torch",)),
         Toolchain("zig", "zig 0.17.1 as C compiler, for boards without Python (edgepipe/crunner.py)", (11, 12, 13, 14), 420, "ziglang"),
     )
 }  # fmt: skip
@@ -92,7 +101,12 @@ def root() -> Path:
 def environment(name: str) -> Path:
     """Where the environment of a toolchain is, or would be."""
     tool = find_toolchain(name)
-    return root() / f"{name}-{hash_path(tool.lock)[:12]}"
+    content = hash_path(tool.lock)
+    if tool.borrowed:  # links into one environment are of no use to another
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            links = [f"{importlib.metadata.version(n)} {importlib.metadata.distribution(n).locate_file(n)}" for n in tool.borrowed]  # fmt: skip
+            content = hashlib.sha256("\0".join([content, *links]).encode()).hexdigest()
+    return root() / f"{name}-{content[:12]}"
 
 
 def find_toolchain(name: str) -> Toolchain:
@@ -200,6 +214,8 @@ def find_python(tool: Toolchain) -> Path | None:
 def _python_candidates(tool: Toolchain) -> Iterator[Path]:
     if sys.version_info[:2] in [(3, minor) for minor in tool.pythons]:
         yield Path(sys.executable)
+    if tool.borrowed:  # what we borrow is compiled for our own Python
+        return
     for minor in tool.pythons:
         on_path = shutil.which(f"python3.{minor}")
         if on_path:
@@ -250,6 +266,13 @@ def _build(tool: Toolchain, target: Path) -> str:
     python = find_python(tool)
     wanted = " or ".join(f"3.{minor}" for minor in tool.pythons)
     failures = []
+    borrowed = _find_borrowed(tool)
+    if tool.borrowed and python is None:
+        raise MissingExtra(
+            f"the {tool.name} toolchain needs Python {wanted}, and edgepipe runs in {sys.version_info[0]}.{sys.version_info[1]}",
+            hint=f"install edgepipe in a virtual environment of Python 3.{tool.pythons[0]}",
+            code="no-python",
+        )
     for uv in _uv_command():
         if python is None:
             log.info("no Python %s on this machine: asking uv to fetch one", wanted)
@@ -257,6 +280,7 @@ def _build(tool: Toolchain, target: Path) -> str:
             _run([*uv, "venv", "--quiet", "--no-project", "--python", str(python or f"3.{tool.pythons[0]}"), str(target)], target.parent)  # fmt: skip
             own = target / "bin" / "python"
             _run([*uv, "pip", "install", "--no-deps", "--require-hashes", "--python", str(own), "-r", str(tool.lock)], target.parent)  # fmt: skip
+            _link(borrowed, target)
             _check(tool, target)
             return "uv"
         except _InstallError as exc:
@@ -276,6 +300,7 @@ def _build(tool: Toolchain, target: Path) -> str:
         _run([str(python), "-m", "venv", str(target)], target.parent)
         own = target / "bin" / "python"
         _run([str(own), "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--no-deps", "--require-hashes", "-r", str(tool.lock)], target.parent)  # fmt: skip
+        _link(borrowed, target)
         _check(tool, target)
     except _InstallError as exc:
         failures.append(str(exc))
@@ -285,6 +310,30 @@ def _build(tool: Toolchain, target: Path) -> str:
             code="install-failed",
         ) from exc
     return "pip"
+
+
+def _find_borrowed(tool: Toolchain) -> list[Path]:
+    """The packages and records of what a toolchain borrows. MissingExtra where we lack it, too."""
+    found: list[Path] = []
+    for name in tool.borrowed:
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError as exc:
+            raise MissingExtra(
+                f"the {tool.name} toolchain runs on edgepipe's own {name}, which is not installed",
+                hint="pip install 'edgepipe[torch]'",
+                code="no-borrowed-package",
+            ) from exc
+        tops = {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}
+        found += [Path(str(distribution.locate_file(top))) for top in sorted(tops)]
+    return found
+
+
+def _link(borrowed: Sequence[Path], target: Path) -> None:
+    """Links, not a path entry: nothing else of our environment may be found from the other one."""
+    for folder in target.glob("lib/python3.*/site-packages"):
+        for path in borrowed:
+            (folder / path.name).symlink_to(path)
 
 
 def _check(tool: Toolchain, target: Path) -> None:
@@ -451,6 +500,7 @@ def _child_environment(target: Path, home: Path) -> dict[str, str]:
         "PYTHONNOUSERSITE": "1",
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "-1",
+        "JAX_PLATFORMS": "cpu",
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "TF_USE_LEGACY_KERAS": "1",
     }

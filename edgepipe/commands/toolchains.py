@@ -57,9 +57,9 @@ def _list(out: Output) -> None:
     lines = []
     for tool, state, own in rows:
         pythons = " or ".join(f"3.{minor}" for minor in tool.pythons)
-        lines.append(f"{tool.name:11} {state:14} {tool.summary} (Python {pythons})")
+        lines.append(f"{tool.name:13} {state:14} {tool.summary} (Python {pythons})")
         lines += [
-            f"{'':11} {'' if i.complete else 'half-made '}{'' if i.current else 'of an older lock '}"
+            f"{'':13} {'' if i.complete else 'half-made '}{'' if i.current else 'of an older lock '}"
             f"{i.path} ({format_bytes(i.size_bytes)})"
             for i in own
         ]

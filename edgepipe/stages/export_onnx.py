@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import ClassVar
 
-from edgepipe.artifact import Artifact, make_artifact
-from edgepipe.errors import StageError, StageOptionError
+from edgepipe.artifact import Artifact, hash_path, make_artifact
+from edgepipe.errors import ArtifactError, StageError, StageOptionError
 from edgepipe.parity import parity_inputs, verify
 from edgepipe.schema import record
 from edgepipe.stage import StageContext
@@ -56,7 +56,11 @@ class ExportOnnx:
         return (self.data,) if self.samples else ()
 
     def run(self, artifact: Artifact, context: StageContext) -> Artifact:
-        """The model as one .onnx file; input and output names are those of the artifact's specs."""
+        """The model as one .onnx file; input and output names are those of the artifact's specs.
+
+        Beside it lies ``model.pt2``, the captured program, for converters that take PyTorch's own
+        operators (``facts["exported_program"]``: its file and sha256).
+        """
         from edgepipe.tflite_ops.onnx_model import (
             keep_pooled_axes,
             onnx_specs,
@@ -65,7 +69,7 @@ class ExportOnnx:
         )
         from edgepipe.torch_ops.export import export_onnx
         from edgepipe.torch_ops.model import load_model
-        from edgepipe.torch_ops.pt2 import load_pt2
+        from edgepipe.torch_ops.pt2 import load_pt2, save_pt2
         from edgepipe.torch_ops.run import example_inputs
 
         source = context.data[self.data] if self.samples else None
@@ -73,7 +77,7 @@ class ExportOnnx:
         model = load_pt2(artifact.path) if artifact.kind == "pt2" else load_model(artifact.path)
         path = context.work_dir / "model.onnx"
         log.info("exporting to ONNX, opset %d", self.opset)
-        export_onnx(
+        program = export_onnx(
             model,
             example_inputs([(spec.shape, spec.dtype) for spec in artifact.inputs]),
             path,
@@ -105,7 +109,13 @@ class ExportOnnx:
             max_relative_error=self.max_relative_error,
             stage=self.name,
         )
-        facts = {"opset": self.opset, "nodes": len(graph.graph.node), "means_rewritten": rewritten, "parity": evidence}  # fmt: skip
+        exported: dict[str, str] = {}
+        try:
+            save_pt2(program, context.work_dir / "model.pt2")
+            exported = {"file": "model.pt2", "sha256": hash_path(context.work_dir / "model.pt2")}
+        except ArtifactError as exc:
+            log.warning("%s: %s", exc.message, exc.hint)
+        facts = {"opset": self.opset, "nodes": len(graph.graph.node), "means_rewritten": rewritten, "exported_program": exported, "parity": evidence}  # fmt: skip
         return make_artifact(
             "onnx",
             path,

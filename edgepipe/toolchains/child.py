@@ -17,6 +17,13 @@ from pathlib import Path
 # onnx2tf 2.x: "... validation failed: op=DFT node=node__fft_r2c reason_code=x message=y"
 _REFUSED = re.compile(r"op=(\S+) node=(\S*) reason_code=(\S+) message=(.*)", re.DOTALL)
 
+# litert-torch: "Lowering not found: aten.linalg_qr.default ... While executing %linalg_qr : ..."; then
+# the traceback of the line of PyTorch it came from
+_NO_LOWERING = re.compile(r"Lowering not found: (\S+)")
+_NOT_LEGAL = re.compile(r"failed to legalize operation '([\w.]+)'")
+_EXECUTING = re.compile(r"While executing %(\w+)")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
+
 
 def serve(convert) -> None:
     """Answer one request: ``convert(request)`` returns what the answer holds beside ``ok``."""
@@ -42,8 +49,31 @@ def _explain(error):
         if code.startswith("custom_op"):
             message = "no built-in TFLite operator computes it"
         return {"reason": "unsupported-op", "op": op, "node": node, "message": f"{message.strip()} ({code})"}  # fmt: skip
+    found = _NO_LOWERING.search(str(error)) or _NOT_LEGAL.search(str(error))
+    if found:
+        node = _EXECUTING.search(str(error))
+        return {
+            "reason": "unsupported-op",
+            "op": found[1],
+            "node": node[1] if node else "",
+            "source_line": _source_line(str(error)),
+            "message": "no TFLite operator computes it",
+        }
     first_line = (str(error).strip().splitlines() or [""])[0]
     return {"reason": "converter-error", "message": f"{type(error).__name__}: {first_line[:300]}"}
+
+
+def _source_line(text):
+    """``model.py:12 in forward: x = torch.fft.fft(x)`` of a traceback's innermost line outside libraries."""
+    frames = [
+        f
+        for f in _FRAME.findall(text)
+        if "/site-packages/" not in f[0] and "/toolchains/" not in f[0]
+    ]
+    if not frames:
+        return ""
+    file, line, function, code = frames[-1]
+    return f"{Path(file).name}:{line} in {function}: {code.strip()}"
 
 
 def _limit(cpu_limit_s) -> None:

@@ -34,10 +34,10 @@ def export_onnx(
     opset: int,
     optimize: bool,
     log_path: Path,
-) -> None:
+) -> ExportedProgram:
     """Write ``model`` as one ONNX file with the fixed shapes of ``inputs`` (float32 weights inside).
 
-    Each node keeps the PyTorch line it came from (``pkg.torch.onnx.stack_trace``). What torch says
+    Returns the program that was captured for it, of the same shapes and in PyTorch's operators. Each node keeps the PyTorch line it came from (``pkg.torch.onnx.stack_trace``). What torch says
     meanwhile goes to ``log_path``. Raises StageError naming the operator and the source line where
     torch gives them.
     """
@@ -58,6 +58,52 @@ def export_onnx(
             raise _conversion_error(exc, program, log_path) from exc
         assert exported is not None  # None is for the old exporter
         exported.save(str(path), external_data=False)
+    return program
+
+
+def export_torchscript(
+    program: ExportedProgram,
+    path: Path,
+    *,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    log_path: Path,
+) -> None:
+    """Write a captured program as ONNX (opset 18) through TorchScript, PyTorch's older exporter.
+
+    Its graphs differ from `export_onnx`'s, and converters may take one and not the other. Raises
+    StageError where it cannot; the log says why.
+    """
+    inputs = tuple(torch.zeros([n or 1 for n in shape], dtype=getattr(torch, dtype)) for _, shape, dtype in input_shapes(program))  # fmt: skip
+    with log_path.open("a", encoding="utf-8") as log, _output_to(log):
+        try:
+            torch.onnx.export(
+                _Traceable(program), inputs, str(path), dynamo=False, opset_version=18,
+                input_names=list(input_names), output_names=list(output_names),
+            )  # fmt: skip
+        except Exception as exc:
+            traceback.print_exc(file=log)
+            reason = next((line for line in str(exc).splitlines() if line.strip()), "")
+            raise StageError(
+                f"the TorchScript exporter failed: {type(exc).__name__}: {reason[:300]}",
+                stage=STAGE, hint=f"the whole report is in {log_path}", code="op-not-converted", log_path=str(log_path),
+            ) from exc  # fmt: skip
+
+
+class _Traceable(nn.Module):
+    """An exported program for the tracer, which would set it to evaluation mode: it has no modes."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        super().__init__()
+        self.program = program
+        self.inner = program.module()
+
+    def train(self, mode: bool = True) -> _Traceable:
+        return self
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        args, kwargs = call_arguments(self.program, inputs)
+        return self.inner(*args, **kwargs)
 
 
 def _capture(model: nn.Module | ExportedProgram, inputs: Sequence[torch.Tensor]) -> ExportedProgram:

@@ -43,6 +43,21 @@ def load_pt2(path: Path) -> ExportedProgram:
         ) from exc
 
 
+def save_pt2(program: ExportedProgram, path: Path) -> None:
+    """Write a program where `load_pt2` will read it. Raises ArtifactError where it cannot be kept."""
+    try:
+        with _quiet("torch.export"):
+            torch.export.save(program, str(path))
+        _refuse_code(path)
+    except Exception as exc:
+        path.unlink(missing_ok=True)
+        reason = exc.message if isinstance(exc, ArtifactError) else (str(exc).splitlines() or [type(exc).__name__])[0]  # fmt: skip
+        raise ArtifactError(
+            f"the exported program cannot be kept as {path.name}: {reason[:300]}",
+            hint="only routes that start from ONNX can convert it",
+        ) from exc
+
+
 def input_shapes(program: ExportedProgram) -> list[tuple[str, tuple[int | None, ...], str]]:
     """(name, shape, dtype) of the user's inputs in call order; None marks a dynamic dimension.
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "edgepipe"
 
 FRAMEWORKS = (
-    "torch", "torch_pruning", "tensorly", "safetensors", "tensorflow", "onnx", "onnxscript", "onnxruntime", "onnx2tf",
+    "torch", "torch_pruning", "tensorly", "safetensors", "tensorflow", "onnx", "onnxscript", "onnxruntime", "onnx2tf", "litert_torch",
     "ai_edge_litert", "litert_quantizer", "paramiko", "numpy", "scipy", "PIL", "sklearn",
 )  # fmt: skip
 
@@ -24,7 +24,7 @@ ALLOWED = {
     "edgepipe.array_ops": {"numpy", "PIL"},
     "edgepipe.device.ssh": {"paramiko"},
     # scripts that run inside a converter's own environment, never imported by edgepipe
-    "edgepipe.toolchains": {"onnx", "onnx2tf", "tensorflow", "numpy"},
+    "edgepipe.toolchains": {"onnx", "onnx2tf", "tensorflow", "torch", "litert_torch", "numpy"},
 }
 
 # Layers: a module imports only from its own layer or one further right.
