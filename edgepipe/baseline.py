@@ -22,7 +22,7 @@ import edgepipe
 from edgepipe import stats
 from edgepipe.artifact import Artifact, artifact_from_dict, artifact_to_dict, hash_path
 from edgepipe.errors import ArtifactError, RequestError
-from edgepipe.gate import Evidence, Status, Verdict
+from edgepipe.gate import Evidence, Gate, Status, Verdict
 from edgepipe.measurement import Measurement
 from edgepipe.metrics import METRICS
 from edgepipe.store import replacing, write_json
@@ -31,18 +31,20 @@ from edgepipe.units import format_value
 SCHEMA = 1
 DEFAULT_FOLDER = Path("ci/baselines")
 # Gates that judge a model against the baseline rather than against a limit.
-GATES_ON_BASELINE = ("slowdown", "growth")
+GATES_ON_BASELINE = ("slowdown", "growth", "instructions")
+NO_BASELINE = "there is no baseline on this profile"
 # Two figures that differ in any of these say nothing about two models (MEASUREMENT, section 8).
 COMPARABLE = (
     "model_inputs", "profile", "machine", "page_size_bytes", "runtime", "runtime_version",
-    "runtime_sha256", "backend", "threads", "affinity", "kernel_mode", "weight_cache",
+    "runtime_sha256", "backend", "threads", "affinity", "kernel_mode", "weight_cache", "cpu_model",
+    "is_emulated",
 )  # fmt: skip
 # Without these a record is comparable with nothing, and must not become a baseline.
 REQUIRED = ("model_inputs", "profile", "machine", "page_size_bytes", "runtime", "runtime_version", "threads", "boot_id")  # fmt: skip
 # Figures that depend on the evaluation data; comparable only on the same.
 ON_DATA = ("task_metric", "accuracy_drop", "parity", "device_task_metric", "device_accuracy_drop", "device_flips", "device_mismatch")  # fmt: skip
 # Kept for the reader of a baseline; no address or name of a machine.
-CONDITIONS = ("device_model", "os", "governor", "temperature_before_c", "temperature_after_c", "data_sha256")  # fmt: skip
+CONDITIONS = ("emulated", "device_model", "os", "governor", "temperature_before_c", "temperature_after_c", "data_sha256")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,11 @@ class Baseline:
     conditions: Mapping[str, Any]
     figures: Mapping[str, Mapping[str, Any]]
     verdicts: tuple[Mapping[str, Any], ...]
+
+
+def is_on_baseline(gate: Gate) -> bool:
+    """Whether a gate judges a model against the baseline."""
+    return gate.name in GATES_ON_BASELINE and getattr(gate, "is_on_baseline", True)
 
 
 def baseline_path(folder: Path, profile: str, recipe: str) -> Path:
@@ -140,16 +147,21 @@ def model_inputs(model: Artifact) -> list[dict[str, Any]]:
 def comparable(context: Mapping[str, Any]) -> dict[str, Any]:
     """The values that must agree, as JSON holds them."""
     found = {key: context.get(key) for key in COMPARABLE}
+    found["is_emulated"] = bool(context.get("emulated") or context.get("is_emulated"))
     return dict(json.loads(json.dumps(found)))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, ...]:
-    """Every key of `COMPARABLE` whose values differ, with both: ``threads: baseline 4, run 1``."""
+    """Every key of `COMPARABLE` whose values differ, with both: ``threads: baseline 4, run 1``.
+
+    A baseline of an edgepipe that did not ask for the CPU's model yet differs in none.
+    """
+    unasked = {"cpu_model"} - set(old)
     old, new = comparable(old), comparable(new)
     return tuple(
         f"{key}: baseline {_short(old[key])}, run {_short(new[key])}"
         for key in COMPARABLE
-        if old[key] != new[key]
+        if old[key] != new[key] and key not in unasked
     )
 
 
@@ -193,7 +205,7 @@ def refuse_incomparable(
         context, beside = device_context(device.measurements), measured_against.get(device.device, "")  # fmt: skip
         if found is None:
             why[device.device] = (
-                "there is no baseline on this profile",
+                NO_BASELINE,
                 "promote a run that may be one: edgepipe gate --promote",
             )
         elif others := _measured_beside(device.measurements) - {beside}:
@@ -245,7 +257,8 @@ def why_not_promotable(
     """Why a run must not become a baseline, or an empty string.
 
     Every gate must have PASSed. Only the gates that ask for the very baseline that is missing may
-    be INCONCLUSIVE: otherwise there could be no first one.
+    be INCONCLUSIVE: otherwise there could be no first one. That of an emulated board says so, and
+    is compared with no real one.
     """
     if not devices:
         return "no device was measured"
@@ -255,8 +268,6 @@ def why_not_promotable(
         contexts = [m.context for name, m in measured if not name.endswith("_baseline")]
         if any(c.get("simulated") for c in contexts):
             return f"{device.device} was measured on the null device, which is no board"
-        if any(c.get("emulated") for c in contexts):
-            return f"{device.device} was measured on an emulated device"
         if any(c.get("model_sha256") != shipped.sha256 for c in contexts):
             return f"{device.device} was measured with another model than the one that ships"
         context = device_context(device.measurements)
@@ -278,6 +289,7 @@ def _asks_for_missing(verdict: Verdict, baselines: Mapping[str, Baseline | None]
     return (
         verdict.gate in GATES_ON_BASELINE
         and verdict.status is Status.INCONCLUSIVE
+        and verdict.reason == NO_BASELINE
         and baselines.get(verdict.device) is None
     )
 

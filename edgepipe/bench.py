@@ -13,13 +13,16 @@ import secrets
 import socket
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from edgepipe import preflight, stats
 from edgepipe.artifact import Artifact, hash_path
 from edgepipe.device.base import Device
+from edgepipe.device.parse import name_cores
 from edgepipe.device.retry import RetryingDevice
+from edgepipe.emulated import not_measurable, why_emulated
 from edgepipe.errors import (
     ArtifactError,
     DeviceError,
@@ -33,6 +36,7 @@ from edgepipe.job import (
     Outcome,
 )
 from edgepipe.measurement import Measurement, single
+from edgepipe.preflight import Board
 from edgepipe.profile import DeviceProfile
 from edgepipe.schema import Unit, record
 from edgepipe.sessions import (
@@ -45,9 +49,6 @@ from edgepipe.sessions import (
     to_measurements,
 )
 from edgepipe.units import format_bytes
-
-from edgepipe import preflight, stats
-from edgepipe.preflight import Board
 
 if TYPE_CHECKING:
     from edgepipe.evaluate import DeviceEvaluation
@@ -70,6 +71,8 @@ COOL_DOWN_S = 120.0
 MIN_FREE_BYTES = 1 << 20
 # A long set is run in pieces of so many inferences: each is told of, and none is lost with a link.
 OUTPUTS_PER_SESSION = 250
+# A count repeats or it does not: a third session tells a chance from a habit.
+INSTRUCTION_SESSIONS = 3
 # An energy session: long enough for 50 readings of each at 10 Hz.
 ENERGY_IDLE_S, ENERGY_RUN_S = 5.0, 5.0
 # A long run is summarised per minute; a shorter one in as many windows as show a steady state.
@@ -87,10 +90,12 @@ class MeasureOptions:
     up to ``max_sessions`` until it is clear whether the slowdown is within ``tolerance``.
     ``kernel`` is XNNPACK's choice of kernels, ``weight_cache`` keeps its packed weights in a file.
     ``ops`` times single operators, in a session of its own, where the backend can; ``energy`` asks
-    the board's power meter (``auto``: where there is one); ``sustained`` runs for that long after
-    all else. ``evaluate_samples`` is how many evaluation samples run on the board (0: all).
-    ``affinity`` lists the CPU numbers to stay on (empty: all). ``budget`` bounds the whole
-    measurement but for ``sustained``; ``max_age`` is how long a run may use it again.
+    the board's power meter (``auto``: where there is one); ``instructions`` counts those of one
+    inference (``auto``: with one thread, where the board lets them be counted); ``sustained`` runs
+    for that long after all else. On an emulated board nothing is timed. ``evaluate_samples`` is how
+    many evaluation samples run on the board (0: all). ``affinity`` lists the CPU numbers to stay on
+    (empty: all). ``budget`` bounds the whole measurement but for ``sustained``; ``max_age`` is how
+    long a run may use it again.
     """
 
     threads: int = 0
@@ -107,6 +112,7 @@ class MeasureOptions:
     weight_cache: bool = False
     ops: bool = True
     energy: bool | Literal["auto"] = "auto"
+    instructions: bool | Literal["auto"] = "auto"
     sustained: Annotated[float, Unit("time")] = 0.0
     evaluate_samples: int = 200
     affinity: tuple[int, ...] = ()
@@ -187,6 +193,8 @@ def measure(
     A broken link is waited for. After a host that died, the same call goes on with the sessions that
     the board has finished since; the context says how many (``resumed_sessions``).
 
+    On an emulated board nothing is timed; every record says what it was (``emulated``).
+
     A model that crashes or does not fit is a result. Raises NotReadyError (no Python, no runtime,
     Busy, too hot, rebooted twice, budget used up, broken link), ProfileError where the board is not
     what the profile says, ArtifactError and RequestError for what cannot be measured at all.
@@ -206,6 +214,11 @@ def measure(
     board = preflight.prepare(link, profile)
     facts = board.facts()
     preflight.check_board(facts["device"], profile, link.address)
+    threads = options.threads or profile.threads
+    left_out = not_measurable(profile, facts["device"], threads=threads)
+    _check_demands(options, left_out, link.address)
+    if emulated := why_emulated(profile, facts["device"]):
+        log.info("%s is emulated (%s): nothing is timed on it", link.address, emulated)
     if encoded is not None:
         from edgepipe.evaluate import check_fits
 
@@ -220,7 +233,7 @@ def measure(
         _push_models(board, models)
         _push_samples(board, job, encoded)
         inferences = 0 if encoded is None else encoded.count
-        outcome = _run_sessions(board_job, options, models, inferences)
+        outcome = _run_sessions(board_job, options, models, inferences, left_out)
         answers = b""
         if outcome.failure is None:
             answers = b"".join(
@@ -232,7 +245,7 @@ def measure(
             board_job.end(keep=keep)
     device_facts = {**facts["device"], "packages": facts["packages"]}
     raw = {"schema": SCHEMA, "job": job, "facts": facts, "journal": list(outcome.journal)}
-    context = _context(models, profile, options, job, board, outcome, facts)
+    context = _context(models, profile, options, job, board, outcome, facts, left_out)
     if outcome.failure is not None:
         reason = outcome.failure["message"]
         _check_blame(outcome, link)
@@ -240,7 +253,9 @@ def measure(
         context = {**context, "reason": reason, "cause": outcome.failure}
         return BenchResult((single("runs_on_device", "", 0, context),), device_facts, raw)
     _check_energy(options, outcome, link)
-    measurements = to_measurements(outcome.sessions, context, threads=job["threads"])
+    # one that only showed that the model runs is not among them
+    counted = [s for s in outcome.sessions if s["kind"] not in left_out]
+    measurements = to_measurements(counted, context, threads=job["threads"])
     if encoded is not None:
         from edgepipe.evaluate import device_measurements
 
@@ -357,19 +372,23 @@ def _push_samples(board: Board, job: Mapping[str, Any], samples: RawSamples | No
 
 
 def _run_sessions(
-    job: BoardJob, options: MeasureOptions, models: Mapping[str, Artifact], inferences: int
+    job: BoardJob,
+    options: MeasureOptions,
+    models: Mapping[str, Artifact],
+    inferences: int,
+    left_out: Container[str] = (),
 ) -> Outcome:
     """All sessions, and the outputs of so many ``inferences``.
 
     Beside a baseline: look after look, until the slowdown is decided.
     """
     looks = [options.sessions]
-    if BASE in models:
+    if BASE in models and "latency" not in left_out:
         most = max(options.sessions, options.max_sessions)
         looks += [k for k in stats.LOOKS if options.sessions < k <= most]
         looks += [most] if most > looks[-1] else []
     for number, look in enumerate(looks):
-        outcome = job.run(plan_of(options, list(models), look, inferences))
+        outcome = job.run(plan_of(options, list(models), look, inferences, left_out))
         if outcome.failure or number == len(looks) - 1:
             break
         threads = job.job["threads"]
@@ -400,14 +419,22 @@ def _check_blame(outcome: Outcome, device: Device) -> None:
 
 
 def plan_of(
-    options: MeasureOptions, arms: Sequence[str], sessions: int, inferences: int = 0
+    options: MeasureOptions,
+    arms: Sequence[str],
+    sessions: int,
+    inferences: int = 0,
+    left_out: Container[str] = (),
 ) -> list[dict[str, Any]]:
-    """What the board shall do, in this order. A longer plan begins with the tags of a shorter one."""
+    """What the board shall do, in this order. A longer plan begins with the tags of a shorter one.
+
+    Kinds of session in ``left_out`` cannot be measured there. Every model runs at least once.
+    """
     ours = arms[-1]  # the model itself; a baseline comes before it
     plan: list[dict[str, Any]] = []
 
     def add(tag: str, kind: str, on: Sequence[str], **more: Any) -> None:
-        plan.append({"tag": tag, "kind": kind, "arms": list(on), **more})
+        if kind not in left_out:
+            plan.append({"tag": tag, "kind": kind, "arms": list(on), **more})
 
     for number, first in enumerate(range(0, inferences, OUTPUTS_PER_SESSION), 1):
         count = min(OUTPUTS_PER_SESSION, inferences - first)
@@ -419,12 +446,16 @@ def plan_of(
         add(f"ops-{arm}-1", "ops", [arm])
     for number in range(1, sessions + 1):
         add(f"latency-{number}", "latency", arms)
+    for number in range(1, INSTRUCTION_SESSIONS + 1) if options.instructions else ():
+        for arm in arms:
+            add(f"instructions-{arm}-{number}", "instructions", [arm])
     if options.energy:
         add("energy-1", "energy", [ours], idle_s=ENERGY_IDLE_S, run_s=ENERGY_RUN_S)
     if options.sustained:
         window_s = min(WINDOW_S, options.sustained / MIN_WINDOWS)
         add("sustained-1", "sustained", [ours], duration_s=options.sustained, window_s=window_s)
-    return plan
+    idle = [arm for arm in arms if not any(arm in entry["arms"] for entry in plan)]
+    return plan + [{"tag": f"memory-{arm}-1", "kind": "memory", "arms": [arm]} for arm in idle]
 
 
 def decide(outcome: Outcome, tolerance: float, *, threads: int) -> stats.RatioDecision:
@@ -470,6 +501,17 @@ def _session_of(outcome: Outcome, kind: str) -> Session:
     return next(s for s in outcome.sessions if s["kind"] == kind)
 
 
+def _check_demands(options: MeasureOptions, left_out: Mapping[str, str], address: str) -> None:
+    """Raise NotReadyError where something was asked for that this board cannot give."""
+    for kind in ("energy", "instructions"):
+        if getattr(options, kind) is True and kind in left_out:
+            raise NotReadyError(
+                f"{address} cannot measure {kind}: {left_out[kind]}",
+                hint=f'use {kind} = "auto" to measure it only where the board can',
+                code=f"no-{kind}",
+            )
+
+
 def _check_energy(options: MeasureOptions, outcome: Outcome, device: Device) -> None:
     if options.energy is not True:
         return
@@ -493,6 +535,7 @@ def _context(
     board: Board,
     outcome: Outcome,
     facts: Mapping[str, Any],
+    left_out: Mapping[str, str],
 ) -> dict[str, Any]:
     """What makes the figures comparable: one dict shared by all measurements."""
     model, baseline = list(models.values())[-1], models.get(BASE)
@@ -525,6 +568,8 @@ def _context(
         "machine": device.get("machine"),
         "cpu": device.get("cpu"),
         "cpus": device.get("cpus"),
+        "cpu_model": name_cores(device.get("cpu_model")),
+        "emulated": why_emulated(profile, device),
         "kernel": device.get("kernel"),
         "os": device.get("os"),
         "glibc": device.get("glibc"),
@@ -555,7 +600,8 @@ def _context(
         "killed_and_repeated": outcome.repeated,
         "resumed_sessions": outcome.resumed,
         "not_measured": {
-            s["kind"]: s["cause"]["message"] for s in sessions if s["data"] is None
+            **left_out,
+            **{s["kind"]: s["cause"]["message"] for s in sessions if s["data"] is None},
         },
     }  # fmt: skip
 
@@ -563,7 +609,11 @@ def _context(
 def _model_inputs(sessions: Sequence[Session], arm: str) -> list[dict[str, Any]]:
     """Name, shape and dtype of the model's inputs, as the runtime on the board sees them."""
     for session in sessions:
+        data, tensors = session["data"] or {}, None
         if session["kind"] == "latency":
-            tensors = session["data"]["arms"][arm].get("inputs") or []
+            tensors = data["arms"][arm].get("inputs")
+        elif session["arms"] == [arm]:
+            tensors = data.get("inputs")
+        if tensors:
             return [{key: t.get(key) for key in ("name", "shape", "dtype")} for t in tensors]
     return []

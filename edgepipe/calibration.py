@@ -71,8 +71,8 @@ def calibrate(
     `bench.measure` raises.
     """
     options = dataclasses.replace(
-        options, sessions=max(stats.LOOKS), memory_sessions=0, ops=False, energy=False
-    )
+        options, sessions=max(stats.LOOKS), memory_sessions=0, ops=False, energy=False, instructions=False
+    )  # fmt: skip
     try:
         result = bench.measure(model, device, profile, options, baseline=model)
     except NotReadyError as exc:
@@ -84,7 +84,19 @@ def calibrate(
             code="model-does-not-run",
         ) from exc
     measured = {m.metric: m for m in result.measurements}
+    refuse_emulated(measured)
     return noise_of(measured, now=now or datetime.datetime.now(datetime.UTC)), measured
+
+
+def refuse_emulated(measured: Mapping[str, Measurement]) -> None:
+    """Raise RequestError where measurements are of an emulated board, on which nothing is timed."""
+    context = next(iter(measured.values())).context
+    if context.get("emulated"):
+        raise RequestError(
+            f"{context.get('device')} is emulated ({context['emulated']}): its wall time says nothing",
+            hint='calibrate a real board; on an emulated one use gate = "instructions", which needs no calibration',
+            code="emulated",
+        )
 
 
 def noise_of(measured: Mapping[str, Measurement], *, now: datetime.datetime) -> Noise:

@@ -64,6 +64,19 @@ REQUIRED_CONTEXT = (
 )  # fmt: skip
 
 
+# How names of metrics begin -> the kind of session they come from; those of time or power.
+KINDS = {
+    "latency": "latency", "load": "latency", "first": "latency", "memory": "memory", "op_time": "ops",
+    "instructions": "instructions", "energy": "energy", "sustained": "sustained",
+}  # fmt: skip
+OF_TIME = ("latency", "load", "first", "op_time", "energy", "sustained")
+
+# Without these a count of instructions cannot be compared with another.
+COUNTED_CONTEXT = ("model_sha256", "profile", "runtime", "runtime_version", "threads", "cpu_model", "counter")  # fmt: skip
+# Counts of one model on an emulated Cortex-A72 repeat within 2 ppm at fixed addresses, else within 10 ppm.
+REPEATS_WITHIN = 0.0002
+MAX_GROWTH = 0.001
+
 # What tells answers of one device and runtime from those of another.
 ON_DEVICE = ("model_sha256", "profile", "runtime", "runtime_version", "samples", "samples_total")
 
@@ -78,7 +91,7 @@ def _evidence(
 
     found = evidence.measurements.get(metric)
     if found is None:
-        return inconclusive(f"no measurement of {metric}")
+        return inconclusive(f"no measurement of {metric}{_why_missing(evidence, metric)}")
     missing = [key for key in required if key not in found.context]
     if missing:
         return inconclusive(f"{metric} was recorded without {', '.join(missing)}")
@@ -87,12 +100,22 @@ def _evidence(
     profile = found.context.get("profile", evidence.device)
     if evidence.device and profile != evidence.device:
         return inconclusive(f"{metric} was measured on {profile}, not on {evidence.device}")
-    if found.context.get("emulated") and metric.startswith(("latency", "load", "first")):
-        return inconclusive(f"{metric} was measured on an emulated device")
+    if found.context.get("emulated") and metric.startswith(OF_TIME):
+        return inconclusive(f'{metric} was measured on {profile}, which is emulated: its wall time says nothing; use gate = "instructions"')  # fmt: skip
     if len(found.valid_sessions) * 2 < len(found.samples) or not found.valid_sessions:
         causes = ", ".join(sorted(set(found.excluded.values()))) or "no samples"
         return inconclusive(f"device unfit: {len(found.excluded)} of {len(found.samples)} sessions excluded ({causes})")  # fmt: skip
     return found
+
+
+def _why_missing(evidence: Evidence, metric: str) -> str:
+    """What the board said of a kind of session that it cannot do, to be added to a reason."""
+    kind = next((kind for kind in KINDS if metric.startswith(kind)), metric)
+    for found in evidence.measurements.values():
+        why = (found.context.get("not_measured") or {}).get(KINDS.get(kind, ""))
+        if why:
+            return f": {why}"
+    return ""
 
 
 def _limit(
@@ -317,6 +340,10 @@ def _why_open(decision: stats.RatioDecision) -> str:
 
 
 def _no_baseline(gate: Gate, evidence: Evidence, metric: str) -> Verdict:
+    why = _why_missing(evidence, metric)
+    if why:
+        reason = f"no measurement of {metric}{why}"
+        return Verdict(gate.name, Status.INCONCLUSIVE, reason, evidence.device)
     return Verdict(
         gate.name,
         Status.INCONCLUSIVE,
@@ -373,6 +400,104 @@ class GrowthGate:
         if status is Status.INCONCLUSIVE:
             reason += f": cannot tell, sessions differ by up to {format_value(max(now[-1] - now[0], before[-1] - before[0]), 'B')}"  # fmt: skip
         return Verdict(self.name, status, reason, evidence.device, value, limit, "B")
+
+
+@record
+class InstructionsGate:
+    """The model takes hardly more instructions than the baseline, or at most ``max`` of them.
+
+    Instructions of one inference in user space, with one thread: they repeat to a few in a million
+    where wall time scatters by percents, on a real board and on an emulated one. The rule is exact:
+    PASS when the largest count of the model is within the limit, FAIL when the smallest is beyond
+    it, INCONCLUSIVE between, and where sessions of one model differ by more than 0.02 %. Without
+    ``max`` the baseline counts, and ``max_growth`` is 0.1 %. They ignore caches and clocks: a
+    regression detector, no forecast of latency.
+    """
+
+    name: ClassVar[str] = "instructions"
+    title: ClassVar[str] = (
+        "an inference takes hardly more instructions than the baseline's, or at most so many"
+    )
+    scope: ClassVar[Literal["model", "device"]] = "device"
+
+    max_growth: Annotated[float, Unit("ratio")] | None = None
+    max: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max is not None and self.max_growth is not None:
+            raise RequestError(
+                "max and max_growth are two limits",
+                hint="write two gates: one with max, one with max_growth",
+            )
+        _check_option("max", self.max or 0, 0, math.inf, "0 or more")
+        _check_option("max_growth", self.max_growth or 0, 0, 10, "from 0 % to 1000 %, like 0.1 %")
+
+    @property
+    def is_on_baseline(self) -> bool:
+        return self.max is None
+
+    def judge(self, evidence: Evidence) -> Verdict:
+        found = self._repeating(evidence, "instructions")
+        if isinstance(found, Verdict):
+            return found
+        now = sorted(x for s in found.valid_sessions for x in s)
+        value, cpu = stats.percentile(now, 0.5), found.context["cpu_model"]
+
+        def verdict(low: float, high: float, reason: str) -> Verdict:
+            status = Status.PASS if now[-1] <= low else Status.FAIL if now[0] > high else Status.INCONCLUSIVE  # fmt: skip
+            but = ": cannot tell, the counts lie on both sides of it" if status is Status.INCONCLUSIVE else ""  # fmt: skip
+            return Verdict(self.name, status, reason + but, evidence.device, value, (low + high) / 2)  # fmt: skip
+
+        if self.max is not None:
+            relation = "<=" if value <= self.max else ">"
+            return verdict(self.max, self.max, f"{format_value(value, '')} instructions {relation} {self.max:,} on {cpu}")  # fmt: skip
+        if "instructions_baseline" not in evidence.measurements:
+            return _no_baseline(self, evidence, "instructions_baseline")
+        theirs = evidence.measurements["instructions_baseline"].context.get("model_sha256")
+        beside = dataclasses.replace(evidence, model_sha256=str(theirs))
+        base = self._repeating(beside, "instructions_baseline")
+        if isinstance(base, Verdict):
+            return base
+        if other_inputs := _other_inputs(found):
+            return Verdict(self.name, Status.INCONCLUSIVE, other_inputs, evidence.device)
+        for key in ("cpu_model", "runtime_version"):
+            if base.context[key] != found.context[key]:
+                reason = f"the counts cannot be compared: {key} of the baseline {base.context[key]}, of the model {found.context[key]}"  # fmt: skip
+                return Verdict(self.name, Status.INCONCLUSIVE, reason, evidence.device)
+        growth = MAX_GROWTH if self.max_growth is None else self.max_growth
+        before = sorted(x for s in base.valid_sessions for x in s)
+        was = stats.percentile(before, 0.5)
+        reason = (
+            f"{format_value(value, '')} instructions, {instruction_change(value, was)} against the baseline's "
+            f"{format_value(was, '')} on {cpu}; up to +{100 * growth:g} % is allowed"
+        )
+        return verdict(before[0] * (1 + growth), before[-1] * (1 + growth), reason)
+
+    def _repeating(self, evidence: Evidence, metric: str) -> Measurement | Verdict:
+        """The counts, or the INCONCLUSIVE verdict that says why they decide nothing."""
+        found = _evidence(self, evidence, metric, COUNTED_CONTEXT)
+        if isinstance(found, Verdict):
+            return found
+
+        def inconclusive(reason: str) -> Verdict:
+            return Verdict(self.name, Status.INCONCLUSIVE, reason, evidence.device)
+
+        if found.context["threads"] != 1:
+            return inconclusive(f"{metric} was counted with {found.context['threads']} threads: only those of one repeat")  # fmt: skip
+        if not found.context["cpu_model"]:
+            return inconclusive(f"the board does not say on which CPU {metric} was counted")
+        counts = sorted(x for s in found.valid_sessions for x in s)
+        if len(counts) < 2 or counts[0] <= 0:
+            return inconclusive(f"{metric} has {len(counts)} session of {format_value(counts[0], '')}: whether it repeats is not known")  # fmt: skip
+        spread = counts[-1] / counts[0] - 1
+        if spread > REPEATS_WITHIN:
+            return inconclusive(f"{metric} does not repeat: its sessions differ by {100 * spread:.2g} %, more than {100 * REPEATS_WITHIN:g} %")  # fmt: skip
+        return found
+
+
+def instruction_change(value: float, was: float) -> str:
+    """``"+0.197 % (+12,274)"``: digits enough to tell one instruction in a million."""
+    return f"{100 * (value / was - 1):+.4f} % ({value - was:+,.0f})"
 
 
 @record
@@ -539,6 +664,7 @@ GATES: dict[str, type[Gate]] = {
         SlowdownGate,
         MemoryGate,
         GrowthGate,
+        InstructionsGate,
         SizeGate,
         TaskMetricGate,
         AccuracyDropGate,
@@ -575,11 +701,18 @@ def judge_all(
 
 def _judge(gate: Gate, evidence: Evidence) -> Verdict:
     verdict = gate.judge(evidence)
+    if evidence.device and any(m.context.get("emulated") for m in evidence.measurements.values()):
+        verdict = dataclasses.replace(verdict, reason=labelled(verdict.reason))
     simulated = any(m.context.get("simulated") for m in evidence.measurements.values())
     if simulated and verdict.status is Status.PASS:
         reason = f"{verdict.reason}; but on the null device, which is no board"
         return dataclasses.replace(verdict, status=Status.INCONCLUSIVE, reason=reason)
     return verdict
+
+
+def labelled(reason: str) -> str:
+    """A reason that rests on figures of an emulated board says so."""
+    return reason if "emulated" in reason else f"{reason} (emulated)"
 
 
 def overall(verdicts: Sequence[Verdict]) -> Status:

@@ -47,7 +47,7 @@ MAX_STRIKES = 3
 MAX_REBOOTS = 1
 ENDED = ("done", "failed")
 # Kinds of session that not every board or backend can do, which says nothing of the model.
-OPTIONAL = ("ops", "energy")
+OPTIONAL = ("ops", "energy", "instructions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -604,7 +604,23 @@ def _is_memory(data: Mapping[str, Any], arms: Sequence[str]) -> bool:
     keys = ("anon_bytes", "file_bytes", "peak_bytes", "overhead_bytes")
     return all(
         key in data and (data[key] is None or _is_integer(data[key])) for key in keys
-    )  # growth may be negative: memory can shrink
+    ) and _has_inputs(data)  # growth may be negative: memory can shrink
+
+
+def _has_inputs(data: Mapping[str, Any]) -> bool:
+    return is_list_of(data.get("inputs", []), dict)
+
+
+def _is_instructions(data: Mapping[str, Any], arms: Sequence[str]) -> bool:
+    return (
+        _is_counts(data.get("counts"))
+        and is_count(data.get("overhead"))
+        and len(data["counts"]) > 0
+        and min(data["counts"]) >= data["overhead"]
+        and isinstance(data.get("counter"), str)
+        and isinstance(data.get("fixed_addresses"), bool)
+        and _has_inputs(data)
+    )
 
 
 def _is_outputs(data: Mapping[str, Any], arms: Sequence[str]) -> bool:
@@ -667,7 +683,7 @@ def _is_energy(data: Mapping[str, Any], arms: Sequence[str]) -> bool:
 
 _DATA: dict[str, Callable[[Mapping[str, Any], Sequence[str]], bool]] = {
     "latency": _is_latency, "memory": _is_memory, "outputs": _is_outputs, "ops": _is_ops,
-    "sustained": _is_sustained, "energy": _is_energy,
+    "sustained": _is_sustained, "energy": _is_energy, "instructions": _is_instructions,
 }  # fmt: skip
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edgepipe.baseline import (
-    GATES_ON_BASELINE,
     Baseline,
+    is_on_baseline,
     load_baseline,
     refuse_incomparable,
 )
@@ -17,7 +17,7 @@ from edgepipe.gate import Evidence, Gate, RunsOnDeviceGate, Verdict, judge_all
 
 
 def needs_baseline(gates: Sequence[Gate]) -> bool:
-    return any(gate.name in GATES_ON_BASELINE for gate in gates)
+    return any(is_on_baseline(gate) for gate in gates)
 
 
 def load_baselines(
@@ -47,7 +47,9 @@ def judge(
         if gate.name == RunsOnDeviceGate.name and devices:
             continue  # among them already
         given = [v for v in judge_all([gate], model, devices) if v.gate == gate.name]
-        standing = refuse_incomparable(given, devices, baselines, measured_against, run_id=run_id)
+        standing = given
+        if is_on_baseline(gate):
+            standing = list(refuse_incomparable(given, devices, baselines, measured_against, run_id=run_id))  # fmt: skip
         for verdict, kept in zip(given, standing, strict=True):
             if kept is verdict:
                 found = next((d for d in devices if d.device == verdict.device), model)

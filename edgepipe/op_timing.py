@@ -19,6 +19,7 @@ from typing import Any
 from edgepipe import bench, stats
 from edgepipe.artifact import Artifact, make_artifact
 from edgepipe.bench import MeasureOptions
+from edgepipe.calibration import refuse_emulated
 from edgepipe.device.base import Device
 from edgepipe.errors import Busy, NotReadyError, RequestError
 from edgepipe.op_table import Op, OpTable, Timing, fit_table, tflite_ops_of
@@ -64,7 +65,7 @@ def time_operators(
     ``options`` are those of a measurement; its sessions, warm-up and length apply to each model.
     Raises NotReadyError where too few models of a kind could be timed, and what `bench.measure` raises.
     """
-    options = dataclasses.replace(options, memory_sessions=0, ops=False, energy=False, sustained=0.0)  # fmt: skip
+    options = dataclasses.replace(options, memory_sessions=0, ops=False, energy=False, instructions=False, sustained=0.0)  # fmt: skip
     plan = [(model, dtype) for dtype in dtypes for model in models]
     timings = []
     context: dict[str, Any] = {}
@@ -139,6 +140,7 @@ def _time_model(
     artifact = make_artifact("tflite", path, inputs=(), outputs=())
     result = _measure(artifact, device, profile, options)
     measured = {m.metric: m for m in result.measurements}
+    refuse_emulated(measured)
     found = measured.get("latency_cpu") or measured.get("latency_wall")
     if found is None or not found.valid_sessions:
         context = dict(next(iter(measured.values())).context)

@@ -21,7 +21,7 @@ from edgepipe.table import Table as Table
 from edgepipe.units import format_value
 
 CONTEXT_SHOWN = (
-    "runtime", "runtime_version", "backend", "threads", "machine", "cpu", "kernel",
+    "emulated", "runtime", "runtime_version", "backend", "threads", "machine", "cpu", "cpu_model", "kernel",
     "governor", "temperature_before_c", "temperature_after_c",
 )  # fmt: skip
 GATES_TITLE = "Gates"
@@ -112,7 +112,8 @@ def _tables(run: Run, record: Mapping[str, Any], *, layers: bool) -> list[Table]
     tables.append(measurement_table("Model", run.load_measurements("model")))
     for device in record.get("devices", []):
         measured = run.load_measurements(device["profile"])
-        title = f"{device['profile']} at {device['address']}"
+        emulated = any(m.context.get("emulated") for m in measured.values())
+        title = f"{device['profile']} at {device['address']}{' (emulated)' * emulated}"
         tables.append(measurement_table(title, measured))
         tables.append(context_table(measured))
     return [t for t in tables if t.rows]
@@ -169,7 +170,9 @@ def context_table(measured: dict[str, Measurement]) -> Table:
     if found is None:
         return Table("", (), ())
     rows = tuple(
-        (key, _context_text(found.context[key])) for key in CONTEXT_SHOWN if key in found.context
+        (key, _context_text(found.context[key]))
+        for key in CONTEXT_SHOWN
+        if key in found.context and found.context[key] != ""
     )
     return Table("Measured with", ("what", "value"), rows)
 

@@ -9,7 +9,7 @@ from typing import Any
 from edgepipe import stats
 from edgepipe.measurement import Measurement, single
 from edgepipe.metrics import METRICS
-from edgepipe.units import format_bytes, format_seconds
+from edgepipe.units import format_bytes, format_seconds, format_value
 
 Session = Mapping[str, Any]
 
@@ -62,7 +62,8 @@ def to_measurements(
     ``base`` and ``candidate`` give the candidate's metrics, their ``_baseline`` twins (whose context
     has ``baseline_sha256`` and ``baseline_bytes`` for the model's) and the ratios by round.
     Nanoseconds of a batch are divided by its number of inferences. CPU latencies exist only with one
-    thread, ``load_cold`` only counts sessions whose file really was out of the page cache.
+    thread, ``load_cold`` only counts sessions whose file really was out of the page cache. Of
+    instructions each session gives one sample, the median over its inferences.
     """
     done = [s for s in sessions if s["data"] is not None]
     latency = [s for s in done if s["kind"] == "latency"]
@@ -80,6 +81,7 @@ def to_measurements(
     if latency:
         found += _latencies(latency, excluded, context, ours, threads)
     found += _memory(done, context, ours)
+    found += _instructions(done, context, ours, "instructions")
     found += _op_time(done, context, ours, "op_time")
     if paired:
         theirs = _of_baseline(context)
@@ -91,6 +93,7 @@ def to_measurements(
                 if m.metric in ("latency_wall", "latency_cpu")
             ]
         found += [_renamed(m) for m in _memory(done, theirs, BASE) if m.metric in MEMORY]
+        found += _instructions(done, theirs, BASE, "instructions_baseline")
         found += _op_time(done, theirs, BASE, "op_time_baseline")
         if context.get("model_bytes") and context.get("baseline_bytes"):
             found += [
@@ -187,6 +190,23 @@ def _memory(done: Sequence[Session], context: Mapping[str, Any], arm: str) -> li
         if values and None not in values:
             found.append(_one_per_session(metric, values, excluded, context))
     return found
+
+
+def _instructions(
+    done: Sequence[Session], context: Mapping[str, Any], arm: str, metric: str
+) -> list[Measurement]:
+    data = [s["data"] for s in done if s["kind"] == "instructions" and s["arms"] == [arm]]
+    if not data:
+        return []
+    counts = [[count - d["overhead"] for count in d["counts"]] for d in data]
+    details = {
+        "counter": data[0]["counter"],
+        "counts": counts,
+        "overhead": [d["overhead"] for d in data],
+        "fixed_addresses": all(d["fixed_addresses"] for d in data),
+    }
+    # what disturbs a latency (heat, swapping, another clock) leaves the count alone
+    return [_one_per_session(metric, map(statistics.median, counts), {}, {**context, **details})]
 
 
 def _op_time(
@@ -359,9 +379,15 @@ def _sustained_line(data: Mapping[str, Any], which: str) -> str:
     return f"sustained for {format_seconds(seconds)}: p50 {format_seconds(last)} at its end"
 
 
+def _instructions_line(data: Mapping[str, Any], which: str) -> str:
+    count = statistics.median(data["counts"]) - data["overhead"]
+    return f"instructions {which}: {format_value(count, '')}"
+
+
 _PROGRESS: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "latency": _latency_line,
     "memory": _memory_line,
+    "instructions": _instructions_line,
     "ops": _ops_line,
     "outputs": lambda data, which: f"outputs {which}: {data['count']} inferences",
     "sustained": _sustained_line,

@@ -34,8 +34,8 @@ CONFIDENCE = 0.99
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Measure latency, load time, memory, operators and (where the board can tell) energy of a\n"
-        "TFLite file on a device. Nothing is judged.\n\n"
+        "Measure latency, load time, memory, operators and (where the board can tell) instructions and\n"
+        "energy of a TFLite file on a device; of an emulated one nothing is timed. Nothing is judged.\n\n"
         "  edgepipe bench model.tflite\n"
         "  edgepipe bench model.tflite --device ssh://pi@raspberrypi --profile rpi4b_4gb --sessions 5\n\n"
         "exit code 1: the model crashes or cannot be loaded there"
@@ -68,7 +68,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
         result = bench.measure(
             model, device, target.profile, options, samples=samples, keep=args.keep
         )
-    title = f"{args.model} on {target.profile.name} ({target.address})"
+    emulated = any(m.context["emulated"] for m in result.measurements)
+    title = f"{args.model} on {target.profile.name} ({target.address}){' (emulated)' * emulated}"
     out.text(render(result, title))
     out.json(
         {
@@ -196,8 +197,11 @@ def _sustained_table(measurement: Measurement | None) -> Table:
 
 def _notes(measured: dict[str, Any]) -> list[str]:
     """What a reader must know before trusting the figures."""
-    wall = measured["latency_wall"]
-    context, notes = wall.context, []
+    context, notes = measured["runs_on_device"].context, []
+    if context["emulated"]:
+        notes.append(f"note: this board is emulated ({context['emulated']}): nothing is timed; compare instructions, memory and outputs")  # fmt: skip
+    elif why_not := context["not_measured"].get("instructions"):
+        notes.append(f"note: no instructions: {why_not}")
     if context["contended"]:
         shares = ", ".join(f"{s['cpu_share']:.0%}" for s in context["sessions"])
         notes.append(f"note: the device was busy with other work (CPU time / wall time {shares}): trust latency_cpu")  # fmt: skip

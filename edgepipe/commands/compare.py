@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Measure two TFLite files side by side in the same processes on a device, and judge whether\n"
         "the candidate is slower or needs more memory than the base. Sessions are added until that is\n"
-        "clear, or their number is used up.\n\n"
+        "clear, or their number is used up. On an emulated board instructions decide (0.1 %).\n\n"
         "  edgepipe compare released.tflite new.tflite\n"
         "  edgepipe compare released.tflite new.tflite --device ssh://pi@raspberrypi --profile rpi4b_4gb\n\n"
         "exit codes: 0 neither slower nor larger, 1 slower or larger, 3 cannot tell"
@@ -80,19 +80,21 @@ def run(args: argparse.Namespace, out: Output) -> int:
 def judge(
     measured: Mapping[str, Measurement], candidate: Artifact, tolerance: float, *, device: str
 ) -> tuple[Verdict, ...]:
-    """Slowdown, and growth of memory and file, each with its explanation."""
+    """Slowdown (of an emulated board: instructions), and growth of memory and file, each explained."""
     import dataclasses
 
     from edgepipe.explain import explain
-    from edgepipe.gate import Evidence, Gate, GrowthGate, SlowdownGate, judge_all
+    from edgepipe.gate import Evidence, Gate, GrowthGate, InstructionsGate, SlowdownGate, judge_all
 
     evidence = Evidence(candidate.sha256, device, measured)
     model = Evidence(candidate.sha256, "", {})
     (runs,) = judge_all([], model, [evidence])
     if runs.status == "FAIL":
         return (runs,)  # the rest was not measured, and says no more
+    # where nothing can be timed, instructions decide
+    emulated = any(m.context.get("emulated") for m in measured.values())
     gates: tuple[Gate, ...] = (
-        SlowdownGate(max=tolerance),
+        InstructionsGate() if emulated else SlowdownGate(max=tolerance),
         GrowthGate(quantity="anon"),
         GrowthGate(quantity="file"),
         GrowthGate(quantity="size"),
@@ -106,7 +108,10 @@ def judge(
 
 def render(verdicts: Sequence[Verdict], measured: Mapping[str, Measurement]) -> str:
     """One sentence, what it rests on, and the other verdicts."""
+    from edgepipe import stats
     from edgepipe.explain import ops_that_grew
+    from edgepipe.gate import instruction_change
+    from edgepipe.units import format_value
 
     lines = []
     for verdict in verdicts:
@@ -120,6 +125,10 @@ def render(verdicts: Sequence[Verdict], measured: Mapping[str, Measurement]) -> 
         lines += [f"  {line}" for line in verdict.details]
         if is_ratio and verdict.status == "INCONCLUSIVE":  # a FAIL explains itself by them
             lines += [f"  {line}" for line in ops_that_grew(measured)]
+    counts = [measured.get(name) for name in ("instructions", "instructions_baseline")]
+    if counts[0] and counts[1] and not any(v.gate == "instructions" for v in verdicts):
+        now, was = (stats.sessions_percentile(c.valid_sessions, 0.5) for c in counts if c)
+        lines.append(f"instructions: {format_value(now, '')}, {instruction_change(now, was)} against the base")  # fmt: skip
     mismatch = measured.get("device_mismatch")
     if mismatch is not None:
         lines.append(f"outputs: {mismatch.samples[0][0]:.2%} of the values differ from this machine's")  # fmt: skip

@@ -121,7 +121,7 @@ def _promote(
 ) -> tuple[list[str], str]:
     """Promote on every device of the run, or on none: (paths written, why not)."""
     from edgepipe.artifact import artifact_from_dict
-    from edgepipe.baseline import changes, promote, why_not_promotable
+    from edgepipe.baseline import changes, device_context, promote, why_not_promotable
     from edgepipe.report import Table, text_table
 
     shipped = artifact_from_dict(record["shipped"])
@@ -137,7 +137,8 @@ def _promote(
     for device in devices:
         old = current[device.device]
         was = f"{old.model.sha256[:12]} of run {old.run}" if old else "none"
-        title = f"\n{record['recipe']} on {device.device}: baseline {was} -> {shipped.sha256[:12]} of run {record['id']}"  # fmt: skip
+        label = " (emulated)" if device_context(device.measurements).get("emulated") else ""
+        title = f"\n{record['recipe']} on {device.device}{label}: baseline {was} -> {shipped.sha256[:12]} of run {record['id']}"  # fmt: skip
         header = ("metric", "old (p50)", "new (p50)", "change")
         out.text(text_table(Table(title, header, changes(old, model, device))))
         open_ = sorted({v.gate for v in verdicts if v.device == device.device and v.status.value != "PASS"})  # fmt: skip

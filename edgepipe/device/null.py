@@ -34,7 +34,7 @@ _REBOOT_S = 20.0
 _BROKEN_LINK_S = 2.0
 _FREE_BYTES = 8_000_000_000
 _MAX_RETRIES = 2
-_SESSION_KINDS = ("latency", "memory", "outputs", "ops", "sustained", "energy")
+_SESSION_KINDS = ("latency", "memory", "outputs", "ops", "sustained", "energy", "instructions")
 
 
 def open_null(address: str) -> NullDevice:
@@ -511,6 +511,9 @@ class NullDevice:
             "bits": 64,
             "cpu": ["simulated"],
             "cpus": 4,
+            "cpu_model": "simulated",
+            "emulated": "",
+            "no_instructions": "",
             "kernel": "null",
             "os": "null",
             "glibc": None,

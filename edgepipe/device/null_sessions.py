@@ -27,6 +27,8 @@ _OPS = (
 )
 HOT_C = 95.0
 _IDLE_W, _RUN_W = 2.7, 4.9  # a Raspberry Pi 5, its core rails
+# One a nanosecond; what a Python worker takes to read the counter twice; counts that differ by a few.
+_INSTRUCTIONS_PER_S, _COUNTING_INSTRUCTIONS, _SCATTER = 1e9, 7800, 6
 _OVERHEAD_BYTES = 11_000_000
 _RUNTIME_BYTES = 9_000_000
 
@@ -275,6 +277,28 @@ def _energy(
     }
 
 
+def _instructions(
+    spec: Mapping[str, Any],
+    scenario: Scenario,
+    around: Surroundings,
+    models: Mapping[str, bytes],
+    rng: random.Random,
+) -> dict[str, Any]:
+    ((arm, content),) = models.items()
+    slower = scenario.slowdown if arm == "candidate" else 1.0
+    count = round(scenario.latency * slower * _INSTRUCTIONS_PER_S) + _COUNTING_INSTRUCTIONS
+    inputs, outputs = model_tensors(content)
+    return {
+        "counts": [count + rng.randrange(_SCATTER) for _ in range(7)],
+        "overhead": _COUNTING_INSTRUCTIONS,
+        "counter": "simulated",
+        "fixed_addresses": True,
+        "state": "none",
+        "inputs": inputs,
+        "outputs": outputs,
+    }
+
+
 def outputs_data(
     spec: Mapping[str, Any], scenario: Scenario, model: bytes, raw: bytes
 ) -> tuple[dict[str, Any], bytes]:
@@ -341,6 +365,7 @@ _KINDS = {
     "ops": _ops,
     "sustained": _sustained,
     "energy": _energy,
+    "instructions": _instructions,
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgepipe.errors import CommandFailed
-from edgepipe.profile import Cluster
+from edgepipe.profile import Cluster, IsaFeature
 
 FACTS_SCHEMA = 1
 
@@ -28,16 +28,25 @@ CORES = {
     ("0x41", "0xd0b"): "Cortex-A76",
     ("0x41", "0xd0c"): "Neoverse-N1",
     ("0x41", "0xd0d"): "Cortex-A77",
+    ("0x41", "0xd40"): "Neoverse-V1",
     ("0x41", "0xd41"): "Cortex-A78",
+    ("0x41", "0xd42"): "Cortex-A78AE",
     ("0x41", "0xd44"): "Cortex-X1",
     ("0x41", "0xd46"): "Cortex-A510",
     ("0x41", "0xd47"): "Cortex-A710",
     ("0x41", "0xd48"): "Cortex-X2",
     ("0x41", "0xd49"): "Neoverse-N2",
+    ("0x41", "0xd4b"): "Cortex-A78C",
+    ("0x41", "0xd4d"): "Cortex-A715",
+    ("0x41", "0xd4e"): "Cortex-X3",
+    ("0x41", "0xd4f"): "Neoverse-V2",
+    ("0x41", "0xd80"): "Cortex-A520",
+    ("0x41", "0xd81"): "Cortex-A720",
+    ("0x41", "0xd82"): "Cortex-X4",
 }
 # What /proc/cpuinfo calls the features that decide which kernels run, and what profiles call them.
 # Arm: Linux, Documentation/arch/arm64/elf_hwcaps.rst. x86: Documentation/arch/x86/cpuinfo.rst.
-ISA_FEATURES = {
+ISA_FEATURES: dict[str, IsaFeature] = {
     "asimddp": "dotprod",
     "asimdhp": "fp16",
     "i8mm": "i8mm",
@@ -56,7 +65,9 @@ class Facts:
     """What a board says of itself (targets/linux/probe.py). None = it does not say.
 
     ``socs`` are the chip's names from the device tree, most specific first. ``runtimes`` maps
-    installed inference packages to their versions. ``throttling`` are the firmware's own words.
+    installed inference packages to their versions. ``throttling`` are the firmware's own words,
+    ``emulated`` what says that this is no real board ("" = nothing does). ``under_voltage`` is the
+    supply's alarm, ``no_instructions`` why retired instructions cannot be counted ("": they can).
     """
 
     model: str | None
@@ -76,6 +87,12 @@ class Facts:
     throttling: tuple[str, ...] | None
     free_bytes: int
     runtimes: Mapping[str, str | None]
+    emulated: str = ""
+    thermal_zones_c: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    under_voltage: bool | None = None
+    memory_available_bytes: int | None = None
+    load_1min: float | None = None
+    no_instructions: str | None = None
 
 
 def parse_facts(text: str) -> Facts:
@@ -93,6 +110,7 @@ def parse_facts(text: str) -> Facts:
             ram_bytes=_whole(memory["total_bytes"]),
             swap_bytes=_whole(memory["swap_bytes"]),
             machine=str(device["machine"]),
+            emulated=str(device.get("emulated") or ""),
             bits=int(device["bits"]),
             os=_text(device["os"]),
             kernel=str(device["kernel"]),
@@ -106,6 +124,16 @@ def parse_facts(text: str) -> Facts:
             throttling=None if throttling is None else tuple(str(item) for item in throttling),
             free_bytes=int(data["free_bytes"]),
             runtimes={str(k): _text(v) for k, v in dict(data["packages"]).items()},
+            thermal_zones_c={
+                str(zone).partition(":")[2]: float(value)
+                for zone, value in dict(health.get("temperatures_c") or {}).items()
+            },
+            under_voltage=None
+            if health.get("under_voltage_alarm") is None
+            else bool(health["under_voltage_alarm"]),
+            memory_available_bytes=_whole(health.get("memory_available_bytes")),
+            load_1min=None if health.get("loadavg_1min") is None else float(health["loadavg_1min"]),
+            no_instructions=_text(device.get("no_instructions")),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
         raise _garbage("probe.py", text, f"{type(exc).__name__}: {exc}") from exc
@@ -127,7 +155,7 @@ def _socs(compatible: Any) -> tuple[str, ...]:
 
 def _clusters(cpus: Any) -> tuple[Cluster, ...]:
     """CPUs that are of one kind and reach one frequency, in the order they first appear."""
-    counts: dict[tuple[str, int, tuple[str, ...]], int] = {}
+    counts: dict[tuple[str, int, tuple[IsaFeature, ...]], int] = {}
     for cpu in list(cpus):
         part = (str(cpu["implementer"]), str(cpu["part"]))
         core = CORES.get(part) or _text(cpu["name"]) or f"unknown core {part[0]}/{part[1]}"
@@ -142,6 +170,13 @@ def _clusters(cpus: Any) -> tuple[Cluster, ...]:
 
 
 _SHA256 = re.compile(r"^[0-9a-f]{64}(?=\s|$)")
+
+
+def name_cores(text: str | None) -> str | None:
+    """``cpu_model`` as a board gives it -> for a person: ``0x41/0xd08 r0p3`` -> ``Cortex-A72 r0p3``."""
+    if text is None:
+        return None
+    return re.sub(r"(0x\w+)/(0x\w+)", lambda found: CORES.get((found[1], found[2]), found[0]), text)  # fmt: skip
 
 
 def parse_home(text: str, address: str) -> str:

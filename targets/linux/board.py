@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import instructions
 from sysfs import SYSROOT, names, read, read_int
 
 
@@ -208,6 +209,35 @@ def glibc_version():
     return version if name == "glibc" else None
 
 
+def cpu_model():
+    """What decides which instructions run: ``0x41/0xd08 r0p3`` of an Arm core (its MIDR), else the
+    processor's name; of a board with several kinds of cores all, joined by `` + ``."""
+    found = []
+    for block in re.split(r"\n\s*\n", read("/proc/cpuinfo", "")):
+        facts = dict(re.findall(r"^([^:\n]*?)[ \t]*:[ \t]*(.*)$", block, re.M))
+        if "CPU part" in facts:
+            try:
+                release = int(facts["CPU variant"], 16), int(facts["CPU revision"])
+            except (KeyError, ValueError):
+                release = 0, 0
+            name = "%s/%s r%dp%d" % ((facts.get("CPU implementer"), facts["CPU part"]) + release)
+        else:
+            name = facts.get("model name", "").strip()
+        if name and name not in found:
+            found.append(name)
+    return " + ".join(sorted(found)) or None
+
+
+def emulated():
+    """What says that this is no real board, or an empty string."""
+    said = read("/etc/edgepipe-emulated")
+    if said is not None:
+        return "/etc/edgepipe-emulated: %s" % " ".join(said.split())
+    if "linux,dummy-virt" in read("/proc/device-tree/compatible", ""):
+        return "the device tree says linux,dummy-virt"
+    return ""
+
+
 def device_facts():
     cpuinfo = read("/proc/cpuinfo", "")
     release = read("/etc/os-release", "")
@@ -220,6 +250,10 @@ def device_facts():
         "bits": struct.calcsize("P") * 8,
         "cpu": cpus,
         "cpus": os.cpu_count(),
+        "cpu_model": cpu_model(),
+        "emulated": emulated(),
+        # why instructions cannot be counted; "" where they can
+        "no_instructions": instructions.why_not(),
         "kernel": platform.release(),
         "os": match.group(1) if match else None,
         "glibc": glibc_version(),

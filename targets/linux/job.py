@@ -20,7 +20,7 @@ BACKENDS = ("auto", "litert-c", "litert-interpreter", "tflite-runtime-interprete
 # kind of session -> options without which it cannot run; all are numbers
 KINDS = {
     "latency": (), "memory": (), "outputs": (), "ops": (), "sustained": ("duration_s",),
-    "energy": ("idle_s", "run_s"),
+    "energy": ("idle_s", "run_s"), "instructions": (),
 }  # fmt: skip
 NUMBER = (int, float)
 NONE = type(None)

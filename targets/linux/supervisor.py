@@ -48,7 +48,7 @@ COOLING_LOOK_S = 1.0
 # A worker that somebody killed says nothing of the model: its session is tried again this often.
 MAX_RETRIES = 2
 # What cannot be done everywhere, and says nothing of the model where it fails.
-OPTIONAL = ("ops", "energy")
+OPTIONAL = ("ops", "energy", "instructions")
 # What a worker is told of the job as it is.
 OPTIONS = (
     "threads", "affinity", "kernel", "weight_cache", "seed", "warmup_s", "session_s",
@@ -64,8 +64,9 @@ def run_worker(spec, timeout_s, tick=lambda: None):
     kills_before = board.oom_kills()
     # the library needs no package: without `site`, whatever is installed there costs no memory
     bare = ["-S"] if spec["runtime"]["backend"] == "litert-c" else []
+    fixed = ["fixed-addresses"] if spec["kind"] == "instructions" else []
     process = subprocess.Popen(
-        [sys.executable] + bare + [WORKER, str(os.getpid())],
+        [sys.executable] + bare + [WORKER, str(os.getpid())] + fixed,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/",
         env=dict(os.environ, PYTHONHASHSEED="0"),  # one layout of dicts: memory repeats better
     )  # fmt: skip

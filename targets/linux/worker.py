@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One session in a fresh process: a spec on stdin, one JSON object on stdout, logs on stderr.
 
-    python3 worker.py PID_OF_THE_SUPERVISOR
+    python3 worker.py PID_OF_THE_SUPERVISOR [fixed-addresses]
 
 The spec of every session but the self-test (which needs kind, runtime, self_test, affinity):
     kind, tag        what to do (a key of WORK); its place in the plan, which seeds the order of arms
@@ -58,6 +58,8 @@ BATCH_TARGET_NS = 250000
 # A session whose thread had the CPU for less than this share of the wall time was contended.
 CONTENDED_BELOW = 0.97
 PROFILED_INFERENCES = 30
+# A count hardly varies: so few are for telling that it does not. The first inferences differ.
+UNCOUNTED_INFERENCES, COUNTED_INFERENCES = 3, 7
 # Between the end of the load and the first reading that counts: an INA2xx averages over up to
 # 0.14 s (128 samples of 1.1 ms), a voltage regulator settles in less.
 SETTLE_S = 0.5
@@ -377,6 +379,39 @@ def work_memory(spec):
         "file_bytes": steady["file"],
         "peak_bytes": growth("peak") if peak_is_reset else None,
         "overhead_bytes": overhead,
+        "inputs": described(model.inputs),
+    }
+
+
+def work_instructions(spec):
+    """Instructions in user space of single inferences, each with the ``overhead`` of counting it."""
+    import instructions
+
+    if spec["threads"] != 1:
+        raise Unsupported("instructions are counted with one thread only: others spin as they wait")
+    arm = only(spec["arms"])
+    keep = warm_up_runtime(spec)
+    model = open_arm(spec, arm)
+    fill_random(model, spec["seed"])
+    gc.collect()
+    gc.disable()
+    try:
+        counter, counts = instructions.Counter(), []
+        for _ in range(UNCOUNTED_INFERENCES + COUNTED_INFERENCES):
+            if model.reset is not None:
+                model.reset()
+            counts.append(counter.count(model.call))
+    except instructions.NoCounter as exc:
+        raise Unsupported(str(exc))
+    del keep
+    return {
+        "counts": counts[UNCOUNTED_INFERENCES:],
+        "overhead": counter.overhead,
+        "counter": "perf_event_open",
+        "fixed_addresses": instructions.addresses_are_fixed(),
+        "state": state_of(model, 1),
+        "inputs": described(model.inputs),
+        "outputs": described(model.outputs),
     }
 
 
@@ -572,6 +607,7 @@ WORK = {
     "cold": work_cold,
     "latency": work_latency,
     "memory": work_memory,
+    "instructions": work_instructions,
     "outputs": work_outputs,
     "ops": work_ops,
     "sustained": work_sustained,
@@ -640,4 +676,8 @@ def main(supervisor):
 
 
 if __name__ == "__main__":
+    if sys.argv[2:] == ["fixed-addresses"]:
+        import instructions
+
+        instructions.start_at_fixed_addresses(sys.argv[:2])
     main(int(sys.argv[1]))

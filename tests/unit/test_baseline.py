@@ -12,6 +12,7 @@ import pytest
 from edgepipe.artifact import Artifact, TensorSpec, make_artifact
 from edgepipe.baseline import (
     COMPARABLE,
+    NO_BASELINE,
     REQUIRED,
     Baseline,
     baseline_path,
@@ -31,12 +32,13 @@ CONTEXT: dict[str, Any] = {
     "runtime_version": "2.3.0", "runtime_sha256": "cd" * 32, "backend": "litert-c", "threads": 1,
     "affinity": [2, 3], "boot_id": "b1", "device": "ssh://somebody@secret-host", "governor": "performance",
     "model_inputs": [{"name": "x", "shape": [1, 8], "dtype": "int8"}], "kernel_mode": "", "weight_cache": False,
+    "cpu_model": "Cortex-A76 r4p1", "is_emulated": False,
 }  # fmt: skip
 OTHER: dict[str, Any] = {
     "profile": "pi5", "machine": "armv7l", "page_size_bytes": 4096, "runtime": "tflite-runtime",
     "runtime_version": "2.2.0", "runtime_sha256": "ee" * 32, "backend": "litert-interpreter", "threads": 4,
     "affinity": [], "model_inputs": [{"name": "x", "shape": [1, 9], "dtype": "int8"}], "kernel_mode": "builtin",
-    "weight_cache": True,
+    "weight_cache": True, "cpu_model": "Cortex-A72 r0p3", "is_emulated": True,
 }  # fmt: skip
 PASSED = Verdict("latency", Status.PASS, "fast enough", "pi")
 SLOWDOWN = Verdict("slowdown", Status.PASS, "as fast as before", "pi")
@@ -227,7 +229,7 @@ def test_only_a_run_whose_gates_all_passed_is_promoted(tmp_path: Path, shipped: 
         return why_not_promotable(verdicts, shipped, devices, {"pi": baseline})
 
     failed = dataclasses.replace(PASSED, status=Status.FAIL)
-    undecided = dataclasses.replace(SLOWDOWN, status=Status.INCONCLUSIVE)
+    undecided = dataclasses.replace(SLOWDOWN, status=Status.INCONCLUSIVE, reason=NO_BASELINE)
     assert why(PASSED, SLOWDOWN) == ""
     assert "latency on pi is FAIL" in why(failed, SLOWDOWN)
     assert "latency on pi is INCONCLUSIVE" in why(dataclasses.replace(failed, status=Status.INCONCLUSIVE))  # fmt: skip
@@ -236,7 +238,7 @@ def test_only_a_run_whose_gates_all_passed_is_promoted(tmp_path: Path, shipped: 
     assert "slowdown on pi is INCONCLUSIVE" in why(PASSED, undecided, baseline=promoted(tmp_path, shipped))  # fmt: skip
     assert "slowdown on pi is FAIL" in why(PASSED, dataclasses.replace(undecided, status=Status.FAIL))  # fmt: skip
     assert "null device" in why(PASSED, simulated=True)
-    assert "emulated" in why(PASSED, emulated=True)
+    assert why(PASSED, emulated="qemu-system 7.2 cortex-a72") == ""
     assert "another model" in why(PASSED, model_sha256="0" * 64)
     assert "no device" in why_not_promotable([PASSED], shipped, [], {})
 

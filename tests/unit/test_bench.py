@@ -83,15 +83,18 @@ def tags(*arms: str, sessions: int = 1, inferences: int = 0, **options: Any) -> 
 
 def test_one_model_is_measured_by_itself() -> None:
     found = tags("model", inferences=1, memory_sessions=1, sustained=60.0)
-    assert found == ["outputs-1", "memory-model-1", "ops-model-1", "latency-1", "energy-1", "sustained-1"]  # fmt: skip
+    assert found == [
+        "outputs-1", "memory-model-1", "ops-model-1", "latency-1",
+        "instructions-model-1", "instructions-model-2", "instructions-model-3", "energy-1", "sustained-1",
+    ]  # fmt: skip
 
 
 def test_what_is_not_wanted_is_not_planned() -> None:
-    assert tags("model", sessions=2, ops=False, energy=False, memory_sessions=0) == ["latency-1", "latency-2"]  # fmt: skip
+    assert tags("model", sessions=2, ops=False, energy=False, instructions=False, memory_sessions=0) == ["latency-1", "latency-2"]  # fmt: skip
 
 
 def test_beside_a_baseline_latency_is_measured_in_one_process_and_memory_in_two() -> None:
-    options = MeasureOptions(memory_sessions=1, ops=True, energy=True)
+    options = MeasureOptions(memory_sessions=1, ops=True, energy=True, instructions=False)
     plan = plan_of(options, ["base", "candidate"], 1, inferences=3)
     arms = {entry["tag"]: entry["arms"] for entry in plan}
     assert arms == {
@@ -99,6 +102,21 @@ def test_beside_a_baseline_latency_is_measured_in_one_process_and_memory_in_two(
         "ops-base-1": ["base"], "ops-candidate-1": ["candidate"],
         "latency-1": ["base", "candidate"], "energy-1": ["candidate"],
     }  # fmt: skip
+
+
+EMULATED = ("latency", "ops", "energy", "sustained")
+
+
+def test_on_an_emulated_board_nothing_is_timed() -> None:
+    plan = plan_of(MeasureOptions(memory_sessions=1, sustained=60), ["base", "candidate"], 3, 1, EMULATED)  # fmt: skip
+    assert {entry["kind"] for entry in plan} == {"outputs", "memory", "instructions"}
+    assert {tuple(e["arms"]) for e in plan if e["kind"] == "instructions"} == {("base",), ("candidate",)}  # fmt: skip
+
+
+def test_every_model_runs_where_nothing_can_be_measured() -> None:
+    nothing = (*EMULATED, "memory", "instructions")
+    assert [e["arms"] for e in plan_of(MeasureOptions(), ["base", "candidate"], 3, 0, nothing)] == [["base"], ["candidate"]]  # fmt: skip
+    assert [e["tag"] for e in plan_of(MeasureOptions(), ["model"], 3, 1, nothing)] == ["outputs-1"]
 
 
 def test_many_inferences_are_asked_for_in_pieces() -> None:
