@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgepipe.device.base import Device
@@ -106,10 +108,53 @@ def differences(facts: Facts, profile: DeviceProfile) -> list[Difference]:
             facts.page_size_bytes,
             profile.page_size_bytes == facts.page_size_bytes,
         )
+    if profile.swap_bytes is not None:
+        # what a swap partition or file loses to its header
+        fits = facts.swap_bytes is not None and 0 <= profile.swap_bytes - facts.swap_bytes < 2**20
+        shown = None if facts.swap_bytes is None else ram_text(facts.swap_bytes)
+        compare("swap_bytes", ram_text(profile.swap_bytes), shown, fits)
+    if profile.kernel != "any":
+        compare("kernel", profile.kernel, facts.kernel, _begins(facts.kernel, profile.kernel))
+    if profile.python != "any":
+        compare("python", profile.python, facts.python, _begins(facts.python, profile.python))
+    if profile.governor != "any":
+        compare("governor", profile.governor, facts.governor, profile.governor == facts.governor)
+    if profile.model != "any" and bool(profile.emulated) != bool(facts.emulated):
+        said = "no" if profile.emulated is None else profile.emulated.kind
+        compare("emulated", said, facts.emulated or "no", False)
     for package, version in facts.runtimes.items():
         if RUNTIME_PACKAGES.get(package) == profile.runtime:
             compare("runtime_version", profile.runtime_version, version, version == profile.runtime_version)  # fmt: skip
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """How well a profile describes a board. ``same_board``: model, chip and cores are the same."""
+
+    profile: DeviceProfile
+    same_board: bool
+    differences: tuple[Difference, ...]
+
+
+def rank_profiles(facts: Facts, profiles: Sequence[DeviceProfile]) -> list[Fit]:
+    """Every profile of a certain board, the best first: same board, then fewest differences.
+
+    A real board never is an emulated profile's, nor the other way round.
+    """
+    fits = []
+    for profile in profiles:
+        if profile.model == profile.soc == "any" and not profile.clusters:
+            continue  # of no certain board: it would fit all
+        found = tuple(differences(facts, profile))
+        named = {difference.fact for difference in found}
+        fits.append(Fit(profile, not named & {"model", "soc", "clusters", "emulated"}, found))
+    return sorted(fits, key=lambda f: (not f.same_board, len(f.differences), f.profile.name))
+
+
+def cores_text(clusters: tuple[Cluster, ...]) -> str:
+    """Cores without what they can: "4 x Cortex-A76 at 2400 MHz"."""
+    return clusters_text(tuple(dataclasses.replace(c, isa=()) for c in clusters))
 
 
 def clusters_text(clusters: tuple[Cluster, ...]) -> str:
@@ -120,6 +165,11 @@ def _cluster_text(cluster: Cluster) -> str:
     isa = f" ({' '.join(sorted(cluster.isa))})" if cluster.isa else ""
     clock = f" at {cluster.max_frequency_mhz} MHz" if cluster.max_frequency_mhz else ""
     return f"{cluster.count} x {cluster.core}{clock}{isa}"
+
+
+def _begins(version: str, prefix: str) -> bool:
+    """Whether a version is of a line, number by number: 6.6.51+rpt is of 6.6, 6.60 is not."""
+    return re.match(rf"{re.escape(prefix)}(?![0-9])", version) is not None
 
 
 def ram_text(ram_bytes: float) -> str:

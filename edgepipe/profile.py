@@ -277,11 +277,16 @@ def absolute_work_dir(work_dir: str, home: str) -> str:
     return work_dir
 
 
-def find_profile(name: str, paths: dict[str, Path]) -> DeviceProfile:
-    """The profile called ``name`` among ``paths`` (from `resources.profile_paths`)."""
+def profile_path(name: str, paths: Mapping[str, Path]) -> Path:
+    """The file of the profile called ``name`` among ``paths`` (from `resources.profile_paths`)."""
     if name not in paths:
         raise ProfileError(
             f"unknown device profile {name!r}{near_miss(name, list(paths))}",
             hint="`edgepipe devices list` shows what there is",
         )
-    return load_profile(paths[name])
+    return paths[name]
+
+
+def find_profile(name: str, paths: Mapping[str, Path]) -> DeviceProfile:
+    """The profile called ``name`` among ``paths``. Raises ProfileError with near misses."""
+    return load_profile(profile_path(name, paths))

@@ -1,15 +1,17 @@
-"""``edgepipe devices``: profiles there are, and which boards are trusted."""
+"""``edgepipe devices``: profiles there are, which of them fits, and which boards are trusted."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepipe.cli import Output
-from edgepipe.errors import HostKeyError, RequestError
+from edgepipe.errors import EXIT_FAIL, EXIT_PASS, HostKeyError, RequestError
 
 if TYPE_CHECKING:
     from edgepipe.device.ssh import HostKey
@@ -18,71 +20,189 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "List and show device profiles, or accept the host key of a board.\n\n"
+        "List, show and choose device profiles, or accept the host key of a board.\n\n"
         "  edgepipe devices list\n"
-        "  edgepipe devices show rpi5_8gb\n"
+        "  edgepipe devices show rpi5_8gb             # every fact and its source\n"
+        "  edgepipe devices match 'isa=dotprod ram>=2GiB'\n"
+        "  edgepipe devices match ssh://pi@raspberrypi # which profile fits this board\n"
+        "  edgepipe devices schema                    # JSON Schema of a profile, for editors\n"
         "  edgepipe devices trust ssh://pi@raspberrypi\n\n"
+        "A filter is terms like soc=bcm2712, all of which must hold: a key, = != < <= > >= and a\n"
+        "value, which may have * for any text or list alternatives with commas. Keys: name model soc\n"
+        "core isa machine os kernel libc python runtime target governor transport emulated, ram cores\n"
+        "mhz page bits threads. What a profile leaves open fits no term. Exit code 1: nothing fits.\n\n"
         "`trust` shows the fingerprint of the board's key and asks; compare it with\n"
         "`ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` on the board itself."
     )
-    parser.add_argument("action", choices=["list", "show", "trust"], help="list profiles, show one, or trust a board's host key")  # fmt: skip
-    parser.add_argument("name", nargs="?", help="show: name of a profile; trust: address of a board, ssh://[user@]host[:port]")  # fmt: skip
+    parser.add_argument("action", choices=["list", "show", "match", "schema", "trust"], help="list profiles, show one, find those that fit, print their JSON Schema, or trust a board's host key")  # fmt: skip
+    parser.add_argument("name", nargs="?", help="show: name of a profile; match: a filter or the address of a board; trust: address of a board, ssh://[user@]host[:port]")  # fmt: skip
     parser.add_argument("--yes", action="store_true", help="trust: accept the key without asking")
     parser.add_argument("--replace", action="store_true", help="trust: accept a key that has changed, and forget the old one")  # fmt: skip
     parser.add_argument("--known-hosts", type=Path, metavar="FILE", help="trust: file to write to (default: EDGEPIPE_KNOWN_HOSTS, or what ssh would use)")  # fmt: skip
 
 
+_NEEDS = {
+    "show": ("the name of a profile", "rpi5_8gb"),
+    "match": ("a filter or the address of a board", "'soc=bcm2712'"),
+    "trust": ("the address of a board", "ssh://pi@raspberrypi"),
+}
+
+
 def run(args: argparse.Namespace, out: Output) -> int:
-    if args.action == "list":
-        return _list(out)
-    if not args.name:
-        what = "the name of a profile" if args.action == "show" else "the address of a board"
-        example = "rpi5_8gb" if args.action == "show" else "ssh://pi@raspberrypi"
+    if args.action in _NEEDS and not args.name:
+        what, example = _NEEDS[args.action]
         raise RequestError(
             f"`edgepipe devices {args.action}` needs {what}",
             hint=f"edgepipe devices {args.action} {example}",
         )
-    return _show(args.name, out) if args.action == "show" else _trust(args, out)
+    if args.action == "list":
+        return _list(out)
+    if args.action == "schema":
+        return _schema(out)
+    if args.action == "show":
+        return _show(args.name, out)
+    if args.action == "match":
+        is_address = args.name == "local" or "://" in args.name
+        return _match_board(args.name, out) if is_address else _match_filter(args.name, out)
+    return _trust(args, out)
+
+
+def _profiles() -> list[DeviceProfile]:
+    from edgepipe.profile import load_profile
+    from edgepipe.resources import profile_paths
+
+    return [load_profile(path) for path in profile_paths().values()]
 
 
 def _list(out: Output) -> int:
-    from edgepipe.probe import clusters_text, ram_text
-    from edgepipe.profile import load_profile
-    from edgepipe.report import Table, text_table
-    from edgepipe.resources import profile_paths
+    profiles = _profiles()
+    _table(profiles, out)
+    out.json([_as_dict(p) for p in profiles])
+    return EXIT_PASS
 
-    paths = profile_paths()
-    profiles = [load_profile(path) for path in paths.values()]
+
+def _match_filter(expression: str, out: Output) -> int:
+    from edgepipe.match import matches
+
+    found = [p for p in _profiles() if matches(p, expression)]
+    if found:
+        _table(found, out)
+    else:
+        out.text(f"no profile fits {expression!r}")
+    out.json([_as_dict(p) for p in found])
+    return EXIT_PASS if found else EXIT_FAIL
+
+
+def _table(profiles: Sequence[DeviceProfile], out: Output) -> None:
+    from edgepipe.probe import cores_text, ram_text
+    from edgepipe.report import Table, text_table
+
     rows = [
         (
             p.name,
-            p.model,
-            clusters_text(p.clusters) if p.clusters else "any",
+            p.model if p.emulated is None else f"{p.model} (emulated)",
+            p.soc,
+            cores_text(p.clusters) if p.clusters else "any",
+            " ".join(dict.fromkeys(f for c in p.clusters for f in c.isa)) or "-",
             ram_text(p.ram_bytes) if p.ram_bytes else "any",
-            p.machine,
-            f"{p.runtime} {p.runtime_version}",
+            p.target,
         )
         for p in profiles
     ]
-    header = ("name", "model", "cores", "RAM", "machine", "runtime")
+    header = ("name", "model", "SoC", "cores", "ISA", "RAM", "target")
     out.text(text_table(Table("device profiles", header, tuple(rows))))
-    out.json([_as_dict(p, paths[p.name]) for p in profiles])
-    return 0
+
+
+def _schema(out: Output) -> int:
+    from edgepipe.profile import profile_schema
+
+    schema = profile_schema()
+    out.text(json.dumps(schema, indent=2, ensure_ascii=False))
+    out.json(schema)
+    return EXIT_PASS
 
 
 def _show(name: str, out: Output) -> int:
-    from edgepipe.profile import find_profile
+    """Each fact as the profile and those it extends say, where it says so, and its source."""
+    from edgepipe.profile import FACTS, profile_path, resolve_profile
+    from edgepipe.report import Table, text_table
     from edgepipe.resources import profile_paths
 
-    paths = profile_paths()
-    profile = find_profile(name, paths)
-    out.text(f"# {paths[name]}\n{paths[name].read_text(encoding='utf-8').rstrip()}")
-    out.json(_as_dict(profile, paths[name]))
-    return 0
+    path = profile_path(name, profile_paths())
+    resolved = resolve_profile(path)
+    inherited = len(resolved.chain) > 1
+    rows = []
+    for key in FACTS:
+        said = key in resolved.data
+        value = _value_text(resolved.data[key] if said else getattr(resolved.profile, key))
+        source = resolved.profile.sources.get(key, "" if said else "default")
+        origin = (resolved.origins.get(key, ""),) if inherited else ()
+        rows.append((key, value, *origin, source))
+    header = ("fact", "value", *(("said by",) if inherited else ()), "source")
+    out.text("\n".join(f"# {file}" for file in resolved.chain))
+    out.text(text_table(Table(name, header, tuple(rows))))
+    out.json(
+        {
+            **_as_dict(resolved.profile),
+            "path": str(path),
+            "extends": [file.stem for file in resolved.chain[1:]],
+            "origins": dict(resolved.origins),
+        }
+    )
+    return EXIT_PASS
 
 
-def _as_dict(profile: DeviceProfile, path: Path) -> dict[str, Any]:
-    return {**dataclasses.asdict(profile), "path": str(path)}
+def _value_text(value: Any) -> str:
+    """A value of a TOML file, or a default, on one line."""
+    if value is None:
+        return "-"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_value_text(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        separator = "; " if value and isinstance(value[0], dict) else " "
+        return separator.join(map(_value_text, value)) or "-"
+    return str(value) or "-"
+
+
+def _match_board(address: str, out: Output) -> int:
+    """Every profile with what the board departs from it in, the best first."""
+    from edgepipe.device import open_device
+    from edgepipe.probe import probe, rank_profiles
+
+    device = open_device(address)
+    try:
+        facts = probe(device)
+    finally:
+        device.close()
+    ranked = rank_profiles(facts, _profiles())
+    fitting = [r for r in ranked if r.same_board]
+    if not fitting:
+        out.text(f"{address} is a {facts.model or 'board that does not say what it is'}; no profile is of such a board")  # fmt: skip
+        out.text(f"write one: edgepipe probe {address} --write NAME")
+    for item in fitting:
+        out.text(f"{item.profile.name}: " + ("fits" if not item.differences else "differs in"))
+        out.text("\n".join(f"  {d.fact}: profile {d.profile}, board {d.board}" for d in item.differences))  # fmt: skip
+    out.json(
+        {
+            "address": address,
+            "facts": dataclasses.asdict(facts),
+            "profiles": [
+                {
+                    "name": r.profile.name,
+                    "same_board": r.same_board,
+                    "differences": [dataclasses.asdict(d) for d in r.differences],
+                }
+                for r in ranked
+            ],
+        }
+    )
+    return EXIT_PASS if fitting and not fitting[0].differences else EXIT_FAIL
+
+
+def _as_dict(profile: DeviceProfile) -> dict[str, Any]:
+    return dataclasses.asdict(profile)
 
 
 def _trust(args: argparse.Namespace, out: Output) -> int:

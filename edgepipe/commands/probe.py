@@ -103,19 +103,28 @@ def facts_text(facts: Facts) -> str:
 
     throttling = "?" if facts.throttling is None else ", ".join(facts.throttling) or "none"
     temperature = "?" if facts.temperature_c is None else f"{facts.temperature_c:.1f} C"
+    zones = ", ".join(f"{name} {c:.1f} C" for name, c in facts.thermal_zones_c.items())
+    supply = {None: "?", False: "no under-voltage", True: "UNDER-VOLTAGE"}[facts.under_voltage]
+    load = "?" if facts.load_1min is None else f"{facts.load_1min:.2f} in the last minute"
+    counters = "?" if facts.no_instructions is None else facts.no_instructions or "can be counted"
     runtimes = ", ".join(f"{name} {version or '?'}" for name, version in facts.runtimes.items())
     lines = {
         "model": facts.model or "?",
         "SoC": ", ".join(facts.socs) or "?",
         "cores": clusters_text(facts.clusters),
-        "RAM": f"{memory(facts.ram_bytes)}, swap {memory(facts.swap_bytes)}",
+        "RAM": f"{memory(facts.ram_bytes)} ({memory(facts.memory_available_bytes)} available), "
+        f"swap {memory(facts.swap_bytes)}",
         "machine": f"{facts.machine}, {facts.bits} bit, pages of {facts.page_size_bytes} bytes",
         "OS": f"{facts.os or '?'}, kernel {facts.kernel}, {facts.libc or 'libc ?'}",
         "Python": facts.python,
         "runtimes": runtimes or "none installed",
+        "emulated": facts.emulated or "no sign of it",
         "governor": facts.governor or "?",
-        "temperature": temperature,
+        "load": load,
+        "temperature": temperature + (f" ({zones})" if len(facts.thermal_zones_c) > 1 else ""),
         "throttling": throttling,
+        "supply": supply,
+        "instructions": counters,
         "free disk": format_bytes(facts.free_bytes),
     }
     return "\n".join(f"{name:12s} {value}" for name, value in lines.items())

@@ -108,7 +108,7 @@ def test_a_machine_without_a_device_tree_says_null_not_nonsense(tmp_path: Path) 
 PI = Facts(
     model="Raspberry Pi 5 Model B Rev 1.0", socs=("BCM2712",),
     clusters=(Cluster(core="Cortex-A76", count=4, max_frequency_mhz=2400, isa=("dotprod", "fp16")),),
-    ram_bytes=8245632 * 1024, swap_bytes=0, machine="aarch64", bits=64,
+    ram_bytes=8245632 * 1024, swap_bytes=0, machine="aarch64", emulated="", bits=64,
     os="Debian GNU/Linux 12 (bookworm)", kernel="6.6", libc="glibc 2.36", page_size_bytes=16384,
     python="3.11.2", governor="ondemand", temperature_c=50.0, throttling=(), free_bytes=10**9,
     runtimes={},
