@@ -111,12 +111,17 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x, scale, zero = ctx.saved_tensors
+        # in place where that changes no sum's order: three of x's size at a time, not eight
         steps = x / scale
         rounded = steps.round()
-        below, above = rounded + zero < -128, rounded + zero > 127
-        outside = below | above
-        end = torch.where(below, -128 - zero, 127 - zero)
-        by_scale = (gradient * torch.where(outside, end, rounded - steps)).sum()
+        apart = torch.sub(rounded, steps, out=steps)
+        rounded.add_(zero)
+        below, above = rounded < -128, rounded > 127
+        del rounded
+        apart.masked_fill_(below, -128 - zero).masked_fill_(above, 127 - zero)
+        by_scale = (gradient * apart).sum()
+        del steps, apart
+        outside = below.logical_or_(above)
         by_zero = -(gradient * outside).sum() * scale
         return gradient * ~outside, by_scale, by_zero
 
@@ -256,12 +261,14 @@ def objective(label_smoothing: float, teacher: nn.Module | None, weight: float) 
     """Cross-entropy, and with ``weight`` the divergence from what the float model says of the sample."""
 
     def loss(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        said = None
+        if teacher is not None and weight:
+            with torch.no_grad():  # first: afterwards the model's own activations are held as well
+                said = teacher(*batch.inputs)
         output = batch.model(*batch.inputs)
         value = hard_loss(output, batch, label_smoothing)
-        if teacher is None or not weight:
+        if said is None:
             return value, output
-        with torch.no_grad():
-            said = teacher(*batch.inputs)
         soft = functional.kl_div(
             output.log_softmax(1), said.log_softmax(1), log_target=True, reduction="batchmean"
         ) / max(1, output[0, 0].numel())

@@ -70,6 +70,7 @@ class TfliteModule(nn.Module):
                 self.weights[str(index)] = nn.Parameter(value)
             else:
                 self.register_buffer(f"constant_{index}", value, persistent=False)
+        self.done_with = _done_with(self.graph)
         # bias -> (input, weights) of its operator
         self.biases = {
             operator.inputs[2]: (operator.inputs[0], operator.inputs[1])
@@ -89,11 +90,13 @@ class TfliteModule(nn.Module):
         values: dict[int, torch.Tensor] = {}
         for index, value in zip(self.graph.inputs, inputs, strict=True):
             values[index] = self._activation(value, index)
-        for operator in self.graph.operators:
+        for operator, done_with in zip(self.graph.operators, self.done_with, strict=True):
             given = [self._value(i, values, operator) for i in operator.inputs]
             made = OPERATORS[operator.name](operator, given, self.graph)
             for index, value in zip(operator.outputs, made, strict=True):
                 values[index] = self._activation(value, index)
+            for index in done_with:
+                values.pop(index, None)
         return tuple(values[i] for i in self.graph.outputs)
 
     def _activation(self, value: torch.Tensor, index: int) -> torch.Tensor:
@@ -133,6 +136,15 @@ def _trained(graph: Subgraph) -> set[int]:
     return {i for i in found if i >= 0 and graph.tensors[i].is_constant and graph.tensors[i].is_float}  # fmt: skip
 
 
+def _done_with(graph: Subgraph) -> list[list[int]]:
+    """For each operator the tensors that nothing after it reads, so that none is held longer."""
+    last = {index: n for n, o in enumerate(graph.operators) for index in (*o.inputs, *o.outputs)}
+    return [
+        [i for i, at in last.items() if at == n and i not in graph.outputs]
+        for n in range(len(graph.operators))
+    ]
+
+
 def _to_file(x: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     """(B, ...) in the source layout -> (B, 1, ...) in the file's layout, for vmap."""
     if spec.source_layout != spec.layout:
@@ -155,8 +167,33 @@ Values = Sequence[Any]
 
 def _clamped(value: torch.Tensor, operator: Operator) -> list[torch.Tensor]:
     name = operator.options.get("fused_activation_function", "NONE")
-    low, high = _CLAMPS[name]
-    return [value if name == "NONE" else value.clamp(low, high)]
+    if name == "NONE":
+        return [value]
+    return [_Clamp.apply(value, *_CLAMPS[name])]  # type: ignore[no-untyped-call]
+
+
+class _Clamp(torch.autograd.Function):
+    """A fused ReLU, ReLU6 or ReLU_N1_TO_1, with PyTorch's gradient of them: 0 at the ends.
+
+    Keeps what it gives, which the next operator keeps anyway; `torch.clamp` keeps what it is given.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+        return x.clamp(low, high)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(output)
+        ctx.ends = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (value,) = ctx.saved_tensors
+        low, high = ctx.ends
+        return gradient * ((value > low) & (value < high)), None, None
 
 
 def _pads(size: int, kernel: int, stride: int, dilation: int, padding: str) -> tuple[int, int]:

@@ -279,6 +279,48 @@ def by_operators(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> to
     return (torch.clamp(round_ste(x / scale) + zero, -128, 127) - zero) * scale
 
 
+@pytest.mark.parametrize(
+    ("code", "plain"), [(1, torch.nn.ReLU()), (2, torch.nn.Hardtanh()), (3, torch.nn.ReLU6())]
+)
+def test_a_fused_activation_passes_the_gradient_that_its_module_passed(
+    code: int, plain: torch.nn.Module
+) -> None:
+    g = Graph()
+    zeros = g.const("zeros", np.zeros((1, 1), np.float32))
+    y = g.op("ADD", [g.input("x", (1, 40)), zeros], "y", (1, 40), "AddOptions", fusedActivationFunction=code)  # fmt: skip
+    x = torch.arange(-20, 20).div(2).expand(3, 40)  # the ends themselves are among these
+    found = []
+    for function in (module(g.bytes([y])), plain):
+        own = x.clone().requires_grad_(True)
+        (function(own) * x).sum().backward()
+        found.append(own.grad)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_a_fused_activation_keeps_one_tensor_for_the_way_back() -> None:
+    """What goes into the activation is dropped, what comes out is kept once: rounding needs it as well."""
+    g = Graph()
+    x = g.input("x", (1, 6, 7, 4))
+    w, b = g.const("w", weights(5, 3, 3, 4)), g.const("b", weights(5))
+    y = g.op(
+        "CONV_2D", [x, w, b], "y", (1, 6, 7, 5), "Conv2DOptions",
+        strideW=1, strideH=1, dilationWFactor=1, dilationHFactor=1, fusedActivationFunction=1,
+    )  # fmt: skip
+    batch = torch.from_numpy(samples())
+    model = rounded(g.bytes([y]), batch.numpy())
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() == len(batch) * 6 * 7 * 5:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = model(batch)
+    assert len(kept) == 1
+    out.sum().backward()
+
+
 def test_weights_are_on_the_grid_of_their_own_channel() -> None:
     w = torch.tensor([[1.0, -0.5, 0.1], [100.0, 3.0, 0.0]])
     steps = quantize_weight(w, 0) / torch.tensor([[1 / 127], [100 / 127]])
