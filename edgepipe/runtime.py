@@ -32,12 +32,14 @@ _FETCH_TIMEOUT_S = 900.0
 class Pin:
     """One known build. ``glibc`` and ``glibcxx`` (libstdc++) are the newest symbol versions it needs
     (``readelf -V``), which the wheel's platform tag understates for aarch64. A libstdc++ that has
-    the GLIBCXX version has the older CXXABI and GCC ones, too."""
+    the GLIBCXX version has the older CXXABI and GCC ones, too. ``max_page_bytes`` is the alignment of
+    its segments: a kernel with larger pages cannot load it."""
 
     sha256: str
     size_bytes: int
     glibc: str
     glibcxx: str
+    max_page_bytes: int
 
 
 # (version, machine) -> build, computed from the wheels on PyPI
@@ -47,12 +49,14 @@ PINS: dict[tuple[str, str], Pin] = {
         8039424,
         "2.27",
         "3.4.22",
+        4096,
     ),
     ("2.3.0", "aarch64"): Pin(
         "b57687dc234d2b8b0598aef5a9c961ed24263df8f8b3f56adbee1cff618e544b",
         5991672,
         "2.34",
         "3.4.30",
+        65536,
     ),
 }
 
@@ -66,6 +70,7 @@ class RuntimeLibrary:
     sha256: str
     glibc: str
     glibcxx: str
+    max_page_bytes: int
 
 
 def has_runtime_library(machine: str, version: str) -> bool:
@@ -88,7 +93,9 @@ def runtime_library(machine: str, version: str = DEFAULT_VERSION) -> RuntimeLibr
             "(backend = litert-interpreter or tflite-runtime-interpreter)",
             code="no-runtime-library",
         )
-    found = RuntimeLibrary(cache_path(pin), version, pin.sha256, pin.glibc, pin.glibcxx)
+    found = RuntimeLibrary(
+        cache_path(pin), version, pin.sha256, pin.glibc, pin.glibcxx, pin.max_page_bytes
+    )
     installed = _installed(version)
     if installed is not None and _is(installed, pin):
         return dataclasses.replace(found, path=installed)

@@ -5,6 +5,11 @@
     agent.py start JOBDIR                    begin, resume or extend the job of JOBDIR/job.json
     agent.py status JOBDIR OFFSET [WAIT_S]   its state, and its journal from byte OFFSET on
     agent.py end JOBDIR [--keep]             stop it, give the board back, remove JOBDIR
+    agent.py survey WORK_DIR AGE_S           facts, and what lies in the work folder; AGE_S: how old a
+                                             job without a supervisor is when it counts as garbage
+    agent.py tidy WORK_DIR AGE_S             remove that garbage
+    agent.py check WORK_DIR BACKEND LIBRARY  which runtime works here: LIBRARY is {path, size, sha256,
+                                             version, glibc, glibcxx} or null, as JSON
 
 Each prints ONE JSON object on stdout and ends with the object's "code"; logs go to stderr. `start`
 returns as soon as the job holds the board: a detached supervisor (supervisor.py) carries it out
@@ -23,9 +28,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 
+import housekeeping
 import journal
 from board import device_facts, free_bytes, health, log, packages
 from job import (
@@ -38,6 +45,7 @@ from job import (
     EX_STALE,
     SCHEMA,
     Stop,
+    check_file,
     load_job,
     stop_for,
 )
@@ -50,6 +58,8 @@ LOOK_S = 0.02
 # `status` looks this often while a session runs; a look costs 0.1 ms.
 WATCH_S = 0.2
 JOURNAL_LIMIT_BYTES = 4000000
+# A self-test takes a fraction of a second; the first one on a slow card reads 8 MB.
+CHECK_S = 60.0
 FINAL = ("done", "failed")
 
 
@@ -87,6 +97,10 @@ def launch(job_dir, job, descriptor, deadline):
         )  # fmt: skip
         raise Stop(EX_DISK_FULL, "disk-full", message)
     journal.make_ballast(job_dir)
+    kept = os.path.join(job_dir, housekeeping.KEPT)
+    if os.path.exists(kept):
+        os.unlink(kept)
+    housekeeping.mark_used(job["work_dir"], housekeeping.files_of(job) + [__file__])
     with open(os.path.join(job_dir, "agent.log"), "ab") as stream:
         process = subprocess.Popen(
             [sys.executable, SUPERVISOR, job_dir, str(descriptor)],
@@ -161,8 +175,13 @@ def end(job_dir, keep):
     except Stop as stop:
         log(stop.message)  # no job was ever asked for, so it has no lease
     state = journal.read_state(job_dir)
-    if not keep:
+    if keep:
+        with open(os.path.join(job_dir, housekeeping.KEPT), "w"):
+            pass
+    else:
         shutil.rmtree(job_dir)
+        for item in housekeeping.tidy(os.path.dirname(os.path.dirname(job_dir))):
+            log("removed %(path)s: %(why)s" % item)
     return {"state": state}
 
 
@@ -173,12 +192,59 @@ def facts(work_dir):
     }  # fmt: skip
 
 
+def survey(work_dir, abandoned_s):
+    from runtimes import libstdcxx_version
+
+    found = housekeeping.survey(work_dir, abandoned_s)
+    return dict(
+        facts(work_dir), work_dir=found, libstdcxx=libstdcxx_version(),
+        kernel_machine=os.uname().machine,
+    )  # fmt: skip
+
+
+def check(work_dir, backend, library):
+    """The runtime that would measure, tried with a model that is known. Raises Stop(69)."""
+    from backends import SELF_TEST_MODEL
+    from runtimes import choose_runtime
+    from supervisor import run_worker
+
+    if library is not None:
+        library = dict(library, path=check_file("runtime", library, lambda: None))
+        housekeeping.mark_used(work_dir, [library["path"]])
+    with tempfile.TemporaryDirectory(dir=work_dir, prefix=housekeeping.CHECK) as folder:
+        self_test = os.path.join(folder, "self-test.tflite")
+        with open(self_test, "wb") as stream:
+            stream.write(SELF_TEST_MODEL)
+
+        def attempt(runtime):
+            spec = {"kind": "self-test", "runtime": runtime, "self_test": self_test, "affinity": []}
+            result, cause = run_worker(spec, CHECK_S)
+            return None if result is not None else cause["message"]
+
+        runtime, rejected = choose_runtime(backend, library, [], attempt)
+    return {"runtime": runtime, "rejected": rejected}
+
+
 def answer(argv):
     """What the command line asks for -> the reply's own keys. Raises Stop."""
     verb, arguments = (argv + [""])[1], argv[2:]
     folder = os.path.abspath(os.path.expanduser(arguments[0])) if arguments else ""
     if verb == "facts" and len(arguments) == 1:
         return facts(folder)
+    if verb in ("survey", "tidy") and len(arguments) == 2:
+        try:
+            abandoned_s = float(arguments[1])
+        except ValueError as exc:
+            raise Stop(EX_BAD_JOB, "bad-request", str(exc))
+        if verb == "survey":
+            return survey(folder, abandoned_s)
+        return {"removed": housekeeping.tidy(folder, abandoned_s)}
+    if verb == "check" and len(arguments) == 3:
+        try:
+            library = json.loads(arguments[2])
+        except ValueError as exc:
+            raise Stop(EX_BAD_JOB, "bad-request", str(exc))
+        return check(folder, arguments[1], library)
     if verb == "start" and len(arguments) == 1:
         return start(folder)
     if verb == "status" and len(arguments) in (2, 3):

@@ -46,7 +46,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def pin_the_test_library(monkeypatch: pytest.MonkeyPatch) -> Pin:
-    pin = Pin(hashlib.sha256(LIBRARY).hexdigest(), len(LIBRARY), "2.34", "3.4.30")
+    pin = Pin(hashlib.sha256(LIBRARY).hexdigest(), len(LIBRARY), "2.34", "3.4.30", 65536)
     monkeypatch.setitem(PINS, ("2.3.0", "aarch64"), pin)
     return pin
 
@@ -62,6 +62,9 @@ def test_what_a_pinned_library_needs_is_what_readelf_says(
         versions = [v.split(".") for v in re.findall(rf"\b{what}_([\d.]+)", said.stdout)]
         newest = max(versions, key=lambda v: [int(n) for n in v])
         assert ".".join(newest) == getattr(PINS["2.3.0", machine], pinned)
+    said = subprocess.run(["readelf", "-lW", path], check=True, capture_output=True, text=True)
+    aligned = {int(a, 16) for a in re.findall(r"^ +LOAD .* (0x\w+)$", said.stdout, re.M)}
+    assert aligned == {PINS["2.3.0", machine].max_page_bytes}
 
 
 needs_pip = pytest.mark.skipif(not importlib.util.find_spec("pip"), reason="needs pip here")
