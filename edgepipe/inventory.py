@@ -33,7 +33,8 @@ def resolve_targets(
 ) -> list[Target]:
     """Addresses for the profiles a recipe names, or the one device the command line names.
 
-    ``localhost`` needs no address, and neither ``local`` nor a null device a profile. Raises RequestError where a profile has none.
+    ``localhost`` and virtual boards need no address, and neither ``local`` nor a null device nor
+    ``virt://NAME`` a profile. Raises RequestError where a profile has none.
     """
     for option, value in (("--device", address), ("--profile", profile)):
         if value == "":  # "$BOARD" of a script must not become this machine
@@ -44,6 +45,8 @@ def resolve_targets(
     elif address and len(profiles) != 1:
         # neither this machine nor a simulated board is of a kind that a profile describes
         default = "localhost" if address == "local" or address.startswith("null://") else ""
+        if address.startswith("virt://"):
+            default = address.removeprefix("virt://")
         if not default:
             raise RequestError(
                 f"which profile describes {address}?",
@@ -58,7 +61,8 @@ def resolve_targets(
     targets = []
     for name in names:
         facts = find_profile(name, paths)
-        found = known.get(name, "local" if name == "localhost" else "")
+        default = f"virt://{name}" if facts.emulated else "local" if name == "localhost" else ""
+        found = known.get(name, default)
         if not found:
             raise RequestError(
                 f"no address for device profile {name!r}",

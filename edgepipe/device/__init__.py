@@ -17,15 +17,18 @@ SCHEMES: dict[str, tuple[str, str]] = {
     "local": ("edgepipe.device.local", "open_local"),
     "null": ("edgepipe.device.null", "open_null"),
     "ssh": ("edgepipe.device.ssh", "open_ssh"),
+    "virt": ("edgepipe.device.virtual", "open_virtual"),
 }
 
 ADDRESS_HINT = (
-    "write `local` or `ssh://[user@]host[:port]`, or `null://quiet` for a simulated board"
+    "write `local` or `ssh://[user@]host[:port]`, `virt://virt-pi-4` for a virtual board, or "
+    "`null://quiet` for a simulated one"
 )
 
 
 def open_device(address: str, **options: Any) -> Device:
-    """Open the board at ``address``: ``local``, ``ssh://[user@]host[:port]`` or ``null://scenario``.
+    """Open the board at ``address``: ``local``, ``ssh://[user@]host[:port]``, ``virt://board`` or
+    ``null://scenario``.
 
     ``options`` are the keyword arguments of the scheme's own function (`edgepipe.device.ssh.open_ssh`).
     Raises RequestError for an address of no known scheme, and the ConnectError, HostKeyError or
