@@ -30,7 +30,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -61,8 +61,8 @@ Row = dict[str, Any]
 # -- one model, in a child process -----------------------------------------------------------------
 
 
-def make_row(entry: ZooModel, route: str, work: Path, timeout_s: float) -> Row:
-    """Export, convert, quantise and judge one network."""
+def make_row(entry: ZooModel, route: str, work: Path, timeout_s: float, keep: Callable[[Row], None]) -> Row:  # fmt: skip
+    """Export, convert, quantise and judge one network. ``keep`` is given the row before int8 is tried."""
     torch.set_num_threads(1)
     network = settled(entry)
     folder = work / "models" / entry.name
@@ -84,7 +84,6 @@ def make_row(entry: ZooModel, route: str, work: Path, timeout_s: float) -> Row:
     expected = {f"output_{i}": value.numpy() for i, value in enumerate(outputs)}
 
     def convert(count: int) -> Artifact:
-        # a child begins in the repository or elsewhere; relative names are never used
         recipe = recipe_for(source, steps[:count], DataSource(kind="npz", path=data))
         return pipeline.convert(recipe, Store(folder / "store"))
 
@@ -115,6 +114,8 @@ def make_row(entry: ZooModel, route: str, work: Path, timeout_s: float) -> Row:
             },
         )
     )  # fmt: skip
+    # a crash of the runtime on the int8 file ends this process, and shall not take the row with it
+    keep(row | {"int8": {"code": "crash", "message": "the process ended while quantising"}})
     try:
         int8 = convert(3)
         row["int8"] = {
@@ -194,9 +195,12 @@ def child(name: str, route: str, work: Path, timeout_s: float) -> None:
     with (work / "log.txt").open("a", encoding="utf-8") as stream:
         logging.basicConfig(stream=stream, level=logging.INFO, format="%(message)s")
         logging.info("--- %s by %s", name, route)
-        row = make_row(MODELS[name], route, work, timeout_s)
-    usage = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]  # fmt: skip
-    write_json(row_file(work, name, route), row | {"peak_rss_bytes": max(usage) * 1024})
+
+        def keep(row: Row) -> None:
+            usage = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]  # fmt: skip
+            write_json(row_file(work, name, route), row | {"peak_rss_bytes": max(usage) * 1024})
+
+        keep(make_row(MODELS[name], route, work, timeout_s, keep))
 
 
 # -- all of them -----------------------------------------------------------------------------------
