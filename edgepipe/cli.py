@@ -223,6 +223,10 @@ def _run_command(name: str, arguments: list[str], out: Output) -> int:
     out.as_json = args.json
     with StopSignals() as signals:
         progress = _show_progress(args, signals)
+        if sys.stdin.isatty() and sys.stderr.isatty():
+            from edgepipe import password
+
+            password.set_prompt(_ask_password)
         try:
             return int(module.run(args, out))
         except BaseException as exc:
@@ -234,6 +238,12 @@ def _run_command(name: str, arguments: list[str], out: Output) -> int:
             return _explain(signals.caught or exc, name, out, debug=args.debug)
         finally:
             progress.close()
+
+
+def _ask_password(text: str) -> str:
+    import getpass
+
+    return getpass.getpass(text)
 
 
 def _explain(exc: BaseException, name: str, out: Output, *, debug: bool) -> int:

@@ -73,5 +73,5 @@ class RetryingDevice:
 def is_broken_link(error: DeviceError) -> bool:
     """Whether the link failed, so that the same call may well succeed on a new one."""
     if isinstance(error, ConnectError):
-        return error.code in (ConnectError.default_code, "connection-lost")
+        return error.code not in ("unknown-host", "no-sftp")
     return isinstance(error, TransferError) and error.code == "connection-lost"

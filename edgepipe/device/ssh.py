@@ -16,10 +16,13 @@ import hashlib
 import logging
 import math
 import os
+import pwd
 import secrets
 import select
 import shlex
+import shutil
 import socket
+import subprocess
 import threading
 import time
 import urllib.parse
@@ -28,6 +31,7 @@ from pathlib import Path
 
 import paramiko
 
+from edgepipe import password
 from edgepipe.artifact import hash_path
 from edgepipe.device import ADDRESS_HINT, base
 from edgepipe.device.base import (
@@ -63,6 +67,7 @@ _GLOBAL_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")  # ssh_config(5), GlobalK
 _CONNECT_TIMEOUT_S = 10.0
 _MAX_JUMPS = 5
 _KEEPALIVE_S = 15
+_DEAD_S = 45.0  # three keepalives without an acknowledgement: the link is dead
 _STALL_S = 30.0  # a transfer that moves nothing for so long is broken
 _HELPER_S = 30.0  # for mkdir, df and the like
 _CHUNK_BYTES = 1 << 18
@@ -122,9 +127,11 @@ def open_ssh(
     """Connect to ``ssh://[user@]host[:port]``, where ``host`` may be a name in ``~/.ssh/config``.
 
     Of the configuration HostName, Port, User, IdentityFile, IdentitiesOnly, UserKnownHostsFile,
-    HostKeyAlias, ProxyJump and ProxyCommand are used. ``identity_file`` (or EDGEPIPE_SSH_IDENTITY)
+    HostKeyAlias, ProxyJump and ProxyCommand are used, and ``IdentityAgent none``; what they are is
+    asked of OpenSSH's client (`_read_config`). ``identity_file`` (or EDGEPIPE_SSH_IDENTITY)
     is then the only key tried; otherwise the agent's, the configuration's and ``~/.ssh/id_*``. A
-    password is taken from EDGEPIPE_SSH_PASSWORD alone. Host keys are looked up in ``known_hosts``
+    password is taken from EDGEPIPE_SSH_PASSWORD, or asked for where somebody can be asked
+    (`edgepipe.password`). Host keys are looked up in ``known_hosts``
     (or EDGEPIPE_KNOWN_HOSTS), otherwise in UserKnownHostsFile, ``~/.ssh/known_hosts`` and the
     system's; the first file is where `trust_host_key` writes.
 
@@ -270,7 +277,13 @@ class SshDevice:
             log.debug("connecting to %s again", self.address)
             self._drop_sftp()
             self._resources.close()
-            self._connect()
+            try:
+                self._connect()
+            except ConnectError as exc:
+                if exc.code != "unknown-host":
+                    raise
+                # it had this name before: one of mDNS comes back with the board
+                raise ConnectError(exc.message, hint=exc.hint, code="connection-lost") from exc
         transport = self._client.get_transport()
         if transport is None:
             raise EOFError("the connection was closed at once")
@@ -555,9 +568,15 @@ class _Endpoint:
     key_name: str
     identity_files: tuple[Path, ...]
     identities_only: bool
+    use_agent: bool
     known_hosts: tuple[Path, ...]
     proxy_jump: str
     proxy_command: str
+
+    @property
+    def login(self) -> str:
+        """Whose password it would be."""
+        return f"{self.user}@{self.host}:{self.port}"
 
 
 def _path_from_environment(name: str) -> Path | None:
@@ -593,16 +612,13 @@ def _resolve(address: str, options: _Options) -> _Endpoint:
         raise bad
     # urlsplit lowers the case of host names, which are case-sensitive in ~/.ssh/config
     host = host[1 : host.index("]")] if host.startswith("[") else host.split(":")[0]
-    config_file = _expand_user("~/.ssh/config")
     this_user = _this_user()  # paramiko asks as well, whatever the address says
-    config = _read_config(config_file, host, user=parts.username, port=port)
-    if "include" in config:
-        log.warning("%s: Include is not followed", config_file)
+    config = _read_config(host, user=parts.username, port=port)
     host = str(config["hostname"])
     configured = str(config.get("port", 22))
     if not configured.isdecimal() or not 0 < int(configured) < 2**16:
         raise RequestError(
-            f"{config_file}: Port {configured!r} of {address} is no port",
+            f"~/.ssh/config: Port {configured!r} of {address} is no port",
             hint="write a number from 1 to 65535",
         )
     alias = str(config.get("hostkeyalias", ""))
@@ -624,10 +640,17 @@ def _resolve(address: str, options: _Options) -> _Endpoint:
         key_name=alias or (host if configured == "22" else f"[{host}]:{configured}"),
         identity_files=tuple(identity_files),
         identities_only=bool(options.identity_file) or config.get("identitiesonly") == "yes",
+        use_agent=_uses_agent(str(config.get("identityagent", "SSH_AUTH_SOCK"))),
         known_hosts=tuple(known_hosts),
         proxy_jump=str(config.get("proxyjump", "none")),
         proxy_command=str(config.get("proxycommand") or "none"),
     )
+
+
+def _uses_agent(identity_agent: str) -> bool:
+    if identity_agent not in ("SSH_AUTH_SOCK", "none", os.environ.get("SSH_AUTH_SOCK")):
+        log.warning("IdentityAgent %s is not asked; only that of SSH_AUTH_SOCK is", identity_agent)
+    return identity_agent != "none"
 
 
 def _this_user() -> str:
@@ -648,20 +671,97 @@ def _without_password(address: str) -> str:
     return f"{scheme}{separator}{login.split(':')[0]}{at}{host}" if at else address
 
 
-def _read_config(
-    path: Path, host: str, *, user: str | None, port: int | None
-) -> paramiko.SSHConfigDict:
-    """What ssh_config(5) says of ``host``. ``user`` and ``port`` come first, as with ``ssh -p``, so
-    that %r and %p of a ProxyCommand are theirs."""
-    given = "Host *\n" + (f"User {user}\n" if user else "") + (f"Port {port}\n" if port else "")
+def _read_config(host: str, *, user: str | None, port: int | None) -> paramiko.SSHConfigDict:
+    """What ssh_config(5) says of ``host``; ``user`` and ``port`` of the address come first.
+
+    OpenSSH's own client is asked where there is one (``ssh -G``), so that Include, Match and the
+    system's file mean what they mean to ssh. Without it paramiko reads ``~/.ssh/config``, where an
+    Include, which it does not follow, is an error.
+    """
+    path = _expand_user("~/.ssh/config")
+    ssh = shutil.which("ssh")
+    known_home = _home_of_account()
+    if ssh and known_home:
+        text = _ask_ssh(ssh, path, host, user=user, port=port, is_usual=_expand_user("~") == known_home)  # fmt: skip
+        text = _plain_config(text, host, known_home)
+    else:
+        try:
+            text = path.read_text() if path.exists() else ""
+        except (OSError, ValueError) as exc:
+            raise _unreadable(path, exc, host) from exc
+        given = (f"User {user}\n" if user else "") + (f"Port {port}\n" if port else "")
+        text = f"Host *\n{given}{text}"
     try:
-        text = path.read_text() if path.exists() else ""
-        return paramiko.SSHConfig.from_text(given + text).lookup(host)
+        config = paramiko.SSHConfig.from_text(text).lookup(host)
     # ImportError: `Match exec` needs a package that paramiko does not install
-    except (OSError, ValueError, ImportError, KeyError, paramiko.SSHException) as exc:
+    except (ValueError, ImportError, KeyError, paramiko.SSHException) as exc:
+        raise _unreadable(path, exc, host) from exc
+    if "include" in config:
         raise RequestError(
-            f"cannot read {path}: {exc}", hint=f"see whether `ssh -G {host}` reads it"
-        ) from exc
+            f"{path}: only OpenSSH's client can follow an Include, and it is not installed here",
+            hint="apt-get install openssh-client (or the same for your system)",
+        )
+    return config
+
+
+def _unreadable(path: Path, why: object, host: str) -> RequestError:
+    return RequestError(f"cannot read {path}: {why}", hint=f"see whether `ssh -G {host}` reads it")
+
+
+def _home_of_account() -> Path | None:
+    """Where ssh looks for ``~``, whatever $HOME says; None for an account without an entry."""
+    try:
+        return Path(pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:
+        return None
+
+
+def _ask_ssh(
+    ssh: str, path: Path, host: str, *, user: str | None, port: int | None, is_usual: bool
+) -> str:
+    # ssh goes by the account's home folder; with another $HOME its file is named
+    file = [] if is_usual else ["-F", str(path) if path.exists() else "none"]
+    given = [*(["-l", user] if user else []), *(["-p", str(port)] if port else [])]
+    try:
+        done = subprocess.run(
+            [ssh, "-G", "-T", *file, *given, "--", host], capture_output=True, text=True,
+            errors="replace", stdin=subprocess.DEVNULL, timeout=_HELPER_S, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        raise _unreadable(path, exc, host) from exc
+    if done.returncode:
+        said = "; ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
+        raise _unreadable(path, said or f"ssh ended with {done.returncode}", host)
+    return done.stdout
+
+
+# What is used of ssh's answer; all else is paramiko's or ours to choose.
+_CONFIG_KEYS = (
+    "hostname", "user", "port", "identityfile", "identitiesonly", "identityagent",
+    "userknownhostsfile", "hostkeyalias", "proxyjump", "proxycommand",
+)  # fmt: skip
+# ssh(1) tries these where no key is named; paramiko looks for them itself.
+_USUAL_KEYS = {f"~/.ssh/id_{kind}" for kind in ("rsa", "ecdsa", "ecdsa_sk", "ed25519", "ed25519_sk", "xmss", "dsa")}  # fmt: skip
+
+
+def _plain_config(answer: str, host: str, home: Path) -> str:
+    """What ``ssh -G`` printed, as a configuration for one host. Pure.
+
+    Defaults that ssh fills in are left out, where their absence means the same to us.
+    """
+    lines = []
+    for line in answer.splitlines():
+        key, _, value = line.partition(" ")
+        usual_hosts = f"{home}/.ssh/known_hosts {home}/.ssh/known_hosts2"
+        is_default = (
+            (key == "identityfile" and value in _USUAL_KEYS)
+            or (key == "userknownhostsfile" and value == usual_hosts)
+            or (key in ("proxyjump", "proxycommand") and value == "none")
+        )
+        if key in _CONFIG_KEYS and not is_default:
+            # %n, the name as it was given, is one token that paramiko does not know
+            lines.append(f"{key} {value.replace('%n', host)}")
+    return "\n".join(["Host *", *lines]) + "\n"
 
 
 def _connect(
@@ -676,14 +776,14 @@ def _connect(
     for key in _known_keys(endpoint):
         client.get_host_keys().add(endpoint.key_name, key.get_name(), key)
     connection = _open_socket(endpoint, options, stack, jumps=jumps)
-    with _handshake_errors(endpoint):
+    with _handshake_errors(endpoint), _asking_for_password(client, endpoint):
         client.connect(
             endpoint.key_name,  # with our own socket and port 22 it is only the name of the key
             sock=connection,
             username=endpoint.user,
-            password=os.environ.get(ENV_PASSWORD) or None,
+            password=os.environ.get(ENV_PASSWORD) or password.known(endpoint.login),
             key_filename=[str(path) for path in endpoint.identity_files],
-            allow_agent=not endpoint.identities_only,
+            allow_agent=endpoint.use_agent and not endpoint.identities_only,
             look_for_keys=not endpoint.identities_only,
             timeout=options.connect_timeout_s,
             banner_timeout=options.connect_timeout_s,
@@ -691,10 +791,36 @@ def _connect(
             channel_timeout=options.connect_timeout_s,
             transport_factory=_fast_transport,
         )
-        transport = client.get_transport()
-        if transport is not None:
-            transport.set_keepalive(_KEEPALIVE_S)
+    transport = client.get_transport()
+    if transport is not None:
+        transport.set_keepalive(_KEEPALIVE_S)
     return client
+
+
+@contextlib.contextmanager
+def _asking_for_password(client: paramiko.SSHClient, endpoint: _Endpoint) -> Iterator[None]:
+    """Where no key is let in, a password may be: of somebody at a terminal who can be asked."""
+    try:
+        yield
+    except paramiko.SSHException as exc:
+        transport = client.get_transport()
+        text = str(exc)
+        if not isinstance(exc, paramiko.AuthenticationException) and "authentication methods" not in text:  # fmt: skip
+            raise
+        if os.environ.get(ENV_PASSWORD) or transport is None or not transport.is_active():
+            raise
+        try:
+            transport.auth_none(endpoint.user)
+        except paramiko.BadAuthenticationType as answer:
+            if not {"password", "keyboard-interactive"} & set(answer.allowed_types):
+                raise exc from None
+        else:
+            return  # it lets anybody in
+        given = password.ask(endpoint.login)
+        if given is None:
+            raise
+        transport.auth_password(endpoint.user, given)
+        password.remember(endpoint.login, given)
 
 
 def _fast_transport(
@@ -769,20 +895,26 @@ def _open_socket(
         raise ConnectError(
             f"{where}: the host refuses connections",
             hint="is the SSH server running there, on this port?",
+            code="refused",
         ) from exc
     except TimeoutError as exc:
         raise ConnectError(
             f"{where}: no answer within {options.connect_timeout_s:g} s",
             hint="is the board up and on this network?",
+            code="unreachable",
         ) from exc
     except OSError as exc:
         raise ConnectError(
-            f"{where}: {exc.strerror or exc}", hint="is the board up and on this network?"
+            f"{where}: {exc.strerror or exc}",
+            hint="is the board up and on this network?",
+            code="unreachable",
         ) from exc
     stack.callback(connection.close)
     # paramiko leaves Nagle's algorithm on, which makes every command wait for a delayed
     # acknowledgement (40 ms on Linux, RFC 896 and RFC 1122 4.2.3.2)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux, tcp(7): keepalives that nobody acknowledges
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * _DEAD_S))
     return connection
 
 
@@ -815,6 +947,7 @@ def _handshake_errors(endpoint: _Endpoint) -> Iterator[None]:
         raise ConnectError(
             f"{where} speaks only SSH algorithms that are no longer safe: {_reason(exc)}",
             hint="update the board's SSH server",
+            code="no-ssh",
         ) from exc
     except (OSError, EOFError, ValueError, paramiko.SSHException) as exc:
         text = _reason(exc)
@@ -826,6 +959,7 @@ def _handshake_errors(endpoint: _Endpoint) -> Iterator[None]:
         raise ConnectError(
             f"{where} accepts connections but does not speak SSH as it should: {text}",
             hint="is it an SSH server, and is the board not overloaded?",
+            code="no-ssh",
         ) from exc
 
 

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
+import os
+import pty
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from edgepipe import password
 from edgepipe.cli import main
 from edgepipe.device import open_device
 from edgepipe.device.ssh import ENV_IDENTITY, ENV_KNOWN_HOSTS, ENV_PASSWORD, SshDevice
 from edgepipe.errors import AuthError, ConnectError, EdgepipeError, HostKeyError, RequestError
-from edgepipe.testing import LoopbackSshd
+from edgepipe.testing import LoopbackSshd, find_sshd
 
+from .conftest import skip_here
 from .test_devices import is_gone, wait_until
 
 
@@ -245,6 +251,164 @@ def test_a_name_in_the_ssh_configuration_is_enough(sshd: LoopbackSshd, tmp_path:
 def test_proxy_jump_goes_through_another_host(sshd: LoopbackSshd, tmp_path: Path) -> None:
     write_ssh_config(tmp_path, alias_of(sshd) + alias_of(sshd).replace("Board", "Behind") + "  ProxyJump Board\n")  # fmt: skip
     assert says_hello(open_device("ssh://Behind"))
+
+
+def test_proxy_jump_goes_through_a_machine_with_keys_of_its_own(
+    sshd: LoopbackSshd, tmp_path: Path
+) -> None:
+    with LoopbackSshd() as gate:
+        behind = alias_of(sshd).replace("Board", "Behind") + "  ProxyJump Board\n"
+        write_ssh_config(tmp_path, alias_of(gate) + behind)
+        assert says_hello(open_device("ssh://Behind"))
+        assert "Accepted publickey" in gate.log_path.read_text()
+    with pytest.raises(ConnectError) as caught:  # the gate is gone: it is the one that is named
+        open_device("ssh://Behind")
+    assert str(gate.port) in caught.value.message
+
+
+def test_what_the_configuration_includes_counts(sshd: LoopbackSshd, tmp_path: Path) -> None:
+    more = tmp_path / "boards"
+    more.mkdir()
+    (more / "one.conf").write_text(alias_of(sshd))
+    write_ssh_config(tmp_path, f"Include {more}/*.conf\nHost *\n  Port 1\n")
+    assert says_hello(open_device("ssh://Board"))
+
+
+def test_an_include_that_nobody_can_follow_is_an_error(
+    sshd: LoopbackSshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no ssh there
+    write_ssh_config(tmp_path, alias_of(sshd))
+    assert says_hello(open_device("ssh://Board"))
+    (tmp_path / ".ssh" / "config").write_text("Include boards.conf\n" + alias_of(sshd))
+    with pytest.raises(RequestError, match="Include") as caught:
+        open_device("ssh://Board")
+    assert "openssh-client" in caught.value.hint
+
+
+def test_a_host_key_alias_is_what_known_hosts_are_asked_for(
+    sshd: LoopbackSshd, tmp_path: Path
+) -> None:
+    known = tmp_path / "known"
+    known.write_text(sshd.known_hosts.read_text().replace(host_name(sshd), "my-board"))
+    text = alias_of(sshd).replace(str(sshd.known_hosts), str(known))
+    write_ssh_config(tmp_path, text)
+    with pytest.raises(HostKeyError):
+        open_device("ssh://Board")
+    (tmp_path / ".ssh" / "config").write_text(text + "  HostKeyAlias my-board\n")
+    assert says_hello(open_device("ssh://Board"))
+
+
+@pytest.fixture
+def agent(sshd: LoopbackSshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A real ssh-agent that holds the server's client key."""
+    folder = tempfile.mkdtemp(prefix="edgepipe-agent-")  # a socket's path may have 108 bytes
+    process = subprocess.Popen(
+        ["ssh-agent", "-D", "-a", f"{folder}/agent"], stdout=subprocess.DEVNULL
+    )
+    try:
+        wait_until(lambda: Path(folder, "agent").exists(), "the agent listens")
+        monkeypatch.setenv("SSH_AUTH_SOCK", f"{folder}/agent")
+        subprocess.run(["ssh-add", "-q", sshd.identity_file], check=True)
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+        shutil.rmtree(folder)
+
+
+@pytest.mark.usefixtures("agent")
+def test_a_key_that_only_the_agent_has_opens_the_board(sshd: LoopbackSshd, tmp_path: Path) -> None:
+    assert says_hello(open_device(sshd.address, known_hosts=sshd.known_hosts))
+    lines = alias_of(sshd).splitlines(keepends=True)
+    text = "".join(line for line in lines if "Identit" not in line) + "  IdentityAgent none\n"
+    write_ssh_config(tmp_path, text)
+    with pytest.raises(AuthError):
+        open_device("ssh://Board")
+
+
+# -------------------------------------------------------------------------------------- passwords
+
+PASSWORD = "sesame-4711 ä"
+
+
+@pytest.fixture
+def password_sshd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackSshd]:
+    """A server that knows this user by a password alone: of a shadow file that only it sees."""
+    shadow, program = tmp_path / "shadow", tmp_path / "sshd"
+    user = getpass.getuser()
+    made = subprocess.run(["openssl", "passwd", "-6", "-stdin"], input=PASSWORD, capture_output=True, text=True, check=True)  # fmt: skip
+    shadow.write_text(f"{user}:{made.stdout.strip()}:20000:0:99999:7:::\n")
+    bind = f'mount --bind {shadow} /etc/shadow && exec {find_sshd()} "$@"'
+    program.write_text(f"#!/bin/sh\nexec unshare -m sh -c '{bind}' sh \"$@\"\n")
+    program.chmod(0o755)
+    probe = subprocess.run(["unshare", "-m", "mount", "--bind", shadow, "/etc/shadow"], capture_output=True)  # fmt: skip
+    if os.geteuid() != 0 or probe.returncode:
+        skip_here("a password of a test's own needs root and a mount namespace")
+    monkeypatch.setattr("edgepipe.testing.find_sshd", lambda: program)
+
+    class PasswordSshd(LoopbackSshd):
+        def _config(self, folder: Path) -> str:
+            text = super()._config(folder).replace("AuthenticationMethods publickey\n", "")
+            text = text.replace("prohibit-password", "yes")
+            return text.replace("PasswordAuthentication no", "PasswordAuthentication yes")
+
+    with PasswordSshd() as server:
+        server.identity_file.with_name("authorized_keys").write_text("")
+        yield server
+
+
+def test_a_password_from_the_environment_opens_the_board(
+    password_sshd: LoopbackSshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENV_PASSWORD, PASSWORD)
+    assert says_hello(open_device(password_sshd.address, known_hosts=password_sshd.known_hosts))
+    monkeypatch.setenv(ENV_PASSWORD, PASSWORD + "x")
+    with pytest.raises(AuthError, match="refuses to let"):
+        open_device(password_sshd.address, known_hosts=password_sshd.known_hosts)
+
+
+def test_a_password_is_asked_for_once_and_never_shown(
+    password_sshd: LoopbackSshd, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(password, "_known", {})
+    password.set_prompt(lambda text: asked.append(text) or PASSWORD)
+    try:
+        caplog.set_level("DEBUG")
+        device = open_device(password_sshd.address, known_hosts=password_sshd.known_hosts)
+        assert isinstance(device, SshDevice)
+        assert "sesame" not in repr(device) + repr(vars(device))
+        device._client.close()  # the link breaks
+        assert device.run(["echo", "again"], timeout_s=10).stdout == b"again\n"
+        device.close()
+    finally:
+        password.set_prompt(None)
+    assert len(asked) == 1
+    assert f"127.0.0.1:{password_sshd.port}'s password" in asked[0]
+    assert "sesame" not in caplog.text
+
+
+def test_a_wrong_password_at_the_terminal_is_an_auth_error_without_it(
+    password_sshd: LoopbackSshd,
+) -> None:
+    """The real command line under a terminal of its own: what is typed appears nowhere."""
+    environment = {**os.environ, **password_sshd.environment()}
+    environment.pop("EDGEPIPE_SSH_IDENTITY")
+    pid, terminal = pty.fork()
+    if pid == 0:  # the child has the terminal as its stdin, stdout and stderr
+        os.execve(sys.executable, [sys.executable, "-m", "edgepipe", "probe", password_sshd.address], environment)  # fmt: skip
+    said = b""
+    with contextlib.suppress(OSError):  # EIO: the child has closed its side
+        while chunk := os.read(terminal, 4096):
+            said += chunk
+            if said.endswith(b"password: "):
+                os.write(terminal, b"open-barley\n")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+    os.close(terminal)
+    assert said.count(b"password: ") == 1
+    assert b"refuses to let" in said
+    assert b"barley" not in said
 
 
 def test_proxy_jump_in_a_circle_is_an_error(sshd: LoopbackSshd, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ ALLOWED = {
 LAYERS = (
     ("edgepipe.cli", "edgepipe.commands", "edgepipe.__main__"),
     ("edgepipe.pipeline", "edgepipe.judge", "edgepipe.report", "edgepipe.layer_report", "edgepipe.ci_output", "edgepipe.recipe", "edgepipe.adhoc"),
-    ("edgepipe.bench", "edgepipe.evaluate", "edgepipe.inventory", "edgepipe.baseline", "edgepipe.explain", "edgepipe.calibration", "edgepipe.op_timing", "edgepipe.testing", "edgepipe.probe"),
+    ("edgepipe.bench", "edgepipe.evaluate", "edgepipe.inventory", "edgepipe.baseline", "edgepipe.explain", "edgepipe.calibration", "edgepipe.op_timing", "edgepipe.testing", "edgepipe.probe", "edgepipe.doctor"),
     ("edgepipe.stages", "edgepipe.device", "edgepipe.store", "edgepipe.runtime", "edgepipe.parity", "edgepipe.routes", "edgepipe.payload", "edgepipe.preflight", "edgepipe.job", "edgepipe.crunner", "edgepipe.op_table", "edgepipe.emulator"),
     ("edgepipe.predict", "edgepipe.toolchain", "edgepipe.toolchains"),
     ("edgepipe.torch_ops", "edgepipe.tflite_ops"),
@@ -39,7 +39,7 @@ LAYERS = (
     ("edgepipe.stage", "edgepipe.pruning", "edgepipe.range_table", "edgepipe.training", "edgepipe.distillation", "edgepipe.students", "edgepipe.gate", "edgepipe.profile", "edgepipe.match", "edgepipe.emulated", "edgepipe.resources"),
     ("edgepipe.data", "edgepipe.artifact", "edgepipe.measurement", "edgepipe.metrics", "edgepipe.sessions", "edgepipe.stats"),
     ("edgepipe.schema", "edgepipe.table"),
-    ("edgepipe.units",),
+    ("edgepipe.units", "edgepipe.password"),
     ("edgepipe.errors",),
 )  # fmt: skip
 
