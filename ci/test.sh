@@ -4,9 +4,17 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# The contract suite talks to a real OpenSSH server; in CI its absence is an error.
-if [ "${CI:-}" = true ] && [ ! -x /usr/sbin/sshd ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq openssh-server >/dev/null
+# The tests talk to a real OpenSSH server and to virtual boards; in CI their absence is an error.
+packages=()
+have() { PATH="$PATH:/usr/sbin:/sbin" command -v "$1" >/dev/null; }
+have sshd || packages+=(openssh-server)
+have qemu-system-aarch64 || packages+=(qemu-system-arm)
+have qemu-img || packages+=(qemu-utils)
+have qemu-aarch64 || packages+=(qemu-user)
+have proot || packages+=(proot)
+if [ "${CI:-}" = true ] && [ ${#packages[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && have apt-get; then
+  apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null
 fi
 # The folder of real data (README, "Running the tests"); one beside the checkout is found by itself.
 if [ -z "${EDGEPIPE_DATA:-}" ] && [ -d ../shared/data ]; then
