@@ -23,18 +23,20 @@ import argparse
 import json
 import logging
 import math
+import multiprocessing
 import os
 import resource
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
+import onnxscript  # noqa: F401  what torch.onnx imports: once, not in every child
 import torch
 from ai_edge_litert.interpreter import Interpreter
 from safetensors.torch import save_file
@@ -55,6 +57,7 @@ PARITY = 1e-4  # what counts as the same: relative, max abs over max, of issue a
 ROUTES = get_args(get_type_hints(ToTflite)["route"])
 CALIBRATION = 32  # samples; the stages see these, the judge's are others
 JUDGED = 8
+FORK = multiprocessing.get_context("fork")
 Row = dict[str, Any]
 
 
@@ -192,15 +195,18 @@ def _cpu_s() -> float:
 
 
 def child(name: str, route: str, work: Path, timeout_s: float) -> None:
-    with (work / "log.txt").open("a", encoding="utf-8") as stream:
-        logging.basicConfig(stream=stream, level=logging.INFO, format="%(message)s")
-        logging.info("--- %s by %s", name, route)
+    """What the forked process does: one row, and all that is said meanwhile into log.txt."""
+    stream = (work / "log.txt").open("a", encoding="utf-8")
+    os.dup2(stream.fileno(), 1)
+    os.dup2(stream.fileno(), 2)
+    logging.basicConfig(stream=stream, level=logging.INFO, format="%(message)s", force=True)
+    logging.info("--- %s by %s", name, route)
 
-        def keep(row: Row) -> None:
-            usage = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]  # fmt: skip
-            write_json(row_file(work, name, route), row | {"peak_rss_bytes": max(usage) * 1024})
+    def keep(row: Row) -> None:
+        usage = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]  # fmt: skip
+        write_json(row_file(work, name, route), row | {"peak_rss_bytes": max(usage) * 1024})
 
-        keep(make_row(MODELS[name], route, work, timeout_s, keep))
+    keep(make_row(MODELS[name], route, work, timeout_s, keep))
 
 
 # -- all of them -----------------------------------------------------------------------------------
@@ -217,9 +223,10 @@ def row_of(name: str, route: str, work: Path, timeout_s: float, *, again: bool =
         kept.unlink(missing_ok=True)
     if not kept.exists():
         began = time.monotonic()
-        argv = [sys.executable, __file__, "--work", str(work), "--timeout", str(timeout_s), "--child", name, route]  # fmt: skip
-        with (work / "log.txt").open("a", encoding="utf-8") as log:
-            code = _wait(subprocess.Popen(argv, stdout=log, stderr=log), timeout_s)
+        # forked, so that a row does not pay for the import of torch; nothing runs in this process
+        process = FORK.Process(target=child, args=(name, route, work, timeout_s))
+        process.start()
+        code = _wait(process, timeout_s)
         seconds = round(time.monotonic() - began, 1)
         row: Row = {
             "model": name,
@@ -238,20 +245,17 @@ def row_of(name: str, route: str, work: Path, timeout_s: float, *, again: bool =
     return found
 
 
-def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> int | None:
+def _wait(process: ForkProcess, timeout_s: float) -> int | None:
     """Exit code, or None at the deadline. An interrupted child ends its converter, too."""
-    try:
-        return process.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    process.join(timeout_s)
+    if process.exitcode is not None:
+        return process.exitcode
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(20)
+    process.kill()
+    process.join()
+    return None
 
 
 def is_good(row: Row) -> bool:
@@ -322,7 +326,6 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="of one row (default: 600)")  # fmt: skip
     parser.add_argument("--again", action="store_true", help="make these rows anew")
     parser.add_argument("--list", action="store_true", help="print the models and their inputs, and end")  # fmt: skip
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     wanted = [e for e in MODELS.values() if not args.only or e.name in args.only or e.family in args.only]  # fmt: skip
     if args.list or not wanted:
@@ -333,9 +336,6 @@ def main() -> int:
         parser.error("--work is needed")
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    if args.child:
-        child(*args.child, work, args.timeout)
-        return 0
     rows = []
     for route in args.route:
         for entry in wanted:
