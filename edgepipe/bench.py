@@ -260,7 +260,10 @@ def measure(
         from edgepipe.evaluate import device_measurements
 
         described = _session_of(outcome, "outputs")["data"]["outputs"]
-        measurements += device_measurements(model, encoded, described, answers, context, evaluation)
+        measurements += device_measurements(
+            model, encoded, described, answers, context, evaluation,
+            delegated=_is_delegated(outcome.sessions, list(models)[-1]),
+        )  # fmt: skip
     return BenchResult(measurements, device_facts, raw)
 
 
@@ -499,6 +502,17 @@ def pull_outputs(device: Device, session: Session) -> bytes:
 
 def _session_of(outcome: Outcome, kind: str) -> Session:
     return next(s for s in outcome.sessions if s["kind"] == kind)
+
+
+def _is_delegated(sessions: Sequence[Session], arm: str) -> bool | None:
+    """Whether XNNPACK runs any part of the model there; None where the board does not tell."""
+    for session in sessions:
+        data = session["data"] or {}
+        if session["kind"] == "outputs" and isinstance(data.get("delegated"), bool):
+            return bool(data["delegated"])
+        if session["kind"] == "ops" and session["arms"] == [arm] and data:
+            return any(op["where"] == "delegate" for op in data["ops"])
+    return None
 
 
 def _check_demands(options: MeasureOptions, left_out: Mapping[str, str], address: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Who computes: by whether XNNPACK runs any part of the model.
+KERNELS = {True: "xnnpack", False: "builtin", None: "unknown"}
 # How many samples layers are compared on, and how many of the noisiest layers are kept.
 LAYER_SAMPLES = 8
 LAYERS_KEPT = 10
@@ -219,25 +222,40 @@ def check_fits(
 
 def device_measurements(
     model: Artifact, samples: RawSamples, described: Sequence[Mapping[str, Any]], answers: bytes,
-    context: Mapping[str, Any], evaluation: DeviceEvaluation | None = None,
+    context: Mapping[str, Any], evaluation: DeviceEvaluation | None = None, *,
+    delegated: bool | None = None,
 ) -> tuple[Measurement, ...]:  # fmt: skip
     """What a board's answers are worth, computed on this host.
 
     ``answers`` is the outputs file of a board that was given ``samples``: inference after inference,
     in each the tensors of ``described`` (``name``, ``dtype``, ``shape``, ``bytes``). ``context`` is
-    that of the measurement they belong to. Gives ``device_mismatch`` (values that are not this
-    host's, bit for bit) and with an ``evaluation`` of the same samples ``device_flips``,
+    that of the measurement they belong to. ``delegated`` says whether XNNPACK ran any part of the
+    model there; where it did not, this host runs the builtin kernels as well, which round otherwise.
+    Gives ``device_mismatch`` (values that are not this host's, see `mismatch`) and with an ``evaluation`` of the same samples ``device_flips``,
     ``device_task_metric`` and ``device_accuracy_drop`` (with paired 95 % interval and classes), as
     far as its metric and labels allow. Raises DataError where the answers are not this file's.
     """
     from edgepipe.array_ops.task_metrics import predictions, task_metric
     from edgepipe.tflite_ops.raw import mismatch, read_outputs, real_outputs, stored_outputs
+    from edgepipe.tflite_ops.run import is_delegated
 
     on_device = read_outputs(model.path, answers, described, samples.count)
     log.info("running the same %d samples on this host", samples.count * samples.batch)
-    on_host = stored_outputs(model.path, samples)
-    found = mismatch(on_host, on_device)
-    details = {"values": found.values, "max_abs": found.max_abs, "inferences": samples.count}
+    as_there = is_delegated(model.path) and delegated is not False
+    on_host = stored_outputs(model.path, samples, delegates=as_there)
+    # builtin int8 kernels are written for each instruction set and may round a tie otherwise
+    steps = int(not as_there and context.get("machine") not in ("any", platform.machine()))
+    found = mismatch(on_host, on_device, steps=steps)
+    details = {
+        "values": found.values,
+        "unequal": found.unequal,
+        "max_abs": found.max_abs,
+        "max_ulps": found.max_ulps,
+        "steps_allowed": steps,
+        "inferences": samples.count,
+        "kernels_here": KERNELS[as_there],
+        "kernels_there": KERNELS[delegated],
+    }
     measured = [single("device_mismatch", "", found.share, {**context, **details})]
     if evaluation is None:
         return tuple(measured)

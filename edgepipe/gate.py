@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from edgepipe import stats
 from edgepipe.errors import EXIT_FAIL, EXIT_NOT_READY, EXIT_PASS, RequestError
@@ -619,7 +619,12 @@ class RunsOnDeviceGate:
 
 @record
 class DeviceAgreementGate:
-    """Outputs on the device equal the host's on the same file: at most ``max_mismatch`` differ."""
+    """Outputs on the device equal the host's on the same file: at most ``max_mismatch`` differ.
+
+    Integers by anything, floats by more than 64 ulp of the largest value of their output. The host
+    computes as the device does: with XNNPACK, or with the builtin kernels where that has none (whose
+    integers may differ by one step between instruction sets).
+    """
 
     name: ClassVar[str] = "device_agreement"
     title: ClassVar[str] = "outputs on the device equal those on the host"
@@ -631,7 +636,24 @@ class DeviceAgreementGate:
         _check_option("max_mismatch", self.max_mismatch, 0, 1, "a share from 0 to 1")
 
     def judge(self, evidence: Evidence) -> Verdict:
-        return _limit(self, evidence, "device_mismatch", self.max_mismatch, at_most=True)
+        verdict = _limit(self, evidence, "device_mismatch", self.max_mismatch, at_most=True)
+        if verdict.value is None:
+            return verdict
+        context = evidence.measurements["device_mismatch"].context
+        here, there = context.get("kernels_here"), context.get("kernels_there")
+        reason = verdict.reason
+        if context.get("unequal") and not verdict.value:
+            reason += f" ({context['unequal']:.2%} are not bit for bit equal, by at most {_difference(context)})"  # fmt: skip
+        # what differs between kernels says nothing of the device
+        if verdict.status is Status.FAIL and here != there:
+            reason += f"; but the host ran {here} kernels, the device {there} ones: the two cannot be compared"  # fmt: skip
+            return dataclasses.replace(verdict, status=Status.INCONCLUSIVE, reason=reason)
+        return dataclasses.replace(verdict, reason=reason)
+
+
+def _difference(context: Mapping[str, Any]) -> str:
+    ulps = context.get("max_ulps")
+    return f"{ulps:.3g} ulp of the largest" if ulps else f"{context['max_abs']:g}"
 
 
 @record

@@ -309,6 +309,7 @@ def outputs_data(
     a share ``flips`` of all inferences are then upset, byte by byte.
     """
     from edgepipe.tflite_ops.raw import RawSamples, stored_outputs
+    from edgepipe.tflite_ops.run import is_delegated
 
     total = spec["inputs"]["count"]
     first, count = _piece(spec)
@@ -319,7 +320,7 @@ def outputs_data(
     with tempfile.TemporaryDirectory(prefix="edgepipe-null-") as folder:
         path = Path(folder) / "model.tflite"
         path.write_bytes(model)
-        found = stored_outputs(path, samples)
+        found, delegated = stored_outputs(path, samples), is_delegated(path)
     rng = random.Random(f"{scenario.seed} flips")
     upset = set(rng.sample(range(total), round(scenario.flips * total)))
     content = bytearray()
@@ -333,6 +334,7 @@ def outputs_data(
         "size": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
         "reloads": 0,
+        "delegated": delegated,
     }
     return data, bytes(content)
 

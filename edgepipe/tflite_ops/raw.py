@@ -19,6 +19,12 @@ from edgepipe.tflite_ops.run import dequantize, invoke_once, open_tflite, quanti
 
 log = logging.getLogger(__name__)
 
+# Floats of two instruction sets are summed in another order: the error of a sum of n terms grows like
+# sqrt(n) ulp (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 4.2), and 64 is
+# that of the 4096 terms of a wide layer. MobileNetV2-like nets differ by up to 17 between x86 and arm64;
+# a single fp16 value rounded otherwise would be 4096 ulp.
+FLOAT_ULPS = 64
+
 # How often a long run on this host says how far it is.
 PROGRESS_S = 10.0
 
@@ -36,12 +42,15 @@ class RawSamples:
 
 @dataclasses.dataclass(frozen=True)
 class Mismatch:
-    """``share`` of output values that are not bit for bit equal; ``max_abs`` their largest
-    difference, as stored (quantisation steps for an integer output)."""
+    """``share`` of output values that differ by more than was allowed, ``unequal`` that of those
+    that are not bit for bit equal; ``max_abs`` their largest difference, as stored (quantisation
+    steps for an integer output), and ``max_ulps`` that of floats in ulp of the largest value."""
 
     share: float
     values: int
     max_abs: float
+    unequal: float = 0.0
+    max_ulps: float = 0.0
 
 
 def encode_samples(
@@ -91,9 +100,14 @@ def encode_samples(
     return RawSamples(data, count, tuple(d["name"] for d in details), batch)
 
 
-def stored_outputs(path: Path, samples: RawSamples) -> dict[str, np.ndarray]:
-    """What this host computes: output tensor name -> (inferences, *shape) as the file stores it."""
-    interpreter = open_tflite(path)
+def stored_outputs(
+    path: Path, samples: RawSamples, *, delegates: bool = True
+) -> dict[str, np.ndarray]:
+    """What this host computes: output tensor name -> (inferences, *shape) as the file stores it.
+
+    Without ``delegates`` by the builtin kernels, as a device without XNNPACK does.
+    """
+    interpreter = open_tflite(path, delegates=delegates)
     inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
     # resource variables (tf.Variable) outlive reset_all_variables: only loading anew clears them
     has_resources = any(op["op_name"] == "VAR_HANDLE" for op in interpreter._get_ops_details())
@@ -101,7 +115,7 @@ def stored_outputs(path: Path, samples: RawSamples) -> dict[str, np.ndarray]:
     at, shown = 0, time.monotonic()
     for done in range(samples.count):
         if has_resources and done:
-            interpreter = open_tflite(path)
+            interpreter = open_tflite(path, delegates=delegates)
         for detail in inputs:
             shape, dtype = tuple(detail["shape"]), np.dtype(detail["dtype"])
             size = int(np.prod(shape)) * dtype.itemsize
@@ -184,22 +198,44 @@ def real_outputs(
     return found
 
 
-def mismatch(host: Mapping[str, np.ndarray], device: Mapping[str, np.ndarray]) -> Mismatch:
-    """Compare stored outputs bit for bit. Two NaN count as equal, and so do 0.0 and -0.0."""
-    different, total, largest = 0, 0, 0.0
+def mismatch(
+    host: Mapping[str, np.ndarray], device: Mapping[str, np.ndarray], *, steps: int = 0
+) -> Mismatch:
+    """Compare stored outputs, (inferences, *shape) each.
+
+    Integers may differ by ``steps``, floats by `FLOAT_ULPS` ulp of the largest value of their output
+    in that inference. Two NaN count as equal, and so do 0.0 and -0.0.
+    """
+    beyond, unequal, total, largest, most_ulps = 0, 0, 0, 0.0, 0.0
     for name, ours in host.items():
         here, there = ours, device[name]
-        if np.issubdtype(here.dtype, np.floating):
-            here, there = here.astype(np.float64), there.astype(np.float64)
-            unequal = ~((here == there) | (np.isnan(here) & np.isnan(there)))
-        else:
-            here, there = here.astype(np.int64), there.astype(np.int64)
-            unequal = here != there
         total += here.size
-        different += int(unequal.sum())
-        if unequal.any():
-            largest = max(largest, float(np.abs(here[unequal] - there[unequal]).max()))
-    return Mismatch(different / total if total else 0.0, total, largest)
+        if not np.issubdtype(here.dtype, np.floating):
+            apart = np.abs(here.astype(np.int64) - there.astype(np.int64))
+            unequal += int((apart > 0).sum())
+            beyond += int((apart > steps).sum())
+            largest = max(largest, float(apart.max(initial=0)))
+            continue
+        ulp = _ulp_of_largest(here)
+        here, there = here.astype(np.float64), there.astype(np.float64)
+        differ = ~((here == there) | (np.isnan(here) & np.isnan(there)))
+        unequal += int(differ.sum())
+        if not differ.any():
+            continue
+        apart = np.abs(here[differ] - there[differ])  # NaN or infinite where only one of them is
+        ulps = apart / np.broadcast_to(ulp, here.shape)[differ]
+        beyond += int((~(ulps <= FLOAT_ULPS)).sum())
+        largest = max(largest, float(apart.max()))
+        most_ulps = max(most_ulps, float(ulps.max()))
+    share, unequal_share = (n / total if total else 0.0 for n in (beyond, unequal))
+    return Mismatch(share, total, largest, unequal_share, most_ulps)
+
+
+def _ulp_of_largest(values: np.ndarray) -> np.ndarray:
+    """The distance to the next float at the largest finite magnitude of each inference, (n, 1, ...)."""
+    magnitude = np.where(np.isfinite(values), np.abs(values), 0)
+    axes = tuple(range(1, values.ndim))
+    return np.spacing(magnitude.max(axis=axes, keepdims=True)).astype(np.float64)
 
 
 def read_samples(path: Path) -> dict[str, np.ndarray]:

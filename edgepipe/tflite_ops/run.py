@@ -123,11 +123,14 @@ def open_onnx(
         ) from exc
 
 
-def open_tflite(model: Path | bytes, *, preserve_all_tensors: bool = False) -> Interpreter:
+def open_tflite(
+    model: Path | bytes, *, preserve_all_tensors: bool = False, delegates: bool = True
+) -> Interpreter:
     """An interpreter with its tensors allocated, on one thread.
 
     With ``preserve_all_tensors`` every intermediate tensor can be read after an inference; the
-    reference-free builtin kernels then run without delegates, which would hide tensors.
+    reference-free builtin kernels then run without delegates, which would hide tensors. Without
+    ``delegates`` XNNPACK is not used.
     """
     if isinstance(model, bytes):
         source: dict[str, Any] = {"model_content": model}
@@ -142,9 +145,9 @@ def open_tflite(model: Path | bytes, *, preserve_all_tensors: bool = False) -> I
                 **source,
                 num_threads=1,
                 experimental_preserve_all_tensors=preserve_all_tensors,
-                experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-                if preserve_all_tensors
-                else OpResolverType.AUTO,
+                experimental_op_resolver_type=OpResolverType.AUTO
+                if delegates and not preserve_all_tensors
+                else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
             )
             interpreter.allocate_tensors()
     except (ValueError, RuntimeError, OSError) as exc:
@@ -153,6 +156,11 @@ def open_tflite(model: Path | bytes, *, preserve_all_tensors: bool = False) -> I
             hint="the file is truncated, of another format, or needs operators LiteRT lacks (Flex)",
         ) from exc
     return interpreter
+
+
+def is_delegated(path: Path) -> bool:
+    """Whether XNNPACK runs any part of a model on this host."""
+    return any(op["op_name"] == "DELEGATE" for op in open_tflite(path)._get_ops_details())
 
 
 def invoke_once(interpreter: Interpreter, *, where: str) -> None:

@@ -80,6 +80,7 @@ class LiteRtC:
     """
 
     reset = None  # the C API has no way to reset variable tensors
+    delegated = None  # whether XNNPACK runs any part of the model: only the profiler tells
 
     def __init__(self, library, path, threads, kernel="", weight_cache="", profile=False):
         at = [time.perf_counter_ns()]
@@ -284,6 +285,7 @@ class Interpreter:
         # resource variables (tf.Variable) are not reset by reset_all_variables, only by loading anew
         operators = {operator["op_name"] for operator in interpreter._get_ops_details()}
         self.stateful = bool(operators & {"VAR_HANDLE", "CALL_ONCE"})
+        self.delegated = "DELEGATE" in operators
         self.call, self.reset = interpreter.invoke, interpreter.reset_all_variables
 
     def _describe(self, detail):

@@ -12,7 +12,6 @@ import errno
 import os
 import platform
 import struct
-import sys
 
 from sysfs import read
 
@@ -107,19 +106,19 @@ def why_not():
     return ""
 
 
-def start_at_fixed_addresses(argv):
-    """Start this program anew without address space randomisation, or return where that is refused."""
-    personality = ctypes.CDLL(None).personality
-    personality.argtypes = [ctypes.c_ulong]
-    now = personality(0xFFFFFFFF)  # only asks
-    if now == -1 or personality(now | ADDR_NO_RANDOMIZE) == -1:
-        return
-    bare = ["-S"] if sys.flags.no_site else []
-    os.execv(sys.executable, [sys.executable] + bare + argv)
+def _personality(value):
+    function = ctypes.CDLL(None).personality
+    function.argtypes = [ctypes.c_ulong]
+    return function(value)
+
+
+def fix_addresses():
+    """What this process starts is not moved about in its address space, where that is allowed."""
+    now = _personality(0xFFFFFFFF)  # only asks
+    if now != -1:
+        _personality(now | ADDR_NO_RANDOMIZE)
 
 
 def addresses_are_fixed():
-    personality = ctypes.CDLL(None).personality
-    personality.argtypes = [ctypes.c_ulong]
-    now = personality(0xFFFFFFFF)
+    now = _personality(0xFFFFFFFF)
     return now != -1 and bool(now & ADDR_NO_RANDOMIZE)

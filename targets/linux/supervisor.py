@@ -18,6 +18,7 @@ import time
 import traceback
 
 import board
+import instructions
 import journal
 from backends import SELF_TEST_MODEL
 from board import log
@@ -64,11 +65,11 @@ def run_worker(spec, timeout_s, tick=lambda: None):
     kills_before = board.oom_kills()
     # the library needs no package: without `site`, whatever is installed there costs no memory
     bare = ["-S"] if spec["runtime"]["backend"] == "litert-c" else []
-    fixed = ["fixed-addresses"] if spec["kind"] == "instructions" else []
     process = subprocess.Popen(
-        [sys.executable] + bare + [WORKER, str(os.getpid())] + fixed,
+        [sys.executable] + bare + [WORKER, str(os.getpid())],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/",
         env=dict(os.environ, PYTHONHASHSEED="0"),  # one layout of dicts: memory repeats better
+        preexec_fn=instructions.fix_addresses if spec["kind"] == "instructions" else None,
     )  # fmt: skip
     stdout, tail = [], [b""]
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One session in a fresh process: a spec on stdin, one JSON object on stdout, logs on stderr.
 
-    python3 worker.py PID_OF_THE_SUPERVISOR [fixed-addresses]
+    python3 worker.py PID_OF_THE_SUPERVISOR
 
 The spec of every session but the self-test (which needs kind, runtime, self_test, affinity):
     kind, tag        what to do (a key of WORK); its place in the plan, which seeds the order of arms
@@ -433,6 +433,7 @@ def work_outputs(spec):
     given, arm = spec["inputs"], only(spec["arms"])
     first = spec.get("first", 0)
     count = spec.get("count", given["count"] - first)
+    delegated = is_delegated(spec, arm) if first == 0 else None
     model = open_arm(spec, arm)
     fresh, reloads, size, digest = True, 0, 0, hashlib.sha256()
     part = spec["out_path"] + ".part"
@@ -474,7 +475,28 @@ def work_outputs(spec):
         "size": size,
         "sha256": digest.hexdigest(),
         "reloads": reloads,
+        "delegated": model.delegated if delegated is None else delegated,
     }
+
+
+def is_delegated(spec, arm):
+    """Whether XNNPACK runs any part of the model, whose kernels round otherwise than the builtin
+    ones; None where this cannot be told. In a child, whose memory is free again before the model
+    is loaded to be used."""
+    if spec["runtime"]["backend"] != "litert-c":
+        return None
+    child = os.fork()
+    if child == 0:
+        die_with_parent()
+        answer = 2
+        try:
+            model = open_arm(spec, arm, profile=True)
+            fill_random(model, spec["seed"])
+            answer = int(any(where == "delegate" for _, where, _ in model.profiled_call()))
+        finally:
+            os._exit(answer)
+    _, status = os.waitpid(child, 0)
+    return {0: False, 1: True}.get(os.WEXITSTATUS(status)) if os.WIFEXITED(status) else None
 
 
 def work_ops(spec):
@@ -676,8 +698,4 @@ def main(supervisor):
 
 
 if __name__ == "__main__":
-    if sys.argv[2:] == ["fixed-addresses"]:
-        import instructions
-
-        instructions.start_at_fixed_addresses(sys.argv[:2])
     main(int(sys.argv[1]))
