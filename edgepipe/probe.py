@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,10 +17,12 @@ from edgepipe.payload import push_payload
 from edgepipe.profile import (
     MACHINES,
     SCHEMA,
+    SCHEMA_FILE,
     SOURCED_FACTS,
     Cluster,
     DeviceProfile,
     absolute_work_dir,
+    schema_text,
 )
 from edgepipe.runtime import DEFAULT_VERSION
 
@@ -27,6 +30,8 @@ PROBE_TIMEOUT_S = 60.0
 # MemTotal is what the kernel and the GPU leave of the RAM that is soldered on: on a 512 MiB
 # Raspberry Pi with 76 MiB for the GPU about 80 %.
 _RAM_SHARE = 0.75
+# Makers round: the 2.2 GHz of a Snapdragon 8 Gen 3 are 2265.6 MHz.
+_FREQUENCY_SHARE = 0.03
 RUNTIME_PACKAGES = {"ai_edge_litert": "litert", "tflite_runtime": "tflite-runtime"}
 
 
@@ -83,9 +88,7 @@ def differences(facts: Facts, profile: DeviceProfile) -> list[Difference]:
         socs = ", ".join(facts.socs) or None
         compare("soc", profile.soc, socs, profile.soc.upper() in facts.socs)
     if profile.clusters:
-        same = sorted(map(_cluster_text, profile.clusters)) == sorted(
-            map(_cluster_text, facts.clusters)
-        )
+        same = _same_clusters(profile.clusters, facts.clusters)
         compare("clusters", clusters_text(profile.clusters), clusters_text(facts.clusters), same)
     if profile.ram_bytes:
         ram_bytes = facts.ram_bytes
@@ -167,6 +170,22 @@ def _cluster_text(cluster: Cluster) -> str:
     return f"{cluster.count} x {cluster.core}{clock}{isa}"
 
 
+def _same_clusters(profile: Sequence[Cluster], board: Sequence[Cluster]) -> bool:
+    def order(cluster: Cluster) -> tuple[str, int, int]:
+        return cluster.core, cluster.count, cluster.max_frequency_mhz
+
+    def same(expected: Cluster, actual: Cluster) -> bool:
+        mhz = expected.max_frequency_mhz
+        return (
+            (expected.core, expected.count, set(expected.isa))
+            == (actual.core, actual.count, set(actual.isa))
+        ) and (mhz == 0 or abs(actual.max_frequency_mhz - mhz) <= _FREQUENCY_SHARE * mhz)
+
+    if len(profile) != len(board):
+        return False
+    return all(map(same, sorted(profile, key=order), sorted(board, key=order)))
+
+
 def _begins(version: str, prefix: str) -> bool:
     """Whether a version is of a line, number by number: 6.6.51+rpt is of 6.6, 6.60 is not."""
     return re.match(rf"{re.escape(prefix)}(?![0-9])", version) is not None
@@ -186,6 +205,7 @@ def profile_toml(facts: Facts, *, date: str, target: str = "linux") -> str:
             runtime, version = RUNTIME_PACKAGES[package], installed
             break
     lines = [
+        f"#:schema {SCHEMA_FILE}",
         "# What the board said of itself. Look it over: thermal limits and the number of threads",
         "# are a choice, and ram_bytes is without what kernel and GPU keep for themselves.",
         "",
@@ -220,11 +240,20 @@ def profile_toml(facts: Facts, *, date: str, target: str = "linux") -> str:
 
 
 def write_profile(facts: Facts, path: Path, *, date: str, target: str = "linux") -> None:
-    """`profile_toml` into a new file, whole or not at all. Raises FileExistsError."""
+    """`profile_toml` into a new file, whole or not at all. Raises FileExistsError.
+
+    The JSON Schema that its first line names is put beside it, for editors.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _create(path, profile_toml(facts, date=date, target=target))
+    with contextlib.suppress(FileExistsError):
+        _create(path.with_name(SCHEMA_FILE), schema_text())
+
+
+def _create(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.part.{os.getpid()}")
     try:
-        part.write_text(profile_toml(facts, date=date, target=target), encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
         os.link(part, path)  # unlike a rename it refuses to replace what is there
     finally:
         part.unlink(missing_ok=True)

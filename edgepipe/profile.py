@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -158,7 +159,9 @@ def resolve_profile(path: Path, *, _below: tuple[Path, ...] = ()) -> Resolved:
     """
     own = read_toml(path, error=ProfileError)
     schema = own.get("schema")
-    if isinstance(schema, int) and not isinstance(schema, bool) and schema > SCHEMA:
+    if isinstance(schema, bool):  # which equals 1
+        raise ProfileError(f"{path}: schema: {schema} is no number", hint=f"write schema = {SCHEMA}")  # fmt: skip
+    if isinstance(schema, int) and schema > SCHEMA:
         raise ProfileError(f"{path}: schema {schema} is newer than {SCHEMA}", hint="upgrade edgepipe")  # fmt: skip
     if "name" in own:
         raise ProfileError(f"{path}: name: a profile is called as its file is", hint="remove the key; rename the file for another name")  # fmt: skip
@@ -263,6 +266,11 @@ def profile_schema() -> dict[str, Any]:
             "properties": {"sources": {"required": list(SOURCED_FACTS)}},
         },
     }
+
+
+def schema_text() -> str:
+    """`profile_schema` as the text of `SCHEMA_FILE`."""
+    return json.dumps(profile_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
 def absolute_work_dir(work_dir: str, home: str) -> str:

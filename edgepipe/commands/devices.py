@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,11 +113,10 @@ def _table(profiles: Sequence[DeviceProfile], out: Output) -> None:
 
 
 def _schema(out: Output) -> int:
-    from edgepipe.profile import profile_schema
+    from edgepipe.profile import profile_schema, schema_text
 
-    schema = profile_schema()
-    out.text(json.dumps(schema, indent=2, ensure_ascii=False))
-    out.json(schema)
+    out.text(schema_text().rstrip())
+    out.json(profile_schema())
     return EXIT_PASS
 
 
