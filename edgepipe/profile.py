@@ -254,6 +254,12 @@ def profile_schema() -> dict[str, Any]:
     }
     properties["sources"]["propertyNames"] = {"enum": sorted(FACTS)}
     needed = [key for key in schema.pop("required") if key != "schema"]
+    whole: dict[str, Any] = {"sources": {"required": list(SOURCED_FACTS)}}
+    for key, item in properties.items():
+        # a table of a profile that extends another may say half of what the table needs
+        table = schema["$defs"].get(str(item.get("$ref")).rpartition("/")[2], {})
+        if "required" in table:
+            whole[key] = {"required": table.pop("required")}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$comment": "made by `edgepipe devices schema`",
@@ -261,10 +267,7 @@ def profile_schema() -> dict[str, Any]:
         "title": "edgepipe device profile",
         "required": ["schema"],
         "if": {"not": {"required": ["extends"]}},
-        "then": {
-            "required": [*needed, "sources"],
-            "properties": {"sources": {"required": list(SOURCED_FACTS)}},
-        },
+        "then": {"required": [*needed, "sources"], "properties": whole},
     }
 
 

@@ -11,16 +11,17 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jsonschema
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgepipe.cli import main
 from edgepipe.device import Completed, open_device
 from edgepipe.device.parse import Facts, parse_facts
 from edgepipe.errors import CommandFailed, NotReadyError
-from edgepipe.probe import Difference, differences, probe, profile_toml
-from edgepipe.profile import Cluster, find_profile, load_profile
+from edgepipe.probe import Difference, differences, probe, profile_toml, rank_profiles
+from edgepipe.profile import SCHEMA_FILE, Cluster, Emulation, find_profile, load_profile
 from edgepipe.resources import profile_paths, target_dir
 
 
@@ -141,6 +142,135 @@ def test_each_fact_that_departs_from_the_profile_is_named(
     assert differences(dataclasses.replace(PI, **change), profile) == [difference]  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("said", "change", "difference"),
+    [
+        ({"kernel": "6.6"}, {"kernel": "6.60.1"}, Difference("kernel", "6.6", "6.60.1")),
+        ({"python": "3.11"}, {"python": "3.13.5"}, Difference("python", "3.11", "3.13.5")),
+        ({"governor": "performance"}, {}, Difference("governor", "performance", "ondemand")),
+        ({"governor": "performance"}, {"governor": None}, Difference("governor", "performance", "?")),
+        ({"swap_bytes": 2.0**29}, {}, Difference("swap_bytes", "512 MiB", "0 MiB")),
+        ({"swap_bytes": 2.0**29}, {"swap_bytes": None}, Difference("swap_bytes", "512 MiB", "?")),
+        ({}, {"emulated": "/etc/edgepipe-emulated: qemu"}, Difference("emulated", "no", "/etc/edgepipe-emulated: qemu")),
+        ({"emulated": Emulation(kind="user", cpu="cortex-a72", memory=2.0**30)}, {}, Difference("emulated", "user", "no")),
+    ],
+)  # fmt: skip
+def test_what_a_profile_leaves_open_is_compared_where_it_says_it(
+    said: dict[str, object], change: dict[str, object], difference: Difference
+) -> None:
+    profile = dataclasses.replace(find_profile("rpi5_8gb", profile_paths()), **said)  # type: ignore[arg-type]
+    assert differences(dataclasses.replace(PI, **change), profile) == [difference]  # type: ignore[arg-type]
+
+
+def test_a_line_of_versions_fits_every_version_of_it() -> None:
+    profile = dataclasses.replace(find_profile("rpi5_8gb", profile_paths()), kernel="6.6", python="3.11", swap_bytes=102400.0 * 1024)  # fmt: skip
+    facts = dataclasses.replace(PI, kernel="6.6.51+rpt-rpi-2712", swap_bytes=102396 * 1024)
+    assert differences(facts, profile) == []
+
+
+@pytest.mark.parametrize(("mhz", "fits"), [(2400, True), (2350, True), (2300, False), (2500, False), (0, False)])  # fmt: skip
+def test_a_frequency_may_be_rounded_but_not_another(mhz: int, fits: bool) -> None:
+    cluster = dataclasses.replace(PI.clusters[0], max_frequency_mhz=mhz)
+    facts = dataclasses.replace(PI, clusters=(cluster,))
+    assert (differences(facts, find_profile("rpi5_8gb", profile_paths())) == []) is fits
+
+
+def test_profiles_are_ranked_by_how_well_they_fit_a_board() -> None:
+    profiles = [load_profile(path) for path in profile_paths().values()]
+    mine = dataclasses.replace(load_profile(profile_paths()["rpi5_8gb"]), name="mine", os="any")
+    facts = dataclasses.replace(PI, os="Debian GNU/Linux 13 (trixie)")
+    ranked = rank_profiles(facts, [*profiles, mine])
+    assert [fit.profile.name for fit in ranked if fit.same_board] == ["mine", "rpi5_8gb"]
+    assert ranked[0].differences == ()
+    assert [d.fact for d in ranked[1].differences] == ["os"]
+    assert not {"localhost", "android_arm64"} & {fit.profile.name for fit in ranked}
+    emulated = rank_profiles(dataclasses.replace(facts, emulated="device tree"), profiles)
+    assert not any(fit.same_board and not fit.profile.emulated for fit in emulated)
+
+
+# ------------------------------------------------------------- what boards were captured to print
+
+CAPTURED = Path(__file__).parents[1] / "fixtures" / "boards"
+
+
+@pytest.mark.parametrize("name", sorted(p.parent.name for p in CAPTURED.glob("*/cpuinfo")))
+def test_the_cores_of_a_profile_are_those_that_such_a_board_reports(
+    name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "proc").mkdir()
+    shutil.copy(CAPTURED / name / "cpuinfo", tmp_path / "proc")
+    profile = find_profile(name, profile_paths())
+
+    def kinds(clusters: tuple[Cluster, ...]) -> list[tuple[str, int, list[str]]]:
+        return sorted((c.core, c.count, sorted(c.isa)) for c in clusters)
+
+    facts = run_probe(tmp_path)
+    assert kinds(facts.clusters) == kinds(profile.clusters)
+    assert all(c.max_frequency_mhz == 0 for c in facts.clusters)  # which no cpuinfo says
+    # the CPUs to stay on are those of the fastest kind
+    if profile.affinity:
+        fastest = max(profile.clusters, key=lambda c: c.max_frequency_mhz)
+        assert len(profile.affinity) == fastest.count
+
+
+@pytest.mark.parametrize(
+    ("name", "system"),
+    [
+        ("rpi5_8gb", "Debian GNU/Linux 12 (bookworm)"),
+        ("rpi4b_4gb_32bit", "Raspbian GNU/Linux 12 (bookworm)"),
+        ("rpi_zero2w", "Ubuntu Core 24"),  # PRETTY_NAME is not its first line
+    ],
+)
+def test_the_system_is_named_as_its_os_release_does(name: str, system: str, tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    shutil.copy(CAPTURED / name / "os-release", tmp_path / "etc")
+    assert run_probe(tmp_path).os == system
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cpuinfo", "os-release"])
+@given(damage=st.data())
+@settings(max_examples=10, deadline=None)
+def test_a_damaged_file_is_facts_or_none_of_them_never_a_crash(
+    name: str, damage: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    whole = (CAPTURED / "rpi4b_4gb_32bit" / name).read_bytes()
+    start = damage.draw(st.integers(0, len(whole)))
+    end = damage.draw(st.integers(start, len(whole)))
+    root = tmp_path_factory.mktemp("root")
+    folder = root / ("proc" if name == "cpuinfo" else "etc")
+    folder.mkdir()
+    (folder / name).write_bytes(whole[:start] + damage.draw(st.binary(max_size=20)) + whole[end:])
+    facts = run_probe(root)
+    assert sum(c.count for c in facts.clusters) <= 8
+
+
+# What `vcgencmd get_throttled` printed on boards, from public reports; the last are made up.
+@pytest.mark.parametrize(
+    ("printed", "flags"),
+    [
+        ("throttled=0x0", ()),
+        ("throttled=0x50000", ("under_voltage_occurred", "throttled_occurred")),
+        ("throttled=0x50005", ("under_voltage", "throttled", "under_voltage_occurred", "throttled_occurred")),
+        ("throttled=0xe0008", ("soft_temperature_limit", "frequency_capped_occurred", "throttled_occurred", "soft_temperature_limit_occurred")),
+        ("VCHI initialization failed", None),
+        ('error=1 error_msg="Command not registered"', None),
+        ("throttled=0x", None),
+        ("", None),
+    ],
+)  # fmt: skip
+def test_the_firmwares_word_on_throttling_is_read_from_vcgencmd(
+    printed: str, flags: tuple[str, ...] | None, tmp_path: Path
+) -> None:
+    program = tmp_path / "vcgencmd"
+    program.write_text(f"#!/bin/sh\n[ \"$*\" = get_throttled ] && echo '{printed}'\n")
+    program.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    env.pop("EDGEPIPE_SYSROOT", None)
+    done = subprocess.run([sys.executable, target_dir("linux") / "probe.py", tmp_path], env=env, check=True, capture_output=True, text=True)  # fmt: skip
+    assert parse_facts(done.stdout).throttling == flags
+
+
 def test_the_localhost_profile_fits_every_machine() -> None:
     assert differences(PI, find_profile("localhost", profile_paths())) == []
     assert differences(probe(open_device("local")), find_profile("localhost", profile_paths())) == []  # fmt: skip
@@ -192,7 +322,11 @@ def test_probe_writes_a_profile_that_fits_the_machine(
     assert main(["probe", "local", "--profile", "mine", "--json"]) == 0
     text = capsys.readouterr().out
     assert json.loads(text[text.index("{") :])["differences"] == []
-    assert [path.name for path in (here / "device_profiles").iterdir()] == ["mine.toml"]
+    folder = here / "device_profiles"
+    assert {path.name for path in folder.iterdir()} == {"mine.toml", SCHEMA_FILE}
+    assert (folder / "mine.toml").read_text().splitlines()[0] == f"#:schema {SCHEMA_FILE}"
+    schema = json.loads((folder / SCHEMA_FILE).read_text())
+    jsonschema.Draft202012Validator(schema).validate(tomllib.loads((folder / "mine.toml").read_text()))  # fmt: skip
 
 
 def test_probe_never_overwrites_a_profile(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
