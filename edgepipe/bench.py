@@ -253,9 +253,9 @@ def measure(
         context = {**context, "reason": reason, "cause": outcome.failure}
         return BenchResult((single("runs_on_device", "", 0, context),), device_facts, raw)
     _check_energy(options, outcome, link)
-    # one that only showed that the model runs is not among them
-    counted = [s for s in outcome.sessions if s["kind"] not in left_out]
-    measurements = to_measurements(counted, context, threads=job["threads"])
+    measurements = to_measurements(
+        outcome.sessions, context, threads=job["threads"], left_out=left_out
+    )
     if encoded is not None:
         from edgepipe.evaluate import device_measurements
 

@@ -471,7 +471,7 @@ class InstructionsGate:
             f"{format_value(value, '')} instructions, {instruction_change(value, was)} against the baseline's "
             f"{format_value(was, '')} on {cpu}; up to +{100 * growth:g} % is allowed"
         )
-        return verdict(before[0] * (1 + growth), before[-1] * (1 + growth), reason)
+        return verdict(before[0] + growth * before[0], before[-1] + growth * before[-1], reason)
 
     def _repeating(self, evidence: Evidence, metric: str) -> Measurement | Verdict:
         """The counts, or the INCONCLUSIVE verdict that says why they decide nothing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from edgepipe import stats
@@ -54,7 +54,11 @@ def round_ratios(session: Session, clock: str) -> tuple[float, ...]:
 
 
 def to_measurements(
-    sessions: Sequence[Session], context: Mapping[str, Any], *, threads: int
+    sessions: Sequence[Session],
+    context: Mapping[str, Any],
+    *,
+    threads: int,
+    left_out: Container[str] = (),
 ) -> tuple[Measurement, ...]:
     """Sessions of a board -> measurements in SI units with their context.
 
@@ -63,9 +67,10 @@ def to_measurements(
     has ``baseline_sha256`` and ``baseline_bytes`` for the model's) and the ratios by round.
     Nanoseconds of a batch are divided by its number of inferences. CPU latencies exist only with one
     thread, ``load_cold`` only counts sessions whose file really was out of the page cache. Of
-    instructions each session gives one sample, the median over its inferences.
+    instructions each session gives one sample, the median over its inferences. Kinds in ``left_out``
+    only showed that the model runs.
     """
-    done = [s for s in sessions if s["data"] is not None]
+    done = [s for s in sessions if s["data"] is not None and s["kind"] not in left_out]
     latency = [s for s in done if s["kind"] == "latency"]
     excluded = _excluded(latency, context["boot_id"])
     context = {
@@ -75,7 +80,7 @@ def to_measurements(
         ),
         "sessions": [_session_context(s) for s in latency],
     }
-    paired = any(BASE in s["arms"] for s in done)
+    paired = any(BASE in s["arms"] for s in sessions)
     ours = CANDIDATE if paired else MODEL
     found = [single("runs_on_device", "", 1, context)]
     if latency:

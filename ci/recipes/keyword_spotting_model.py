@@ -1,5 +1,6 @@
 """DS-CNN keyword spotter of MLPerf Tiny (https://arxiv.org/abs/1711.07128), for 49 frames of 10 MFCCs."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -40,3 +41,21 @@ class DsCnn(nn.Module):
 
 def build(channels: int = 64, classes: int = 12) -> nn.Module:
     return DsCnn(channels, classes)
+
+
+class WithDetour(DsCnn):
+    """The same answers by one operator more: a pointwise convolution that hands its input on."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__(channels, classes)
+        identity = torch.eye(channels).reshape(channels, channels, 1, 1)
+        self.register_buffer("identity", identity, persistent=False)  # no part of the weights
+
+    def forward(self, mfcc: Tensor) -> Tensor:
+        x = nn.functional.conv2d(self.feature_extractor(mfcc), self.get_buffer("identity"))
+        return self.classifier(self.pool(x).flatten(1))
+
+
+def build_slower(channels: int = 64, classes: int = 12) -> nn.Module:
+    """What a gate on instructions is there to refuse."""
+    return WithDetour(channels, classes)

@@ -41,8 +41,11 @@ from .conftest import EdgepipeRunner
 
 OPTIONS = MeasureOptions(session=0.5)
 # The plan of OPTIONS in the order of the board: two memory sessions, single operators, three
-# latency sessions, energy.
-TAGS = ["memory-model-1", "memory-model-2", "ops-model-1", "latency-1", "latency-2", "latency-3", "energy-1"]  # fmt: skip
+# latency sessions, three that count instructions, energy.
+TAGS = [
+    "memory-model-1", "memory-model-2", "ops-model-1", "latency-1", "latency-2", "latency-3",
+    "instructions-model-1", "instructions-model-2", "instructions-model-3", "energy-1",
+]  # fmt: skip
 GATES: tuple[Gate, ...] = (LatencyGate(max=0.020),)
 
 
