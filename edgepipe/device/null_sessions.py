@@ -181,6 +181,7 @@ def _memory(
         "file_bytes": file,
         "peak_bytes": anon + file,
         "overhead_bytes": _OVERHEAD_BYTES,
+        "inputs": model_tensors(content)[0],
     }
 
 

@@ -219,7 +219,7 @@ def test_a_reboot_costs_what_was_measured_before_it_once(
     [
         ("reboot@session:1,reboot@session:2", NotStable, "rebooted"),
         ("kill-agent@session:1,kill-agent@session:2,kill-agent@session:3", NotStable, "agent-lost"),
-        ("kill-worker@session:4,kill-worker@session:8,kill-worker@session:9", NotStable, "worker-killed"),
+        ("kill-worker@session:4,kill-worker@session:11,kill-worker@session:12", NotStable, "worker-killed"),
         ("busy", Busy, "device-busy"),
         ("no-runtime", NotReadyError, "no-runtime"),
         ("too-hot", NotStable, "too-hot"),
