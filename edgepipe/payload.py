@@ -11,6 +11,8 @@ from edgepipe.errors import ProfileError
 from edgepipe.resources import target_dir
 from edgepipe.schema import read_toml
 
+_CHECK_TIMEOUT_S = 60.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Payload:
@@ -47,9 +49,14 @@ def push_payload(device: Device, target: str, work_dir: str) -> Payload:
     entry, probe, names = payload_files(target)
     folder = target_dir(target)
     # named by content, as all we push: another version of edgepipe has its own
-    content = "".join(f"{name} {hash_path(folder / name)}\n" for name in names)
+    digests = {name: hash_path(folder / name) for name in names}
+    content = "".join(f"{name} {digest}\n" for name, digest in digests.items())
     sha256 = hashlib.sha256(content.encode()).hexdigest()
     remote = f"{work_dir}/agents/{sha256}"
+    # one question instead of two for each file; where it cannot be answered all are pushed
+    done = device.run(["sh", "-c", 'cd -- "$0" && sha256sum -- "$@"', remote, *names], timeout_s=_CHECK_TIMEOUT_S)  # fmt: skip
+    there = set(done.stdout.decode("utf-8", "replace").splitlines())
     for name in names:
-        device.push(folder / name, f"{remote}/{name}")
+        if f"{digests[name]}  {name}" not in there:
+            device.push(folder / name, f"{remote}/{name}")
     return Payload(remote, f"{remote}/{entry}", f"{remote}/{probe}", sha256)

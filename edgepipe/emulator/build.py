@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 ENV_FOLDER = "EDGEPIPE_EMULATOR"
 SNAPSHOT = "ready"
 USER = "pi"
-_VERSION = 1  # of what is built; another one builds anew
+_VERSION = 2  # of what is built; another one builds anew
 _DISK_BYTES = 2 * 2**30
 _PACKAGES = (
     "base-files", "base-passwd", "bash", "dash", "coreutils", "findutils", "grep", "gzip", "hostname",

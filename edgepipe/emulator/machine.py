@@ -489,16 +489,19 @@ def make_snapshot(board: Board) -> None:
 
 
 def _warm_up(running: Running) -> None:
-    """Log in and start Python once, so that their files are in memory, and let the board settle."""
+    """Do once what every measurement begins with: files are then in place and in memory."""
     from edgepipe.device import open_device
+    from edgepipe.preflight import prepare, push_runtime
+    from edgepipe.profile import find_profile
+    from edgepipe.resources import profile_paths
 
+    profile = find_profile(running.name, profile_paths())
     device = open_device(
         running.address, identity_file=running.identity_file, known_hosts=running.known_hosts
     )
     try:
-        done = device.run(["sh", "-c", "python3 -c pass && sync"], timeout_s=_START_TIMEOUT_S)
+        board = prepare(device, profile)
+        push_runtime(board, profile, "auto", board.facts())
+        device.run(["sync"], timeout_s=_START_TIMEOUT_S)
     finally:
         device.close()
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip()
-        raise NotReadyError(f"Python does not start on {running.name}: {said}", code="build-failed")
