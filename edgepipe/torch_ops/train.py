@@ -218,7 +218,7 @@ class _Loop:
         options, self.checkpoint = self.options, checkpoint
         torch.set_rng_state(self.rng)
         began = said = saved = time.monotonic()
-        first = self.done()
+        first = started = self.done()
         while self.epoch <= options.epochs:
             self.model.train()
             order = torch.randperm(len(self.data), generator=self.generator(self.epoch))
@@ -239,6 +239,8 @@ class _Loop:
                     left = (now - began) * (self.total - self.done()) / (self.done() - first)
                     percent = 100 * self.position // len(self.starts)
                     log.info("epoch %d/%d, %d %%: loss %.4f, %.0f s left", self.epoch, options.epochs, percent, self.sums[0] / self.sums[2], left)  # fmt: skip
+                if self.done() == started + 1:  # it may have asked a teacher about everything
+                    began, first = now, started + 1
             self.end_epoch()
             now = time.monotonic()
             if now - said > LOG_EVERY_S or self.epoch in (1, options.epochs):
