@@ -32,6 +32,7 @@ COMMANDS: dict[str, str] = {
     "inspect": "show tensors, operators, scales, sizes, float islands and MACs of a TFLite file",
     "devices": "list and show device profiles, trust a board's host key",
     "probe": "read the facts of a board and compare them with a profile",
+    "doctor": "find out whether a board is ready to measure, and mend what can be mended",
     "emulate": "build, start and stop virtual boards: arm64 machines that need no hardware",
     "bench": "measure latency and memory of a TFLite file on a device",
     "compare": "measure two TFLite files side by side on a device: is one slower or larger",

@@ -238,6 +238,23 @@ def _compile(argv: list[str], kept: Path, name: str) -> None:
     )
 
 
+# Without Python the board's own find(1) removes what nobody needs (targets/linux/housekeeping.py).
+ABANDONED_DAYS, UNUSED_DAYS = 7, 30
+_TIDY = (
+    'cd "$0" || exit 0; days=$1 unused=$2; shift 2; touch -c "$@" . ; '
+    "find jobs -mindepth 1 -maxdepth 1 -mtime +$days -exec rm -rf {} + ; "
+    "find models rt runtimes runners agents -type f -mtime +$unused -exec rm -f {} + ; "
+    "find models rt runtimes runners agents -name '*.part.*' -mtime +0 -exec rm -f {} + ; "
+    "find rt runtimes runners agents -mindepth 1 -type d -mtime +$unused -exec rmdir {} + ; exit 0"
+)
+
+
+def tidy_without_python(device: Device, work_dir: str, *, used: Sequence[str] = ()) -> None:
+    """Remove jobs of 7 days and files unused for 30; the paths ``used`` were used just now."""
+    words = ["sh", "-c", f"{{ {_TIDY}; }} >/dev/null 2>&1", work_dir, str(ABANDONED_DAYS), str(UNUSED_DAYS)]  # fmt: skip
+    device.run([*words, *used], timeout_s=COMMAND_TIMEOUT_S)
+
+
 # -------------------------------------------------------------------------------------- the job
 
 
@@ -325,7 +342,10 @@ class CRunnerJob(BoardJob):
             timeout_s=COMMAND_TIMEOUT_S,
         )
         if not keep:
+            used = [self.payload.entry, *(item["path"] for item in self.job["models"].values())]
+            used += [self.job["runtime"]["path"]] if self.job["runtime"] else []
             self.device.run(["rm", "-rf", self.job_dir], timeout_s=COMMAND_TIMEOUT_S)
+            tidy_without_python(self.device, self.board.work_dir, used=used)
 
     # ---------------------------------------------------------------------------------- one session
 

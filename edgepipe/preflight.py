@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from edgepipe.errors import MissingExtra, NotReadyError, ProfileError, RequestEr
 from edgepipe.job import COMMAND_TIMEOUT_S, BoardJob, bad_answer, parse_facts
 from edgepipe.payload import Payload, push_payload
 from edgepipe.profile import DeviceProfile, absolute_work_dir
-from edgepipe.runtime import has_runtime_library, runtime_library
+from edgepipe.runtime import PINS, Pin, has_runtime_library, runtime_library
 from edgepipe.sessions import progress
 
 log = logging.getLogger(__name__)
@@ -130,16 +131,42 @@ def push_runtime(
             raise
         log.warning("no runtime is pushed (%s); using what is installed on the device", exc.message)
         return None
-    remote = f"{board.work_dir}/rt/{library.sha256}/{library.path.name}"
-    board.device.push(library.path, remote)
+    pin = PINS[(version, machine)]
+    board.device.push(library.path, library_path(board, pin))
+    return pushed_library(board, pin, version)
+
+
+def library_path(board: Board, pin: Pin) -> str:
+    """Where libLiteRt.so lies on a board once it was pushed."""
+    return f"{board.work_dir}/rt/{pin.sha256}/libLiteRt.so"
+
+
+def pushed_library(board: Board, pin: Pin, version: str) -> dict[str, Any]:
+    """A pushed library as a job names it, with what it needs of the board."""
     return {
-        "path": remote,
-        "size": library.path.stat().st_size,
-        "sha256": library.sha256,
-        "version": library.version,
-        "glibc": library.glibc,
-        "glibcxx": library.glibcxx,
+        "path": library_path(board, pin),
+        "size": pin.size_bytes,
+        "sha256": pin.sha256,
+        "version": version,
+        "glibc": pin.glibc,
+        "glibcxx": pin.glibcxx,
     }
+
+
+def try_c_runner(board: Board, library: Mapping[str, Any]) -> None:
+    """Run the C runner's self-test with a pushed library. Raises NotReadyError (``no-runtime``, Busy)."""
+    job: dict[str, Any] = {
+        "id": f"doctor-{secrets.token_hex(4)}", "owner": "doctor", "work_dir": board.work_dir,
+        "models": {}, "runtime": dict(library), "inputs": None, "threads": 1, "affinity": [],
+        "kernel": "", "weight_cache": False, "warmup_s": 0.0, "session_s": 0.0,
+        "min_inferences": 1, "seed": 0, "lease_s": 0, "min_free_bytes": 0,
+        "budget_s": COMMAND_TIMEOUT_S,
+    }  # fmt: skip
+    tried = board.job(job, f"{board.work_dir}/jobs/{job['id']}", runtime_hint="")
+    try:
+        tried.run([])
+    finally:
+        tried.end()
 
 
 def runtime_hint(profile: DeviceProfile, backend: str, facts: Mapping[str, Any]) -> str:
