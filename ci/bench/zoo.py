@@ -20,25 +20,24 @@ CPU         seconds of to_tflite, its converters included; memory: the largest p
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import logging
 import math
-import multiprocessing
 import os
 import resource
-import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
-import onnxscript  # noqa: F401  what torch.onnx imports: once, not in every child
 import torch
 from ai_edge_litert.interpreter import Interpreter
+from forked import run_forked
 from safetensors.torch import save_file
 from zoo_models import MODELS, ZooModel, samples, settled
 
@@ -57,7 +56,6 @@ PARITY = 1e-4  # what counts as the same: relative, max abs over max, of issue a
 ROUTES = get_args(get_type_hints(ToTflite)["route"])
 CALIBRATION = 32  # samples; the stages see these, the judge's are others
 JUDGED = 8
-FORK = multiprocessing.get_context("fork")
 Row = dict[str, Any]
 
 
@@ -195,11 +193,7 @@ def _cpu_s() -> float:
 
 
 def child(name: str, route: str, work: Path, timeout_s: float) -> None:
-    """What the forked process does: one row, and all that is said meanwhile into log.txt."""
-    stream = (work / "log.txt").open("a", encoding="utf-8")
-    os.dup2(stream.fileno(), 1)
-    os.dup2(stream.fileno(), 2)
-    logging.basicConfig(stream=stream, level=logging.INFO, format="%(message)s", force=True)
+    """What the forked process does: one row."""
     logging.info("--- %s by %s", name, route)
 
     def keep(row: Row) -> None:
@@ -223,10 +217,7 @@ def row_of(name: str, route: str, work: Path, timeout_s: float, *, again: bool =
         kept.unlink(missing_ok=True)
     if not kept.exists():
         began = time.monotonic()
-        # forked, so that a row does not pay for the import of torch; nothing runs in this process
-        process = FORK.Process(target=child, args=(name, route, work, timeout_s))
-        process.start()
-        code = _wait(process, timeout_s)
+        code = run_forked(child, name, route, work, timeout_s, log=work / "log.txt", timeout_s=timeout_s)  # fmt: skip
         seconds = round(time.monotonic() - began, 1)
         row: Row = {
             "model": name,
@@ -245,17 +236,13 @@ def row_of(name: str, route: str, work: Path, timeout_s: float, *, again: bool =
     return found
 
 
-def _wait(process: ForkProcess, timeout_s: float) -> int | None:
-    """Exit code, or None at the deadline. An interrupted child ends its converter, too."""
-    process.join(timeout_s)
-    if process.exitcode is not None:
-        return process.exitcode
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGINT)
-    process.join(20)
-    process.kill()
-    process.join()
-    return None
+def warm_up() -> None:
+    """Have everything imported and registered once, which is half of what a row costs otherwise."""
+    import edgepipe.tflite_ops.quantize  # noqa: F401
+
+    torch.set_num_threads(1)  # no threads before the forks
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        torch.onnx.export(torch.nn.Linear(1, 1), (torch.zeros(1, 1),), dynamo=True, verbose=False)
 
 
 def is_good(row: Row) -> bool:
@@ -336,6 +323,7 @@ def main() -> int:
         parser.error("--work is needed")
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
+    warm_up()
     rows = []
     for route in args.route:
         for entry in wanted:
