@@ -314,10 +314,10 @@ def _request(
             "tensors": list(samples.tensors),
         },
         "backend": options.backend,
-        "kernel": options.kernel,
+        "kernel": options.kernel or (profile.delegation.kernel if profile.delegation else ""),
         "weight_cache": options.weight_cache,
         "threads": options.threads or profile.threads,
-        "affinity": list(options.affinity),
+        "affinity": list(options.affinity or profile.affinity),
         "warmup_s": options.warmup,
         "session_s": options.session,
         "min_inferences": MIN_INFERENCES,
@@ -566,6 +566,10 @@ def _context(
             runtime.get("name"), runtime.get("version"), profile.name, profile.runtime,
             profile.runtime_version,
         )  # fmt: skip
+    governor = sessions[0]["before"].get("governor") if sessions else None
+    departures = _departures(profile, device, runtime, governor)
+    for departure in departures:
+        log.warning("profile %s: %s", profile.name, departure)
     compared = {} if baseline is None else {
         "baseline_sha256": baseline.sha256, "baseline_bytes": baseline.size_bytes,
         "baseline_inputs": _model_inputs(sessions, BASE),
@@ -598,17 +602,20 @@ def _context(
         "runtime_differs_from_profile": bool(runtime) and differs,
         "backend": runtime.get("backend"),
         "backends_rejected": outcome.rejected,
-        "kernel_mode": options.kernel,
+        "kernel_mode": job["kernel"],
         "weight_cache": options.weight_cache,
         "runner": "agent" if board.c_board is None else "c",
         "runner_sha256": board.payload.sha256,
         "runner_compiler": board.c_board.compiler if board.c_board is not None else None,
         "threads": job["threads"],
-        "affinity": list(options.affinity),
+        "affinity": job["affinity"],
         "warmup_s": options.warmup,
         "session_s": options.session,
         "seed": options.seed,
-        "governor": sessions[0]["before"].get("governor") if sessions else None,
+        "governor": governor,
+        "departs_from_profile": departures,
+        "required_delegated_share": profile.delegation.min_share if profile.delegation else None,
+        "budgets": dataclasses.asdict(profile.budgets),
         "temperature_before_c": befores[0] if befores else None,
         "temperature_after_c": max(afters) if afters else None,
         "killed_and_repeated": outcome.repeated,
@@ -618,6 +625,28 @@ def _context(
             **{s["kind"]: s["cause"]["message"] for s in sessions if s["data"] is None},
         },
     }  # fmt: skip
+
+
+def _departures(
+    profile: DeviceProfile,
+    device: Mapping[str, Any],
+    runtime: Mapping[str, Any],
+    governor: str | None,
+) -> list[str]:
+    """In what the board that measured is not as its profile says, but for the runtime's version."""
+    glibc = device.get("glibc")
+    compared = (
+        ("governor", profile.governor, governor, "any"),
+        ("page_size_bytes", profile.page_size_bytes, device.get("page_size_bytes"), 0),
+        ("os", profile.os, device.get("os"), "any"),
+        ("libc", profile.libc, glibc and f"glibc {glibc}", "any"),
+        ("runtime_sha256", profile.runtime_sha256, runtime.get("sha256"), ""),
+    )
+    return [
+        f"{fact} is {actual if actual is not None else 'not known'}, not {expected}"
+        for fact, expected, actual, left_open in compared
+        if expected not in (left_open, actual)
+    ]
 
 
 def _model_inputs(sessions: Sequence[Session], arm: str) -> list[dict[str, Any]]:

@@ -134,6 +134,16 @@ def _limit(
     return Verdict(gate.name, status, reason, evidence.device, value, limit, found.unit)
 
 
+def _within_budget(gate: Gate, evidence: Evidence, budget: str) -> Verdict:
+    """The verdict of a gate without a limit: its ``max`` is what the board's profile allows."""
+    for found in evidence.measurements.values():
+        limit = (found.context.get("budgets") or {}).get(budget)
+        if limit is not None:
+            return dataclasses.replace(gate, max=limit).judge(evidence)  # type: ignore[type-var]
+    reason = f"no limit: the gate has no max, and the profile no budget for {budget}"
+    return Verdict(gate.name, Status.INCONCLUSIVE, reason, evidence.device)
+
+
 def _check_option(name: str, value: float, low: float, high: float, legal: str) -> None:
     """Refuse an option that no evidence could be judged by; ``low`` and ``high`` are legal."""
     if not low <= value <= high:
@@ -144,6 +154,7 @@ def _check_option(name: str, value: float, low: float, high: float, legal: str) 
 class LatencyGate:
     """A percentile of the latency stays under ``max``, at ``confidence``.
 
+    Without ``max`` it is the ``latency`` of the profile's ``[budgets]``.
     PASS when the median over sessions of the order-statistic upper bound of the percentile is
     within the limit, FAIL when that of the lower bound is beyond it, INCONCLUSIVE between.
     """
@@ -152,16 +163,18 @@ class LatencyGate:
     title: ClassVar[str] = "a latency percentile on the device stays under a limit"
     scope: ClassVar[Literal["model", "device"]] = "device"
 
-    max: Annotated[float, Unit("time")]
+    max: Annotated[float, Unit("time")] | None = None
     statistic: Literal["p50", "p90", "p95", "p99"] = "p90"
     clock: Literal["wall", "cpu"] = "wall"
     confidence: float = 0.99
 
     def __post_init__(self) -> None:
         _check_option("confidence", self.confidence, 0.5, 0.9999, "from 0.5 to 0.9999, like 0.99")
-        _check_option("max", self.max, 0, math.inf, "0 or more")
+        _check_option("max", self.max or 0, 0, math.inf, "0 or more")
 
     def judge(self, evidence: Evidence) -> Verdict:
+        if self.max is None:
+            return _within_budget(self, evidence, "latency")
         metric = f"latency_{self.clock}"
         found = _evidence(self, evidence, metric, REQUIRED_CONTEXT)
         if isinstance(found, Verdict):
@@ -207,6 +220,7 @@ class LatencyGate:
 class MemoryGate:
     """Memory that the model costs on the device stays under ``max``.
 
+    Without ``max`` it is the ``memory`` of the profile's ``[budgets]``.
     ``quantity``: ``anon`` (arena and packed weights), ``file`` (mapped weights) or ``peak``.
     """
 
@@ -214,13 +228,15 @@ class MemoryGate:
     title: ClassVar[str] = "memory on the device stays under a limit"
     scope: ClassVar[Literal["model", "device"]] = "device"
 
-    max: Annotated[float, Unit("size")]
+    max: Annotated[float, Unit("size")] | None = None
     quantity: Literal["anon", "file", "peak"] = "peak"
 
     def __post_init__(self) -> None:
-        _check_option("max", self.max, 0, math.inf, "0 or more")
+        _check_option("max", self.max or 0, 0, math.inf, "0 or more")
 
     def judge(self, evidence: Evidence) -> Verdict:
+        if self.max is None:
+            return _within_budget(self, evidence, "memory")
         metric = f"memory_{self.quantity}"
         return _limit(self, evidence, metric, self.max, at_most=True, required=REQUIRED_CONTEXT)
 
@@ -618,6 +634,48 @@ class RunsOnDeviceGate:
 
 
 @record
+class DelegationGate:
+    """At least ``min`` of an inference's time is spent in the delegate, XNNPACK.
+
+    Without ``min`` it is what the profile's ``[delegation]`` requires; such a profile has it judged
+    always.
+    """
+
+    name: ClassVar[str] = "delegation"
+    title: ClassVar[str] = "XNNPACK takes at least a share of an inference's time"
+    scope: ClassVar[Literal["model", "device"]] = "device"
+
+    min: Annotated[float, Unit("ratio")] | None = None
+
+    def __post_init__(self) -> None:
+        _check_option("min", self.min or 0, 0, 1, "from 0 % to 100 %, like 90 %")
+
+    def judge(self, evidence: Evidence) -> Verdict:
+        limit = required_share(evidence) if self.min is None else self.min
+        found = _evidence(self, evidence, "op_time")
+        if limit is None:
+            return Verdict(self.name, Status.INCONCLUSIVE, "no limit: the gate has no min, and the profile requires no delegation", evidence.device)  # fmt: skip
+        if isinstance(found, Verdict):
+            return found
+        share = found.context.get("delegated_share")
+        if share is None:
+            return Verdict(self.name, Status.INCONCLUSIVE, "op_time was recorded without delegated_share", evidence.device)  # fmt: skip
+        relation = ">=" if share >= limit else "<"
+        reason = f"{format_value(share, 'ratio')} of the time is spent in XNNPACK {relation} {format_value(limit, 'ratio')}"  # fmt: skip
+        status = Status.PASS if share >= limit else Status.FAIL
+        return Verdict(self.name, status, reason, evidence.device, share, limit, "ratio")
+
+
+def required_share(evidence: Evidence) -> float | None:
+    """The share of time that the board's profile wants delegated, where it wants one."""
+    for found in evidence.measurements.values():
+        share = found.context.get("required_delegated_share")
+        if share is not None:
+            return float(share)
+    return None
+
+
+@record
 class DeviceAgreementGate:
     """Outputs on the device equal the host's on the same file: at most ``max_mismatch`` differ.
 
@@ -693,6 +751,7 @@ GATES: dict[str, type[Gate]] = {
         ParityGate,
         FullIntegerGate,
         RunsOnDeviceGate,
+        DelegationGate,
         DeviceAgreementGate,
         DeviceTaskMetricGate,
         DeviceAccuracyDropGate,
@@ -703,12 +762,16 @@ GATES: dict[str, type[Gate]] = {
 def judge_all(
     gates: Sequence[Gate], model: Evidence, devices: Sequence[Evidence]
 ) -> tuple[Verdict, ...]:
-    """Every gate once per thing it looks at; `RunsOnDeviceGate` is added for every device.
+    """Every gate once per thing it looks at; `RunsOnDeviceGate` is added for every device, and
+    `DelegationGate` for those whose profile requires it.
 
     A device gate with no device measured is INCONCLUSIVE, and so is a PASS whose evidence comes
     from the null device: what is scripted can show that a gate fails, never that a model is fit.
     """
     verdicts = [_judge(RunsOnDeviceGate(), device) for device in devices]
+    if not any(gate.name == DelegationGate.name for gate in gates):
+        wanted = [device for device in devices if required_share(device) is not None]
+        verdicts += [_judge(DelegationGate(), device) for device in wanted]
     for gate in gates:
         if gate.name == RunsOnDeviceGate.name and devices:
             continue

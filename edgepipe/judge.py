@@ -12,12 +12,34 @@ from edgepipe.baseline import (
     load_baseline,
     refuse_incomparable,
 )
+from edgepipe.errors import RecipeError
 from edgepipe.explain import explain
-from edgepipe.gate import Evidence, Gate, RunsOnDeviceGate, Verdict, judge_all
+from edgepipe.gate import (
+    Evidence,
+    Gate,
+    LatencyGate,
+    MemoryGate,
+    RunsOnDeviceGate,
+    Verdict,
+    judge_all,
+)
+from edgepipe.profile import DeviceProfile
 
 
 def needs_baseline(gates: Sequence[Gate]) -> bool:
     return any(is_on_baseline(gate) for gate in gates)
+
+
+def check_budgets(gates: Sequence[Gate], profiles: Sequence[DeviceProfile]) -> None:
+    """Refuse a gate that has no limit of its own where a profile has no budget for it, either."""
+    for gate in gates:
+        if isinstance(gate, (LatencyGate, MemoryGate)) and gate.max is None:
+            for profile in profiles:
+                if getattr(profile.budgets, gate.name) is None:
+                    raise RecipeError(
+                        f"gate {gate.name!r} has no max, and profile {profile.name} no budget for {gate.name}",
+                        hint="give the gate a max, or the profile a [budgets] table",
+                    )
 
 
 def load_baselines(

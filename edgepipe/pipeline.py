@@ -31,7 +31,7 @@ from edgepipe.errors import EdgepipeError, NotReadyError, StageError
 from edgepipe.evaluate import DeviceEvaluation, choose_evaluation, evaluate
 from edgepipe.gate import Evidence, Gate, SlowdownGate, Status, Verdict, overall
 from edgepipe.inventory import Target
-from edgepipe.judge import judge, load_baselines
+from edgepipe.judge import check_budgets, judge, load_baselines
 from edgepipe.measurement import (
     Measurement,
     measurement_from_dict,
@@ -84,6 +84,7 @@ def run(
 
     Raises EdgepipeError where a step could not be done; a failed gate is a result, not an error.
     """
+    check_budgets(recipe.gates, [target.profile for target in targets])
     folder = (baselines or recipe.baselines or DEFAULT_FOLDER).resolve()
     # before any long work: a damaged baseline is refused
     found = load_baselines(recipe.gates, folder, [t.profile.name for t in targets], recipe.name)

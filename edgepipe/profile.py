@@ -56,6 +56,14 @@ class Delegation:
 
 
 @record
+class Budgets:
+    """What a model may cost on this board: the limit of a gate that has none of its own."""
+
+    latency: Annotated[float, Unit("time", minimum=0.0)] | None = None
+    memory: Annotated[float, Unit("size", minimum=0.0)] | None = None
+
+
+@record
 class Emulation:
     """The machine that stands for a board: whole (``system``) or its processes only (``user``).
 
@@ -111,6 +119,7 @@ class DeviceProfile:
     governor: str = "any"
     """cpufreq governor that the figures are for; edgepipe never sets it."""
     delegation: Delegation | None = None
+    budgets: Budgets = dataclasses.field(default_factory=Budgets)
     work_dir: Annotated[str, Pattern("^(~$|~/|/)")] = "~/.edgepipe"
     """Folder on the board; may begin with ~."""
     transports: tuple[Literal["ssh", "adb"], ...] = ("ssh",)

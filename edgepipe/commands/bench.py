@@ -215,6 +215,7 @@ def _notes(measured: dict[str, Any]) -> list[str]:
         notes.append(f"note: flags: {', '.join(flags)}")
     if context["runtime_differs_from_profile"]:
         notes.append("note: measured with another runtime than the profile's")
+    notes += [f"note: not as the profile says: {text}" for text in context["departs_from_profile"]]
     if context["simulated"]:
         notes.append("note: a null device made these figures up: no gate passes on them")
     if context.get("resumed_sessions"):

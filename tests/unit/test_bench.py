@@ -5,19 +5,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edgepipe import bench
-from edgepipe.bench import MeasureOptions, plan_of
+from edgepipe.bench import MeasureOptions, measure, plan_of
+from edgepipe.commands.on_device import tflite_model
 from edgepipe.errors import ProfileError, RequestError
 from edgepipe.job import BoardJob, Outcome
 from edgepipe.payload import payload_files
 from edgepipe.preflight import check_board
-from edgepipe.profile import find_profile, load_profile
+from edgepipe.profile import Budgets, Delegation, find_profile, load_profile
 from edgepipe.resources import profile_paths
 from edgepipe.schema import build
+from edgepipe.testing import NullDevice
+from edgepipe.tflite_ops.tiny import tiny_tflite
 
 from .test_sessions import arm, latency
 
@@ -49,9 +53,40 @@ def test_options_out_of_range_are_named(options: dict[str, Any], named: str) -> 
         build(MeasureOptions, options, where="t", error=RequestError)
 
 
-def test_every_profile_names_a_target_with_an_agent() -> None:
-    for path in profile_paths().values():
-        assert payload_files(load_profile(path).target)[0] == "agent.py"
+def test_every_profile_of_a_linux_board_names_a_target_with_an_agent() -> None:
+    targets = {load_profile(path).target for path in profile_paths().values()}
+    for target in targets - {"android"}:
+        assert payload_files(target)[0] == "agent.py"
+
+
+def test_a_profile_decides_where_the_recipe_says_nothing(tmp_path: Path) -> None:
+    asked = dataclasses.replace(
+        find_profile("rock5b_8gb", profile_paths()),
+        governor="schedutil",
+        page_size_bytes=65536,
+        runtime_sha256="1" * 64,
+        delegation=Delegation(min_share=0.9),
+        budgets=Budgets(latency=0.02),
+    )
+    path = tmp_path / "tiny.tflite"
+    path.write_bytes(tiny_tflite())
+    model = tflite_model(path)
+
+    def context(**options: Any) -> dict[str, Any]:
+        chosen = MeasureOptions(sessions=1, memory_sessions=0, session=0.2, warmup=0.0, **options)
+        return measure(model, NullDevice(), asked, chosen).measurements[0].context
+
+    found = context()
+    assert found["affinity"] == [4, 5, 6, 7]
+    assert found["kernel_mode"] == "xnnpack"
+    assert found["required_delegated_share"] == 0.9
+    assert found["budgets"] == {"latency": 0.02, "memory": None}
+    departs = " ".join(found["departs_from_profile"])
+    assert "runtime_sha256 is" in departs
+    assert "page_size_bytes is" in departs
+    assert "governor is" in departs
+    assert context(affinity=(0,))["affinity"] == [0]
+    assert context(kernel="builtin")["kernel_mode"] == "builtin"
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgepipe.errors import RequestError
+from edgepipe.errors import RecipeError, RequestError
 from edgepipe.gate import (
     GATES,
     REQUIRED_CONTEXT,
     AccuracyDropGate,
+    DelegationGate,
     Evidence,
     GrowthGate,
     LatencyGate,
@@ -24,8 +25,11 @@ from edgepipe.gate import (
     judge_all,
     overall,
 )
+from edgepipe.judge import check_budgets
 from edgepipe.measurement import Measurement, single
 from edgepipe.metrics import METRICS
+from edgepipe.profile import Budgets, load_profile
+from edgepipe.resources import profile_paths
 from edgepipe.schema import build
 
 CONTEXT: dict[str, Any] = {key: "x" for key in REQUIRED_CONTEXT} | {
@@ -52,6 +56,68 @@ def test_latency_within_the_limit_passes() -> None:
 
 def test_latency_beyond_the_limit_fails() -> None:
     assert LatencyGate(max=0.005).judge(latency(STEADY, STEADY)).status is Status.FAIL
+
+
+@pytest.mark.parametrize(
+    ("budgets", "status", "reason"),
+    [
+        ({"latency": 0.02, "memory": None}, Status.PASS, "<= 20 ms"),
+        ({"latency": 0.005}, Status.FAIL, "> 5 ms"),
+        ({"latency": None}, Status.INCONCLUSIVE, "the profile no budget for latency"),
+        (None, Status.INCONCLUSIVE, "the profile no budget for latency"),
+    ],
+)
+def test_a_gate_without_a_limit_takes_the_budget_of_the_profile(
+    budgets: dict[str, Any] | None, status: Status, reason: str
+) -> None:
+    verdict = LatencyGate().judge(latency(STEADY, STEADY, budgets=budgets))
+    assert (verdict.status, reason in verdict.reason) == (status, True)
+    # a limit of its own goes before
+    assert LatencyGate(max=0.02).judge(latency(STEADY, STEADY, budgets=budgets)).status is Status.PASS  # fmt: skip
+
+
+def test_a_recipe_without_a_limit_that_no_profile_has_either_is_refused() -> None:
+    profile = load_profile(profile_paths()["rpi5_8gb"])
+    with pytest.raises(RecipeError, match="'memory' has no max, and profile rpi5_8gb no budget"):
+        check_budgets([MemoryGate()], [profile])
+    rich = dataclasses.replace(profile, budgets=Budgets(memory=1e6))
+    check_budgets([MemoryGate()], [rich])
+    check_budgets([MemoryGate(max=1.0)], [profile])
+
+
+def delegated(share: float | None, required: float | None = None) -> Evidence:
+    context = {**CONTEXT, "delegated_share": share, "required_delegated_share": required}
+    return Evidence("m1", "pi", {"op_time": Measurement("op_time", "s", ((0.01,),), context=context)})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("gate", "evidence", "status"),
+    [
+        (DelegationGate(min=0.9), delegated(0.95), Status.PASS),
+        (DelegationGate(min=0.9), delegated(0.89), Status.FAIL),
+        (DelegationGate(min=0.9), delegated(None), Status.INCONCLUSIVE),
+        (DelegationGate(), delegated(0.95), Status.INCONCLUSIVE),
+        (DelegationGate(), delegated(0.95, required=0.96), Status.FAIL),
+        (DelegationGate(min=0.5), delegated(0.6, required=0.96), Status.PASS),
+    ],
+)
+def test_delegation_is_judged_by_share_of_time(
+    gate: DelegationGate, evidence: Evidence, status: Status
+) -> None:
+    assert gate.judge(evidence).status is status
+
+
+def test_a_profile_that_requires_delegation_has_it_judged_though_no_gate_asks() -> None:
+    def names(evidence: Evidence) -> list[tuple[str, Status]]:
+        return [(v.gate, v.status) for v in judge_all([], Evidence("m1", "", {}), [evidence])]
+
+    ran = single("runs_on_device", "", 1, {**CONTEXT, "required_delegated_share": 0.9})
+    found = delegated(0.2, required=0.9)
+    whole = Evidence("m1", "pi", {**found.measurements, "runs_on_device": ran})
+    assert names(whole) == [("runs_on_device", Status.PASS), ("delegation", Status.FAIL)]
+    # without operators timed there is no evidence of it
+    bare = Evidence("m1", "pi", {"runs_on_device": ran})
+    assert names(bare) == [("runs_on_device", Status.PASS), ("delegation", Status.INCONCLUSIVE)]
 
 
 def test_latency_at_the_limit_is_inconclusive() -> None:
