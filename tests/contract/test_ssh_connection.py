@@ -513,8 +513,9 @@ def server_that(answer: Callable[[socket.socket], None]) -> Iterator[str]:
 def test_a_port_where_nobody_listens_is_a_connect_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    with pytest.raises(ConnectError, match="refuses connections"):
+    with pytest.raises(ConnectError, match="refuses connections") as caught:
         open_device(f"ssh://127.0.0.1:{port}")
+    assert caught.value.code == "refused"
 
 
 def test_a_host_that_does_not_answer_is_a_connect_error() -> None:
@@ -543,8 +544,9 @@ def test_a_name_that_does_not_exist_is_a_connect_error() -> None:
 def test_a_server_that_does_not_speak_ssh_is_a_connect_error(
     answer: Callable[[socket.socket], None],
 ) -> None:
-    with server_that(answer) as address, pytest.raises(ConnectError):
+    with server_that(answer) as address, pytest.raises(ConnectError) as caught:
         open_device(address, connect_timeout_s=0.5)
+    assert caught.value.code == "no-ssh"
 
 
 class OddSshd(LoopbackSshd):

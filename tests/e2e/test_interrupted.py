@@ -29,6 +29,7 @@ from edgepipe.errors import ConnectError, NotStable
 from edgepipe.testing import LoopbackSshd
 from edgepipe.tflite_ops.tiny import tiny_tflite
 
+from ..unit.board_side import call
 from .test_bench import QUICK, Wrapped, artifact, find_worker, profile
 
 pytestmark = pytest.mark.slow
@@ -129,6 +130,7 @@ class Relay:
         self.port = self._listener.getsockname()[1]
         self._live: list[socket.socket] = []
         self._open = True
+        self.passed_bytes = 0
         self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
 
@@ -146,11 +148,11 @@ class Relay:
             for source, target in ((near, far), (far, near)):
                 threading.Thread(target=self._copy, args=(source, target), daemon=True).start()
 
-    @staticmethod
-    def _copy(source: socket.socket, target: socket.socket) -> None:
+    def _copy(self, source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while chunk := source.recv(65536):
                 target.sendall(chunk)
+                self.passed_bytes += len(chunk)
         for end in (source, target):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
@@ -201,6 +203,35 @@ def when_logged(text: str, caplog: pytest.LogCaptureFixture, act: Callable[[], N
     thread = threading.Thread(target=watch)
     thread.start()
     return thread
+
+
+def test_a_link_that_goes_down_and_up_in_the_middle_of_a_push_costs_only_the_push(
+    far_away: Device, relay: Relay, tmp_path: Path
+) -> None:
+    local, remote = tmp_path / "large", tmp_path / "w" / "models" / "large"
+    local.write_bytes(os.urandom(12_000_000))
+
+    def unplug() -> None:
+        while relay.passed_bytes < 4_000_000:
+            time.sleep(0.001)
+        relay.cut()
+        time.sleep(1.0)
+        relay.mend()
+
+    thread = threading.Thread(target=unplug)
+    thread.start()
+    link = retry.RetryingDevice(far_away)
+    assert link.push(local, str(remote))
+    thread.join()
+    assert link.lost_links >= 1
+    assert remote.read_bytes() == local.read_bytes()
+    assert not link.push(local, str(remote))
+    # with no link nobody could remove what had arrived: an hour later the next job does
+    torn = [path for path in remote.parent.iterdir() if path != remote]
+    assert len(torn) == 1
+    os.utime(torn[0], (time.time() - 7200,) * 2)
+    call("tidy", tmp_path / "w", 0)
+    assert list(remote.parent.iterdir()) == [remote]
 
 
 def test_the_board_measures_on_while_there_is_no_link(
