@@ -121,6 +121,7 @@ def load_recipe(path: Path) -> Recipe:
     evaluate = None
     if "evaluate" in raw:
         evaluate = attempt(build, EvaluateOptions, table("evaluate", dict), where="[evaluate]", error=RecipeError)  # fmt: skip
+    stages = [_judged_like(stage, evaluate, number, problems) for number, stage in enumerate(stages, 1)]  # fmt: skip
     measure = attempt(build, MeasureOptions, table("measure", dict), where="[measure]", error=RecipeError)  # fmt: skip
     devices = table("devices", list)
     known_profiles = profile_paths()
@@ -217,6 +218,20 @@ def _entries(
         except RequestError as exc:
             problems.append(exc.message)
     return entries
+
+
+def _judged_like(
+    stage: Any, evaluate: EvaluateOptions | None, number: int, problems: list[str]
+) -> Any:
+    """A stage that judges by a metric uses the recipe's, unless it names one, but not its data."""
+    if evaluate is None or not getattr(stage, "evaluate", ""):
+        return stage
+    if stage.evaluate == evaluate.data:
+        problems.append(
+            f"[[stages]] {number} ({stage.name}): evaluate = {stage.evaluate!r} is what the recipe is"
+            " judged by in the end: choosing by it would flatter the result; name a set of its own"
+        )
+    return stage if stage.metric else dataclasses.replace(stage, metric=evaluate.metric)
 
 
 def _check_file(reference: str, root: Path, key: str, problems: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -14,11 +15,14 @@ from edgepipe.data import DataSource, at_most, user_path
 from edgepipe.errors import ArtifactError, StageError, StageOptionError
 from edgepipe.predict import predict
 from edgepipe.range_table import RangeTable, read_table, table_text
+from edgepipe.rescue import check_evaluation_data, qat_advice, rescue_facts, rung_lines
 from edgepipe.schema import Unit, near_miss, record
 from edgepipe.stage import StageContext
+from edgepipe.stats import paired_difference_interval
 
 if TYPE_CHECKING:
     from edgepipe.array_ops.load import Samples
+    from edgepipe.tflite_ops.ladder import RoundWeights
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +30,7 @@ log = logging.getLogger(__name__)
 # error of a mean over 64 is an eighth of the spread), few enough to cost less than calibration.
 PARITY_SAMPLES = 64
 LEARNED = "learned"
+DEFAULT_METRIC = "top1"
 
 
 @record
@@ -40,6 +45,11 @@ class QuantizeInt8:
     ``input_dtype`` and ``output_dtype`` are those of the file's doors. Anything that would stay in
     float is an error unless its operators are in ``allow_float``. ``min_sqnr`` is the least signal
     to quantisation-noise ratio against the float file on real samples, over all outputs.
+
+    With ``max_drop``, like ``"1 point"``, the stage climbs a ladder (`tflite_ops.ladder`) until the
+    int8 file loses no more of ``metric`` on the data set ``evaluate``: plain, other ranges,
+    equalisation, bias correction, learned rounding, 16 bits (or float, where ``allow_float`` lets it)
+    for the fewest layers. If no rung holds it is an error that names the layers at fault.
     """
 
     name: ClassVar[str] = "quantize_int8"
@@ -50,12 +60,19 @@ class QuantizeInt8:
         "edgepipe.array_ops",
         "edgepipe.predict",
         "edgepipe.range_table",
+        "edgepipe.rescue",
+        "edgepipe.tflite_ops.bias",
         "edgepipe.tflite_ops.calibrate",
+        "edgepipe.tflite_ops.channels",
+        "edgepipe.tflite_ops.equalise",
         "edgepipe.tflite_ops.flatbuffer",
         "edgepipe.tflite_ops.inspect",
+        "edgepipe.tflite_ops.ladder",
         "edgepipe.tflite_ops.quantize",
         "edgepipe.tflite_ops.run",
+        "edgepipe.tflite_ops.sensitivity",
         "edgepipe.tflite_ops.sparse",
+        "edgepipe.torch_ops.rounding",
     )
     packages: ClassVar[tuple[str, ...]] = (
         "litert-quantizer",
@@ -76,12 +93,31 @@ class QuantizeInt8:
     # a second data set whose statistics the calibration set must resemble, such as "evaluation"
     compare_with: str = ""
     min_sqnr: Annotated[float, Unit("level")] = 10.0
+    max_drop: Annotated[float, Unit("points")] = 0.0
+    evaluate: str = ""
+    # the recipe's [evaluate] metric unless given
+    metric: str = ""
+
+    def __post_init__(self) -> None:
+        if self.max_drop < 0 or bool(self.max_drop) != bool(self.evaluate):
+            raise StageOptionError(
+                "quantize_int8: max_drop is above 0 points and goes with evaluate, data to judge by",
+                hint='max_drop = "1 point", evaluate = "NAME of a [data] table"',
+            )
+        if self.evaluate and self.evaluate == self.data:
+            raise StageOptionError(
+                f"quantize_int8: evaluate = {self.evaluate!r} is the calibration set",
+                hint="name a data set of its own: a model fits the data that its ranges were taken from",
+            )
 
     def files(self) -> tuple[Path, ...]:
         return (self.ranges,) if self.ranges is not None else ()
 
     def data_names(self) -> tuple[str, ...]:
-        return (self.data, self.compare_with) if self.compare_with else (self.data,)
+        return tuple(name for name in (self.data, self.compare_with, self.evaluate) if name)
+
+    def functions(self) -> tuple[str, ...]:
+        return (self.metric,) if ":" in self.metric else ()
 
     def run(self, artifact: Artifact, context: StageContext) -> Artifact:
         from importlib.metadata import version
@@ -139,13 +175,17 @@ class QuantizeInt8:
         for warning in report.warnings:
             log.warning("calibration: %s", warning)
 
-        quantized = ops.quantize(
-            content,
-            table.ranges,
-            input_dtype=self.input_dtype,
-            output_dtype=self.output_dtype,
-            where=where,
-        )
+        rescued: dict[str, Any] = {}
+        if self.max_drop:
+            content, table, quantized, rescued = self._rescue(artifact, content, table, samples, context)  # fmt: skip
+        else:
+            quantized = ops.quantize(
+                content,
+                table.ranges,
+                input_dtype=self.input_dtype,
+                output_dtype=self.output_dtype,
+                where=where,
+            )
         islands = ops.check_full_integer(quantized, allow_float=self.allow_float, where=where)
         for island in islands:
             log.warning("%s stays in float: %s", " - ".join(island["operators"]), island["reason"])
@@ -168,12 +208,98 @@ class QuantizeInt8:
                 "learned": table.method == LEARNED,
             },
             "float_islands": islands,
+            **rescued,
             "fused_activations": list(fused),
             **sparsity_facts(quantized, where=path.name),
             "quantizer": f"litert-quantizer {version('litert-quantizer')}",
             "runtime": f"ai-edge-litert {version('ai-edge-litert')}",
         }
         return dataclasses.replace(result, facts=facts)
+
+    def _rescue(
+        self,
+        artifact: Artifact,
+        content: bytes,
+        table: RangeTable,
+        samples: Samples,
+        context: StageContext,
+    ) -> tuple[bytes, RangeTable, bytes, dict[str, Any]]:
+        """Climb the ladder: the float file that was quantised at last, its ranges, the int8 file and
+        the record. StageError (``accuracy``) with all rungs where none holds."""
+        from edgepipe.array_ops.calibration import file_batches
+        from edgepipe.array_ops.load import load_samples
+        from edgepipe.array_ops.task_metrics import correct, task_metric
+        from edgepipe.tflite_ops.ladder import Judgement, climb, host_latencies
+
+        where = artifact.path.name
+        root = context.root or Path.cwd()
+        metric = self.metric or DEFAULT_METRIC
+        source = self._source(context, self.evaluate, 0)
+        evaluation = load_samples(source, source_specs(artifact.inputs))
+        labels = evaluation.labels
+        if labels is None:
+            raise StageOptionError(
+                f"quantize_int8: {evaluation.origin} has no labels to judge max_drop by",
+                hint="name a data set with labels under evaluate",
+            )
+        check_evaluation_data(samples, evaluation, (context.data[self.data], source))
+        expected = predict(artifact, evaluation.inputs)
+        base = task_metric(metric, expected, labels, root=root)
+        was_right = correct(metric, expected, labels, root=root)
+        trial = context.work_dir / "trial.tflite"
+
+        def judge(int8: bytes) -> Judgement:
+            trial.write_bytes(int8)
+            inputs, outputs = self._specs(artifact, int8)
+            found = predict(make_artifact("tflite", trial, inputs=inputs, outputs=outputs, parent=artifact), evaluation.inputs)  # fmt: skip
+            score = task_metric(metric, found, labels, root=root)
+            is_right = correct(metric, found, labels, root=root)
+            interval = None
+            if was_right is not None and is_right is not None:
+                _, low, high = paired_difference_interval(was_right.tolist(), is_right.tolist())
+                interval = (100 * low, 100 * high)
+            return Judgement(score, 100 * (base - score), len(evaluation), interval)
+
+        log.info("float model: %s %.4f on %d samples of %s", metric, base, len(evaluation), evaluation.origin)  # fmt: skip
+        rescue = climb(
+            content,
+            table.ranges,
+            table.method,
+            batches=lambda: file_batches(samples, artifact.inputs),
+            judge=judge,
+            max_drop=self.max_drop,
+            input_dtype=self.input_dtype,
+            output_dtype=self.output_dtype,
+            allow_float=self.allow_float,
+            round_weights=_round_weights(context.seed),
+            where=where,
+        )
+        trial.unlink(missing_ok=True)
+        (float_latency_s,) = host_latencies([artifact.path.read_bytes()])
+        facts = rescue_facts(
+            rescue,
+            float_latency_s=float_latency_s,
+            max_drop=self.max_drop,
+            data=evaluation.origin,
+            metric=metric,
+            samples=len(evaluation),
+            float_score=base,
+        )
+        lines = rung_lines(facts)
+        for line in (*lines, *rescue.causes):
+            log.info("%s", line)
+        if not rescue.held:
+            culprits = ", ".join(f"{c.operator} {c.layer!r} (noise {c.noise:.2g} alone)" for c in rescue.culprits)  # fmt: skip
+            raise StageError(
+                f"no rung keeps {metric} within {self.max_drop:g} points of float ({base:.4f} on"
+                f" {len(evaluation)} samples of {evaluation.origin}); layers at fault: {culprits}\n"
+                + "\n".join((*lines, *rescue.causes)),
+                stage=self.name,
+                hint=qat_advice(float_latency_s),
+                code="accuracy",
+            )
+        last = RangeTable(rescue.ranges, rescue.method, table.samples, table.data)
+        return rescue.float_content, last, rescue.content, {"rescue": facts}
 
     def _given_ranges(self, artifact: Artifact, context: StageContext) -> RangeTable | None:
         """Ranges that need no calibration: those of ``ranges``, else those that training found."""
@@ -260,7 +386,8 @@ class QuantizeInt8:
                 code="parity",
             ) from exc
         worst = min(errors, key=lambda name: errors[name].sqnr_db)
-        if errors[worst].sqnr_db < self.min_sqnr:
+        # a file that the ladder let pass was judged by what it is for
+        if not self.max_drop and errors[worst].sqnr_db < self.min_sqnr:
             few = dataclasses.replace(samples, inputs={n: a[:4] for n, a in chosen.items()})
             rows = departures(float_content, quantized, file_batches(few, before.inputs))
             first = next((r for r in rows if r[2] < self.min_sqnr), None)
@@ -282,6 +409,19 @@ class QuantizeInt8:
             "random_data": samples.is_random,
             "outputs": {name: dataclasses.asdict(error) for name, error in errors.items()},
         }
+
+
+def _round_weights(seed: int) -> RoundWeights | None:
+    """AdaRound, where PyTorch is installed; it is imported only once that rung is reached."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+
+    def rounding(content: bytes, int8: bytes, batches: Any) -> tuple[bytes, str]:
+        from edgepipe.torch_ops.rounding import round_weights
+
+        return round_weights(content, int8, batches, seed=seed)
+
+    return rounding
 
 
 def source_specs(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:

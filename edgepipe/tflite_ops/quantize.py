@@ -53,7 +53,7 @@ _FUSED = {
 }
 _HALF = "RELU_0_TO_1"
 # Operators with a bias: positions of their input and their bias, and the weights' channel axis
-_BIASED = {
+BIASED = {
     "CONV_2D": (0, 2, 0),
     "DEPTHWISE_CONV_2D": (0, 2, 3),
     "FULLY_CONNECTED": (0, 2, 0),
@@ -399,9 +399,9 @@ def _weight_ranges(
     buffers = schema.Model.GetRootAs(content, 0)
     found: dict[str, dict[str, np.ndarray]] = {}
     for operator in graph.operators:
-        if operator.name not in _BIASED or len(operator.inputs) <= _BIASED[operator.name][1]:
+        if operator.name not in BIASED or len(operator.inputs) <= BIASED[operator.name][1]:
             continue
-        source, bias_at, axis = _BIASED[operator.name]
+        source, bias_at, axis = BIASED[operator.name]
         x, w, b = (graph.tensors[operator.inputs[i]] for i in (source, 1, bias_at))
         constants = operator.inputs[bias_at] >= 0 and w.is_constant and b.is_constant
         if not constants or x.name not in activations or {w.dtype, b.dtype} != {"float32"}:

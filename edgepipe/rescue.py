@@ -1,0 +1,126 @@
+"""What `quantize_int8` says about its rescue ladder: is the data fit to judge by, the rungs, advice."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from edgepipe.data import DataSource
+from edgepipe.errors import DataError
+from edgepipe.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from edgepipe.array_ops.load import Samples
+    from edgepipe.tflite_ops.ladder import Rescue, Rung
+
+log = logging.getLogger(__name__)
+
+# From this share of common samples on, two data sets count as one.
+SAME_DATA = 0.5
+# Below so many samples one of them is worth a point or more of accuracy.
+ENOUGH_SAMPLES = 100
+# Forward and backward pass of a batch with rounding put in, in inferences of the float file on one
+# thread (`ci/bench/int8_rescue.py --qat` measures it).
+QAT_INFERENCES = 30
+
+
+def check_evaluation_data(
+    calibration: Samples, evaluation: Samples, sources: tuple[DataSource, DataSource]
+) -> None:
+    """DataError where the samples to judge by are those that ranges were taken from.
+
+    By source, whatever number and choice of its samples, and by content: half of either set found in
+    the other. Fewer common samples are a warning.
+    """
+    bare = [dataclasses.replace(s, limit=0, seed=0) for s in sources]
+    ours, theirs = _hashes(calibration), _hashes(evaluation)
+    common = len(ours & theirs)
+    share = max(common / len(ours), common / len(theirs)) if ours and theirs else 0.0
+    if bare[0] == bare[1] or share >= SAME_DATA:
+        same = "are the same source" if bare[0] == bare[1] else f"have {common} samples in common"
+        raise DataError(
+            f"quantize_int8: calibration ({calibration.origin}) and evaluation ({evaluation.origin})"
+            f" {same}: a model fits the data that its ranges were taken from",
+            hint="keep samples aside: not_fold = [0, 5] in the one data set and fold = [0, 5] in the other",
+            code="evaluation-is-calibration",
+        )
+    if common:
+        log.warning("%d samples are in both the calibration and the evaluation data", common)
+    if len(evaluation) < ENOUGH_SAMPLES:
+        log.warning(
+            "max_drop is judged on %d samples, one of which is %.2g points",
+            len(evaluation), 100 / max(len(evaluation), 1),
+        )  # fmt: skip
+
+
+def _hashes(samples: Samples) -> set[bytes]:
+    """A hash of each sample, over all its inputs."""
+    found = set()
+    for row in range(len(samples)):
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(samples.inputs):
+            digest.update(samples.inputs[name][row].tobytes())
+        found.add(digest.digest())
+    return found
+
+
+def rescue_facts(rescue: Rescue, *, float_latency_s: float, **context: Any) -> dict[str, Any]:
+    """The record of a ladder, plain data: rungs, causes, culprits and what is not int8."""
+    return {
+        **context,
+        "held": rescue.rungs[-1].name if rescue.held else "",
+        "float_latency_s": float_latency_s,
+        "method": rescue.method,
+        "rungs": [_rung_facts(rung) for rung in rescue.rungs],
+        "precision": dict(rescue.precision),
+        "causes": list(rescue.causes),
+        "culprits": [dataclasses.asdict(c) for c in rescue.culprits],
+    }
+
+
+def _rung_facts(rung: Rung) -> dict[str, Any]:
+    judged = rung.judgement
+    return {
+        "rung": rung.name,
+        "did": rung.did,
+        "score": judged.score,
+        "drop_points": judged.drop_points,
+        "interval_points": list(judged.interval_points) if judged.interval_points else None,
+        "samples": judged.samples,
+        "noise": rung.noise,
+        "bytes": rung.size_bytes,
+        "latency_s": rung.latency_s,
+        "held": rung.held,
+        "kept": rung.kept,
+    }
+
+
+def rung_lines(facts: Mapping[str, Any]) -> list[str]:
+    """The rungs as a table of text, with the float model first."""
+    rows = [
+        ["rung", "score", "points lost", "bytes", "this host", "", "what was done"],
+        ["float", f"{facts['float_score']:.4f}", "", "", format_seconds(facts["float_latency_s"]), "", ""],
+    ]  # fmt: skip
+    for rung in facts["rungs"]:
+        interval = rung["interval_points"]
+        within = f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else ""
+        verdict = "holds" if rung["held"] else "" if rung["kept"] else "undone"
+        rows.append([
+            rung["rung"], f"{rung['score']:.4f}", f"{rung['drop_points']:.2f}{within}", format_bytes(rung["bytes"]),
+            format_seconds(rung["latency_s"]), verdict, rung["did"],
+        ])  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]  # fmt: skip
+
+
+def qat_advice(float_latency_s: float) -> str:
+    """The last rung: what quantisation-aware training would take, by this host's float latency."""
+    seconds = 1000 * QAT_INFERENCES * float_latency_s
+    return (
+        "train it for int8: a qat stage before quantize_int8 (about"
+        f" {format_seconds(seconds)} for each 1000 training samples and epoch on one thread of this"
+        " host), or leave the worst layers in float with allow_float"
+    )

@@ -1,0 +1,386 @@
+"""The rescue ladder: from plain int8, rung by rung, to the first file that keeps its accuracy.
+
+1 plain  2 ranges  3 equalise and repair  4 bias  5 rounding  6 mixed precision. Within a rung the
+candidate wins whose outputs are nearest to the float model's on calibration data. It is then judged
+by the caller, on other data and on the exported file: if that raised the score (or kept it, with
+outputs nearer to float) the next rung builds on it, and if the drop is allowed it is the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import logging
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from edgepipe.array_ops.ranges import METHODS, Range
+from edgepipe.errors import StageError
+from edgepipe.tflite_ops.bias import correct_biases
+from edgepipe.tflite_ops.calibrate import (
+    FROM_HISTOGRAMS,
+    Batches,
+    collect_histograms,
+)
+from edgepipe.tflite_ops.channels import ChannelStatistics, channel_statistics
+from edgepipe.tflite_ops.equalise import check_unchanged, equalise, repair_dead_channels
+from edgepipe.tflite_ops.flatbuffer import parse_model
+from edgepipe.tflite_ops.quantize import (
+    IoDtype,
+    Precision,
+    collect_ranges,
+    quantize,
+)
+from edgepipe.tflite_ops.run import open_tflite
+from edgepipe.tflite_ops.sensitivity import (
+    Sensitivity,
+    layer_sensitivity,
+    layers_of,
+    noise_share,
+    outputs_of,
+)
+
+log = logging.getLogger(__name__)
+
+# Calibration samples on which files are compared with the float file, rung against rung.
+COMPARED = 64
+# Those that weights are rounded by: more, since they are fitted to them.
+LEARNED_FROM = 256
+# A layer whose noise alone, with all others in float, is above this is called a culprit: -20 dB.
+CULPRIT = 0.01
+CULPRITS_NAMED = 5
+# Channels of one tensor that differ by this much are named as a cause: 255 / 64 = 4 steps are left
+# for the median one.
+WIDE_SPREAD = 64.0
+# Of each file's latency, as many inferences as fit into a share of a second, in turns.
+ROUNDS, ROUND_S = 5, 0.04
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What a file is worth on the evaluation data: ``score`` (0 to 1) of ``samples`` samples, the
+    loss in ``drop_points`` with its 95 % interval where the metric counts samples."""
+
+    score: float
+    drop_points: float
+    samples: int
+    interval_points: tuple[float, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """``noise`` is `noise_share` against the float file on calibration samples; ``held`` whether the
+    drop is allowed; ``kept`` whether later rungs build on it. ``latency_s`` is this host's."""
+
+    name: str
+    did: str
+    judgement: Judgement
+    noise: float
+    size_bytes: int
+    held: bool
+    kept: bool
+    latency_s: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rescue:
+    """Where the ladder ended. ``content`` is the int8 file of the last rung, ``float_content`` what it
+    was made from, ``precision`` the layers that are not int8. ``causes`` are sentences about what was
+    wrong with the model, ``culprits`` the layers that would spoil it alone, worst first."""
+
+    content: bytes
+    float_content: bytes
+    ranges: Mapping[str, Range]
+    method: str
+    precision: Mapping[str, Precision]
+    rungs: tuple[Rung, ...]
+    causes: tuple[str, ...]
+    culprits: tuple[Sensitivity, ...]
+
+    @property
+    def held(self) -> bool:
+        return self.rungs[-1].held
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How to make the int8 file."""
+
+    content: bytes
+    ranges: Mapping[str, Range]
+    method: str
+    corrected: bool = False
+    precision: Mapping[str, Precision] = dataclasses.field(default_factory=dict)
+
+
+Judge = Callable[[bytes], Judgement]
+# (float file, int8 file, calibration batches) -> (float file with weights to be rounded so, what was done)
+RoundWeights = Callable[[bytes, bytes, Sequence[Sequence[np.ndarray]]], tuple[bytes, str]]
+
+
+def climb(
+    content: bytes,
+    ranges: Mapping[str, Range],
+    method: str,
+    *,
+    batches: Batches,
+    judge: Judge,
+    max_drop: float,
+    input_dtype: IoDtype,
+    output_dtype: IoDtype,
+    allow_float: Sequence[str],
+    round_weights: RoundWeights | None,
+    where: str,
+) -> Rescue:
+    """Climb until ``judge`` finds a drop of at most ``max_drop`` points; the result says if one held.
+
+    ``content`` is the float file with activations fused, ``ranges`` those of plain calibration by
+    ``method``. ``batches`` gives the calibration data, (1, ...) for each input, as often as it is
+    called. Layers are put into float only if their operator is in ``allow_float``, into 16 bits
+    wherever the quantiser can.
+    """
+    return _Ladder(
+        batches=batches, judge=judge, max_drop=max_drop, input_dtype=input_dtype,
+        output_dtype=output_dtype, allow_float=tuple(allow_float), round_weights=round_weights,
+        where=where, original=content,
+    ).climb(_Plan(content, ranges, method))  # fmt: skip
+
+
+class _Ladder:
+    """The rungs so far; each method is one rung, plan in and plan out."""
+
+    def __init__(
+        self, *, batches: Batches, judge: Judge, max_drop: float, input_dtype: IoDtype,
+        output_dtype: IoDtype, allow_float: tuple[str, ...], round_weights: RoundWeights | None,
+        where: str, original: bytes,
+    ) -> None:  # fmt: skip
+        self.batches, self.judge, self.max_drop = batches, judge, max_drop
+        self.doors: dict[str, Any] = {"input_dtype": input_dtype, "output_dtype": output_dtype}
+        self.allow_float, self.round_weights, self.where = allow_float, round_weights, where
+        self.original = original
+        # (step * k)th samples, so that a set sorted by class is seen whole
+        total = sum(1 for _ in batches())
+        step, wide = max(1, total // COMPARED), max(1, total // LEARNED_FROM)
+        self.few = list(itertools.islice(batches(), 0, COMPARED * step, step))
+        self.many = list(itertools.islice(batches(), 0, LEARNED_FROM * wide, wide))
+        self.expected = outputs_of(original, self.few, where=where)
+        self.rungs: list[Rung] = []
+        self.files: list[bytes] = []
+        self.causes: list[str] = []
+        self.culprits: list[Sensitivity] = []
+        self.known_noise: dict[bytes, float] = {}
+
+    def climb(self, plan: _Plan) -> Rescue:
+        steps = (self._better_ranges, self._equalised, self._bias, self._rounded, self._mixed)
+        made = self._step("plain", f"int8 with {plan.method} ranges", plan)
+        for step in steps:
+            if self.rungs[-1].held:
+                break
+            plan, made = step(plan, made)
+        latencies = host_latencies(self.files)
+        rungs = tuple(
+            dataclasses.replace(rung, latency_s=latency)
+            for rung, latency in zip(self.rungs, latencies, strict=True)
+        )
+        return Rescue(
+            content=made, float_content=plan.content, ranges=plan.ranges, method=plan.method,
+            precision=plan.precision, rungs=rungs, causes=tuple(self.causes),
+            culprits=tuple(self.culprits),
+        )  # fmt: skip
+
+    # --- rungs ---
+
+    def _better_ranges(self, plan: _Plan, made: bytes) -> tuple[_Plan, bytes]:
+        candidates = self._range_candidates(plan)
+        best = min(candidates, key=lambda c: self._noise(c[1]))
+        if best[1] == made or self._noise(best[1]) >= self.rungs[-1].noise:
+            log.info("rung ranges: none of %s is nearer to the float model", ", ".join(METHODS))
+            return plan, made
+        return self._accept("ranges", f"{best[0].method} ranges instead of {plan.method}", best[0], plan, made, content=best[1])  # fmt: skip
+
+    def _range_candidates(self, plan: _Plan) -> list[tuple[_Plan, bytes]]:
+        limits = collect_ranges(plan.content, self.batches(), where=self.where).table()
+        histograms = collect_histograms(plan.content, self.batches(), limits, where=self.where)
+        tables: dict[str, Mapping[str, Range]] = {plan.method: plan.ranges, "min_max": limits}
+        for method in FROM_HISTOGRAMS:
+            tables[method] = {n: METHODS[method](h) for n, h in histograms.items()}
+        plans = [dataclasses.replace(plan, ranges=t, method=m) for m, t in tables.items()]
+        return [(p, self._make(p)) for p in plans]
+
+    def _equalised(self, plan: _Plan, made: bytes) -> tuple[_Plan, bytes]:
+        before = channel_statistics(plan.content, self.batches(), where=self.where)
+        content, repaired = repair_dead_channels(plan.content, before, where=self.where)
+        self.causes += repaired
+        self._name_spread(before)
+        did = [f"{len(repaired)} dead gain(s) set to 0"] if repaired else []
+        options = [content] if repaired else []
+        for strength in (0.5, 1.0):
+            scaled, told = equalise(content, before, strength=strength, where=self.where)
+            if told:
+                options.append(scaled)
+                if strength == 1.0:
+                    did.append(f"{len(told)} layer(s) equalised")
+        if not options:
+            log.info("rung equalise: no dead channels with absurd weights, no pair of layers to equalise")  # fmt: skip
+            return plan, made
+        best: tuple[_Plan, bytes] | None = None
+        for option in options:
+            check_unchanged(self.original, option, self.few, where=self.where)
+            for candidate in self._range_candidates(dataclasses.replace(plan, content=option)):
+                if best is None or self._noise(candidate[1]) < self._noise(best[1]):
+                    best = candidate
+        assert best is not None
+        if best[0].content == content:
+            did = did[:1]
+        return self._accept("equalise", ", ".join(did) + f", {best[0].method} ranges", best[0], plan, made, content=best[1])  # fmt: skip
+
+    def _bias(self, plan: _Plan, made: bytes) -> tuple[_Plan, bytes]:
+        new = dataclasses.replace(plan, corrected=True)
+        content, layers = correct_biases(plan.content, made, self.few, where=self.where)
+        return self._accept("bias", f"biases of {layers} layers corrected", new, plan, made, content=content)  # fmt: skip
+
+    def _rounded(self, plan: _Plan, made: bytes) -> tuple[_Plan, bytes]:
+        if self.round_weights is None:
+            log.info("rung rounding: needs PyTorch, which is not installed")
+            return plan, made
+        bare = self._make(dataclasses.replace(plan, corrected=False))
+        content, did = self.round_weights(plan.content, bare, self.many)
+        # these weights are no longer the float model's: they are made to be rounded
+        new = dataclasses.replace(plan, content=content)
+        return self._accept("rounding", did, new, plan, made)
+
+    def _mixed(self, plan: _Plan, made: bytes) -> tuple[_Plan, bytes]:
+        limits = collect_ranges(plan.content, self.batches(), where=self.where).table()
+        ranked = layer_sensitivity(plan.content, plan.ranges, self.few, where=self.where)
+        self.culprits = [s for s in ranked if s.noise > CULPRIT][:CULPRITS_NAMED] or ranked[:1]
+        kinds: tuple[Precision, ...] = ("int16", "float")
+        for kind in kinds:
+            usable = [s.layer for s in ranked if kind == "int16" or s.operator in self.allow_float]
+            found = self._fewest(plan, kind, usable, limits) if usable else None
+            if found is None:
+                continue
+            new, content = found
+            widened = "with 16-bit activations" if kind == "int16" else "in float"
+            did = f"{len(new.precision)} of {len(ranked)} layers {widened}"
+            last = self._accept("mixed", did, new, plan, made, content=content)
+            if self.rungs[-1].held:
+                return last
+        return plan, made
+
+    def _fewest(
+        self, plan: _Plan, kind: Precision, ranked: Sequence[str], limits: Mapping[str, Range]
+    ) -> tuple[_Plan, bytes] | None:
+        """The fewest of the worst layers that hold, found by doubling and halving; else all of them.
+
+        With 16 bits there is no need to clip: tensors of such layers get their whole range.
+        """
+        graph = parse_model(plan.content, where=self.where).subgraphs[0]
+        tried: dict[int, tuple[_Plan, bytes]] = {}
+
+        def holds(count: int) -> bool:
+            precision = {**plan.precision, **dict.fromkeys(ranked[:count], kind)}
+            whole = {
+                name: limits[name]
+                for o in graph.operators
+                if graph.tensors[o.outputs[0]].name in precision
+                for name in (graph.tensors[i].name for i in (*o.inputs, *o.outputs) if i >= 0)
+                if name in limits
+            }
+            new = dataclasses.replace(plan, precision=precision, ranges={**plan.ranges, **whole})
+            try:
+                content = self._make(new)
+            except StageError as exc:  # the quantiser has no such form of one of them
+                log.info("%d layers in %s: %s", count, kind, exc.message)
+                return False
+            tried[count] = (new, content)
+            return self.judge(content).drop_points <= self.max_drop
+
+        count = 1
+        while not holds(count):
+            if count == len(ranked):
+                return tried.get(count)
+            count = min(2 * count, len(ranked))
+        low, high = count // 2, count  # low does not hold
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if holds(middle) else (middle, high)
+        return tried[high]
+
+    # --- what they share ---
+
+    def _make(self, plan: _Plan) -> bytes:
+        made = quantize(plan.content, plan.ranges, precision=plan.precision, where=self.where, **self.doors)  # fmt: skip
+        if plan.corrected:
+            made, _ = correct_biases(plan.content, made, self.few, where=self.where)
+        return made
+
+    def _noise(self, content: bytes) -> float:
+        key = hashlib.sha256(content).digest()
+        if key not in self.known_noise:
+            found = outputs_of(content, self.few, where=self.where)
+            self.known_noise[key] = noise_share(self.expected, found)
+        return self.known_noise[key]
+
+    def _step(self, name: str, did: str, plan: _Plan, content: bytes | None = None) -> bytes:
+        made = self._make(plan) if content is None else content
+        judged = self.judge(made)
+        held = judged.drop_points <= self.max_drop
+        self.rungs.append(Rung(name, did, judged, self._noise(made), len(made), held, kept=True))
+        self.files.append(made)
+        log.info(
+            "rung %s (%s): score %.4f, %+.2f points lost, %s",
+            name, did, judged.score, judged.drop_points, "holds" if held else "does not hold",
+        )  # fmt: skip
+        return made
+
+    def _accept(
+        self, name: str, did: str, new: _Plan, old: _Plan, made: bytes, *, content: bytes | None = None
+    ) -> tuple[_Plan, bytes]:  # fmt: skip
+        """Judge the new plan; the old one stays unless the new has a better score, or as good a one
+        with less noise."""
+        before = next(r for r in reversed(self.rungs) if r.kept)
+        after = self._step(name, did, new, content)
+        rung = self.rungs[-1]
+        scores = rung.judgement.score, before.judgement.score
+        is_better = scores[0] > scores[1] or (scores[0] == scores[1] and rung.noise < before.noise)
+        if rung.held or is_better:
+            return new, after
+        self.rungs[-1] = dataclasses.replace(rung, kept=False)
+        return old, made
+
+    def _name_spread(self, statistics: Mapping[str, ChannelStatistics]) -> None:
+        layers = layers_of(parse_model(self.original, where=self.where).subgraphs[0])
+        wide = sorted(
+            (
+                (s.spread, n)
+                for n, s in statistics.items()
+                if n in layers and s.spread > WIDE_SPREAD
+            ),
+            reverse=True,
+        )
+        for spread, name in wide[:CULPRITS_NAMED]:
+            self.causes.append(
+                f"{layers[name]} {name!r}: its largest channel is {spread:.0f} times the median one,"
+                f" which is left {255 / spread:.1f} of 255 steps"
+            )
+
+
+def host_latencies(files: Sequence[bytes]) -> list[float]:
+    """Median seconds of one inference of each int8 or float file on this host, one thread, in turns."""
+    models = [open_tflite(content) for content in files]
+    taken: list[list[float]] = [[] for _ in files]
+    for _ in range(ROUNDS):
+        for model, rows in zip(models, taken, strict=True):
+            end = time.perf_counter() + ROUND_S
+            while True:
+                began = time.perf_counter()
+                model.invoke()
+                rows.append(time.perf_counter() - began)
+                if time.perf_counter() >= end:
+                    break
+    return [statistics.median(rows) for rows in taken]

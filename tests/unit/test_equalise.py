@@ -1,0 +1,226 @@
+"""Rewriting float weights for int8: outputs stay, channels get even, and what may not be touched is not."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from ai_edge_litert import schema_py_generated as schema
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgepipe.errors import StageError
+from edgepipe.tflite_ops.bias import correct_biases
+from edgepipe.tflite_ops.channels import channel_statistics
+from edgepipe.tflite_ops.equalise import check_unchanged, equalise, repair_dead_channels
+from edgepipe.tflite_ops.ladder import Judgement, climb
+from edgepipe.tflite_ops.quantize import collect_ranges, quantize
+from edgepipe.tflite_ops.sensitivity import layer_sensitivity, noise_share, outputs_of
+
+from .hostile_nets import RELU, dead_batch_norm, detector_head, wide_swish
+from .tflite_builder import Graph
+
+RELU6 = schema.ActivationFunctionType.RELU6
+
+
+def batches(net, n=48):
+    return [[x[None]] for x in net.calibration[:n]]
+
+
+def images(n=24, seed=0, channels=3):
+    generator = np.random.default_rng(seed)
+    return [[generator.normal(size=(1, 6, 6, channels)).astype(np.float32)] for _ in range(n)]
+
+
+def chain(*, spread, activation=RELU, between="depthwise", seed=0, residual=False):
+    """conv (8 channels, sizes apart by ``spread``) - something - conv 1x1 that undoes the sizes."""
+    g, rng = Graph(), np.random.default_rng(seed)
+    x = g.input("x", (1, 6, 6, 3))
+    size = np.geomspace(1, spread, 8).astype(np.float32)
+    first = rng.normal(0, 0.4, (8, 3, 3, 3)).astype(np.float32) * size[:, None, None, None]
+    bias = rng.normal(0, 0.1, 8).astype(np.float32) * size
+    y = top = g.conv(x, first, bias, "first", (1, 6, 6, 8), fusedActivationFunction=activation)
+    shape = (1, 6, 6, 8)
+    if between == "depthwise":
+        w = g.const("dw/w", rng.normal(0, 0.4, (1, 3, 3, 8)).astype(np.float32))
+        b = g.const("dw/b", rng.normal(0, 0.1, 8).astype(np.float32) * size)
+        y = g.op("DEPTHWISE_CONV_2D", [y, w, b], "dw", shape, "DepthwiseConv2DOptions", strideW=1, strideH=1, depthMultiplier=1)  # fmt: skip
+    elif between == "leaky":
+        y = g.op("LEAKY_RELU", [y], "leaky", shape, "LeakyReluOptions", alpha=0.1)
+    elif between == "pool":
+        y = g.op("MAX_POOL_2D", [y], "pool", (1, 3, 3, 8), "Pool2DOptions", strideW=2, strideH=2, filterWidth=2, filterHeight=2)  # fmt: skip
+        shape = (1, 3, 3, 8)
+    elif between == "sigmoid":
+        y = g.op("LOGISTIC", [y], "sigmoid", shape)
+    second = (rng.normal(0, 0.4, (4, 1, 1, 8)) / size).astype(np.float32)
+    y = g.conv(y, second, rng.normal(0, 0.1, 4).astype(np.float32), "y", (*shape[:3], 4))
+    return g.bytes([y, top] if residual else [y])
+
+
+def equalised(content, data, strength=0.5):
+    found = channel_statistics(content, data, where="m")
+    return equalise(content, found, strength=strength, where="m")
+
+
+@given(
+    spread=st.sampled_from([1.0, 10.0, 1000.0]),
+    between=st.sampled_from(["depthwise", "leaky", "pool", "nothing"]),
+    strength=st.sampled_from([0.5, 1.0]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25, deadline=None)
+def test_equalising_leaves_the_outputs_as_they_were(spread, between, strength, seed):
+    activation = 0 if between == "leaky" else RELU
+    content = chain(spread=spread, between=between, seed=seed, activation=activation)
+    after, _ = equalised(content, images(seed=seed), strength)
+    # on other data than the statistics are of
+    assert check_unchanged(content, after, images(8, seed=seed + 1000), where="m") <= 1e-4
+
+
+@pytest.mark.parametrize("between", ["depthwise", "leaky", "pool", "nothing"])
+def test_equalising_makes_channels_even_and_int8_better(between):
+    content = chain(spread=1000, between=between, activation=0 if between == "leaky" else RELU)
+    data = images()
+    before = channel_statistics(content, data, where="m")["first"].spread
+    after, told = equalised(content, data)
+    assert told
+    assert channel_statistics(after, data, where="m")["first"].spread < before / 5
+    assert int8_noise(after, data) < int8_noise(content, data) / 2
+
+
+def int8_noise(content, data):
+    made = quantize(content, collect_ranges(content, data, where="m").table(), where="m")
+    return noise_share(outputs_of(content, data, where="m"), outputs_of(made, data, where="m"))
+
+
+def test_what_does_not_commute_with_factors_is_left_alone():
+    for content in (
+        chain(spread=1000, between="sigmoid"),
+        chain(spread=1000, between="nothing", residual=True),  # the tensor is an output itself
+    ):
+        assert equalised(content, images()) == (content, ())
+
+
+def test_a_channel_that_reaches_the_end_of_relu6_is_not_scaled():
+    content = chain(spread=1000, between="nothing", activation=RELU6)
+    data = images()
+    after, _ = equalised(content, data)
+    assert check_unchanged(content, after, images(16, seed=7), where="m") <= 1e-4
+    low = channel_statistics(content, data, where="m")["first"].reach
+    new = channel_statistics(after, data, where="m")["first"].reach
+    cut = low >= 5.9
+    assert cut.any()
+    np.testing.assert_array_equal(new[cut], low[cut])
+
+
+def test_a_change_of_the_outputs_is_an_error():
+    with pytest.raises(StageError, match="changed its outputs by"):
+        check_unchanged(chain(spread=1, seed=0), chain(spread=1, seed=1), images(2), where="m")
+
+
+def test_absurd_weights_behind_dead_channels_are_zeroed_and_nothing_else():
+    net = dead_batch_norm()
+    found = channel_statistics(net.content, batches(net), where="m")
+    assert found["first"].is_constant[18:].all()
+    after, told = repair_dead_channels(net.content, found, where="m")
+    assert len(told) == 1
+    assert "6 dead channel(s) of 'first'" in told[0]
+    assert (
+        check_unchanged(net.content, after, [[x[None]] for x in net.samples[:50]], where="m") == 0
+    )
+    assert int8_noise(after, batches(net)) < 0.1 < int8_noise(net.content, batches(net))
+    # a model without the fault keeps its bytes
+    other = wide_swish()
+    found = channel_statistics(other.content, batches(other), where="m")
+    assert repair_dead_channels(other.content, found, where="m") == (other.content, ())
+
+
+def test_statistics_are_those_of_the_values():
+    content, data = chain(spread=3, between="nothing"), images(5)
+    found = channel_statistics(content, data, where="m")["x"]
+    everything = np.concatenate([x for (x,) in data]).reshape(-1, 3).astype(np.float64)
+    np.testing.assert_allclose(found.mean, everything.mean(axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.std, everything.std(axis=0), rtol=1e-5)
+    np.testing.assert_array_equal(found.low, everything.min(axis=0))
+    np.testing.assert_array_equal(found.high, everything.max(axis=0))
+
+
+def test_bias_correction_takes_the_mean_error_out_of_each_channel():
+    content, data = chain(spread=100, between="depthwise", activation=0), images(32)
+    made = quantize(content, collect_ranges(content, data, where="m").table(), where="m")
+    after, layers = correct_biases(content, made, data, where="m")
+    assert layers == 3
+    (wanted,) = outputs_of(content, data, where="m")
+
+    def mean_error(file):
+        (found,) = outputs_of(file, data, where="m")
+        return np.abs((found - wanted).reshape(-1, 4).mean(axis=0)).max()
+
+    assert mean_error(after) < mean_error(made) / 3
+    assert len(after) == len(made)
+
+
+def test_sensitivity_blames_the_layer_that_alone_ruins_the_model():
+    for net, layers in ((detector_head(), {"both"}), (wide_swish(), {"first", "swish"})):
+        table = collect_ranges(net.content, batches(net), where="m").table()
+        ranked = layer_sensitivity(net.content, table, batches(net), where="m")
+        assert {s.layer for s in ranked[: len(layers)]} == layers
+        assert ranked[0].noise > 2 * ranked[len(layers)].noise
+
+
+def test_noise_weighs_small_outputs_like_large_ones():
+    generator = np.random.default_rng(0)
+    large, small = generator.normal(size=(50, 3)) * 300, generator.normal(size=(50, 3))
+    both = np.hstack([large, small])
+    dead = np.hstack([large, np.zeros((50, 3))])
+    assert noise_share([both], [both]) == 0
+    assert noise_share([both], [dead]) == pytest.approx(0.5, abs=0.05)
+    assert noise_share([both], [np.full_like(both, np.nan)]) == 1
+
+
+# --- the ladder's own rules, with a judge of our making ------------------------------------------
+
+
+def climbed(net, judge, **options):
+    table = collect_ranges(net.content, batches(net), where="m").table()
+    given = {
+        "max_drop": 1.0, "input_dtype": "int8", "output_dtype": "float32", "allow_float": (), "round_weights": None,
+        **options,
+    }  # fmt: skip
+    return climb(net.content, table, "min_max", batches=lambda: iter(batches(net)), judge=judge, where="m", **given)  # fmt: skip
+
+
+def test_the_ladder_stops_at_the_first_rung_that_holds():
+    rescue = climbed(detector_head(), lambda content: Judgement(1.0, 0.0, 10))
+    assert [r.name for r in rescue.rungs] == ["plain"]
+    assert rescue.held
+
+
+def test_a_rung_that_makes_it_worse_is_undone_and_none_that_holds_is_invented():
+    scores = iter([0.5, *([0.1] * 99)])
+
+    def judge(content):
+        score = next(scores)
+        return Judgement(score, 100 * (1 - score), 10)
+
+    rescue = climbed(wide_swish(), judge)
+    assert not rescue.held
+    assert [r.kept for r in rescue.rungs] == [True, *[False] * (len(rescue.rungs) - 1)]
+    assert rescue.content == climbed(wide_swish(), lambda content: Judgement(1.0, 0, 1)).content
+    assert rescue.culprits[0].layer in ("first", "swish")
+
+
+def test_layers_go_into_float_only_where_their_operator_may():
+    net = detector_head()
+
+    def judge(content):
+        from edgepipe.tflite_ops.flatbuffer import parse_model
+
+        graph = parse_model(content, where="m").subgraphs[0]
+        made = [graph.tensors[o.outputs[0]].dtype for o in graph.operators if o.name == "CONCATENATION"]  # fmt: skip
+        return Judgement(float(made == ["float32"]), 100.0 * (made != ["float32"]), 10)
+
+    assert not climbed(net, judge).held
+    rescue = climbed(net, judge, allow_float=("CONCATENATION",))
+    assert rescue.held
+    assert dict(rescue.precision) == {"both": "float"}
+    assert dataclasses.asdict(rescue.rungs[-1])["name"] == "mixed"
