@@ -11,7 +11,7 @@ latencies of all files are taken side by side and the tables are printed, and wr
 alone     one stage on one trained network (FashionNet of ci/recipes, 20,000 images of Fashion-MNIST),
           1 epoch of training each where a stage trains, against nothing done and against other tools
 teacher   the recipe fashion_mnist_student.toml against its teacher
-distill   that recipe's student in float, trained alone and by the teacher at two temperatures
+distill   that recipe's student in float, and a narrow one, alone and taught at two temperatures
 keyword   the published keyword spotter, pruned or of low rank; judged on half of the clips
 qat       a MobileNetV3 with hard-swish and squeeze-and-excite: what PTQ loses, what QAT gets back
 memory    peak resident memory of a process that trains one epoch, against a plain loop
@@ -338,30 +338,29 @@ def recipe_row(file: str) -> Row:
     return row
 
 
-STUDENT: dict[str, Any] = {"epochs": 12, "batch_size": 128, "lr": 4e-3, "warmup": 1.0}
+# width -> how that student is trained, in whichever row
+STUDENTS: dict[int, dict[str, Any]] = {
+    4: {"epochs": 10, "batch_size": 128, "lr": 5e-3, "warmup": 1.0},
+    16: {"epochs": 12, "batch_size": 128, "lr": 4e-3, "warmup": 1.0},
+}
 
 
-def student(**taught: Any) -> Row:
-    """A row on the recipe's student in float, trained alone (no options) or by the teacher, all the same."""
+def student(width: int, **taught: Any) -> Row:
+    """A row on the recipe's student in float, alone (no options) or taught by the recipe's teacher."""
 
     def row(bench: Bench, name: str) -> dict[str, Any]:
         os.environ["EDGEPIPE_TEACHER"] = str(bench.work / "teacher.safetensors")
         recipe = load_recipe(RECIPES / "fashion_mnist_student.toml")
-        own: dict[str, Any] = {
-            "builder": "fashion_mnist_student_model.py:build",
-            "args": {"width": 16},
-        }
+        builder, args, options = "fashion_mnist_student_model.py:build", {"width": width}, STUDENTS[width]  # fmt: skip
+        stage = "distill" if taught else "finetune"
         if taught:
-            step = (
-                "distill",
-                {**STUDENT, "student": own["builder"], "args": own["args"], **taught},
-            )
-            note = text_of([("distill", taught)])
+            options = {**options, "student": builder, "args": args, **taught}
         else:
-            recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, weights=None, **own))  # fmt: skip
-            step, note = ("finetune", STUDENT), "finetune"
-        made = bench.make(recipe, step, *TFLITE)
-        return bench.judge(name, made.path, recipe, f"{note}, {STUDENT['epochs']} epochs")
+            source = dataclasses.replace(recipe.model, builder=builder, args=args, weights=None)
+            recipe = dataclasses.replace(recipe, model=source)
+        made = bench.make(recipe, (stage, options), *TFLITE)
+        note = f"{text_of([(stage, taught)])}, {options['epochs']} epochs"
+        return bench.judge(name, made.path, recipe, note)
 
     return row
 
@@ -466,9 +465,12 @@ ROWS: dict[str, Row] = {
     ),
     "teacher/teacher": teacher,
     "teacher/student": recipe_row("fashion_mnist_student.toml"),
-    "distill/alone": student(),
-    "distill/temperature-4": student(temperature=4.0),
-    "distill/temperature-1": student(temperature=1.0),
+    "distill/alone": student(16),
+    "distill/temperature-4": student(16, temperature=4.0),
+    "distill/temperature-1": student(16, temperature=1.0),
+    "distill/narrow-alone": student(4),
+    "distill/narrow-temperature-4": student(4, temperature=4.0),
+    "distill/narrow-temperature-1": student(4, temperature=1.0),
     "keyword/float": keyword(*TFLITE),
     "keyword/ptq": keyword(*INT8),
     "keyword/finetune": keyword(("finetune", SPEECH), *INT8),
