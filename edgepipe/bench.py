@@ -22,11 +22,13 @@ from edgepipe.artifact import Artifact, hash_path
 from edgepipe.device.base import Device
 from edgepipe.device.parse import name_cores
 from edgepipe.device.retry import RetryingDevice
+from edgepipe.device.snapshot import hottest_c
 from edgepipe.emulated import not_measurable, why_emulated
 from edgepipe.errors import (
     ArtifactError,
     DeviceError,
     NotReadyError,
+    ProfileError,
     RequestError,
     TransferError,
 )
@@ -215,6 +217,7 @@ def measure(
     facts = board.facts()
     preflight.check_board(facts["device"], profile, link.address)
     threads = options.threads or profile.threads
+    _check_zones(facts["health"], profile, link.address)
     left_out = not_measurable(profile, facts["device"], threads=threads)
     _check_demands(options, left_out, link.address)
     if emulated := why_emulated(profile, facts["device"]):
@@ -329,6 +332,7 @@ def _request(
         "cool_down_s": COOL_DOWN_S,
         "abort_above_c": profile.thermal.abort_above,
     }
+        **({"thermal_zones": list(profile.thermal.zones)} if profile.thermal.zones else {}),
 
 
 def _named_job(
@@ -554,8 +558,9 @@ def _context(
     """What makes the figures comparable: one dict shared by all measurements."""
     model, baseline = list(models.values())[-1], models.get(BASE)
     device, runtime, sessions = facts["device"], outcome.runtime, outcome.sessions
-    befores = [s["before"].get("temperature_c") for s in sessions]
-    afters = [t for s in sessions if (t := s["after"].get("temperature_c")) is not None]
+    zones = profile.thermal.zones
+    befores = [hottest_c(s["before"], zones) for s in sessions]
+    afters = [t for s in sessions if (t := hottest_c(s["after"], zones)) is not None]
     differs = (runtime.get("name"), runtime.get("version")) != (
         profile.runtime,
         profile.runtime_version,
@@ -628,6 +633,18 @@ def _context(
 
 
 def _departures(
+def _check_zones(health: Mapping[str, Any], profile: DeviceProfile, address: str) -> None:
+    """A zone that is not there would be cold for ever."""
+    there = {name.partition(":")[2] for name in health.get("temperatures_c") or {}}
+    missing = [zone for zone in profile.thermal.zones if zone not in there]
+    if missing:
+        raise ProfileError(
+            f"{address} has no thermal zone {', '.join(missing)}, which profile {profile.name} watches",
+            hint=f"it has {', '.join(sorted(there)) or 'none'}: mend zones under [thermal]",
+            code="wrong-profile",
+        )
+
+
     profile: DeviceProfile,
     device: Mapping[str, Any],
     runtime: Mapping[str, Any],

@@ -32,6 +32,7 @@ from edgepipe.device.snapshot import (
     device_facts,
     health,
     health_flags,
+    hottest_c,
     time_in_state,
 )
 from edgepipe.errors import CommandTimeout, MissingExtra, NotReadyError, NotStable
@@ -474,7 +475,9 @@ class CRunnerJob(BoardJob):
         limit_c, began_s = self.job["start_below_c"], time.monotonic()
         told = False
         while limit_c is not None:
-            temperature_c = self.board.facts()["health"]["temperature_c"]
+            temperature_c = hottest_c(
+                self.board.facts()["health"], self.job.get("thermal_zones", ())
+            )
             if temperature_c is None or temperature_c < limit_c:
                 return
             waited_s = time.monotonic() - began_s
@@ -486,9 +489,10 @@ class CRunnerJob(BoardJob):
             time.sleep(min(COOLING_LOOK_S, max(0.01, self.job["cool_down_s"] - waited_s)))
 
     def _check_heat(self, session: Session) -> None:
-        limit_c, hottest_c = self.job["abort_above_c"], session["after"]["temperature_c"]
-        if limit_c is not None and hottest_c is not None and hottest_c > limit_c:
-            self._raise_for(78, "too-hot", f"it reached {hottest_c:.1f} C, measuring stops above {limit_c:g} C", None)  # fmt: skip
+        limit_c = self.job["abort_above_c"]
+        reached_c = hottest_c(session["after"], self.job.get("thermal_zones", ()))
+        if limit_c is not None and reached_c is not None and reached_c > limit_c:
+            self._raise_for(78, "too-hot", f"it reached {reached_c:.1f} C, measuring stops above {limit_c:g} C", None)  # fmt: skip
 
     def _outcome(
         self, plan: Sequence[Mapping[str, Any]], failure: dict[str, Any] | None

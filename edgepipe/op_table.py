@@ -358,6 +358,12 @@ def estimated_table(profile: DeviceProfile, *, threads: int = 0) -> OpTable:
         )
     threads = threads or profile.threads
     fastest = max(profile.clusters, key=lambda c: c.max_frequency_mhz * _rates(c.core, c.isa)[0])
+    if not fastest.max_frequency_mhz:
+        raise NotReadyError(
+            f"profile {profile.name} says nothing of its frequency, so no latency can be estimated",
+            hint=_CALIBRATE.format(profile.name),
+            code="no-op-table",
+        )
     cycles_per_s = fastest.max_frequency_mhz * 1e6
     cores = min(threads, sum(c.count for c in profile.clusters))
     costs = {}

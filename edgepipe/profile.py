@@ -34,10 +34,14 @@ class Cluster:
 
 @record
 class ThermalLimits:
-    """Measuring starts below ``start_below`` and stops above ``abort_above``."""
+    """Measuring starts below ``start_below`` and stops above ``abort_above``.
+
+    ``zones`` are the kinds of thermal zones that count, as /sys/class/thermal/*/type has them; empty: all.
+    """
 
     start_below: Annotated[float, Unit("temperature")] = 60.0
     abort_above: Annotated[float, Unit("temperature")] = 80.0
+    zones: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.start_below < self.abort_above:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # What is read before and after every session (glob patterns).
@@ -92,6 +92,15 @@ def health(snapshot: Mapping[str, Any]) -> dict[str, Any]:
         "pages_swapped_in": int(vmstat["pswpin"]) if "pswpin" in vmstat else None,
         "oom_kills": int(vmstat["oom_kill"]) if "oom_kill" in vmstat else None,
     }
+
+
+def hottest_c(health: Mapping[str, Any], zones: Sequence[str] = ()) -> float | None:
+    """The hottest zone of a health, or of those of the kinds ``zones``; None = it does not say."""
+    if not zones:
+        hottest: float | None = health.get("temperature_c")
+        return hottest
+    found = dict(health.get("temperatures_c") or {}).items()
+    return max((c for name, c in found if name.partition(":")[2] in zones), default=None)
 
 
 def health_flags(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

@@ -92,9 +92,17 @@ def temperatures():
     return found
 
 
-def temperature_c():
-    """The hottest zone; None where this board does not say."""
-    return max(temperatures().values(), default=None)
+def hottest_c(found, zones=()):
+    """The hottest of `temperatures`, or of the zones of these kinds; None where there is none."""
+    return max(
+        (c for name, c in found.items() if not zones or name.partition(":")[2] in zones),
+        default=None,
+    )
+
+
+def temperature_c(zones=()):
+    """The hottest zone, or of those of these kinds; None where this board does not say."""
+    return hottest_c(temperatures(), zones)
 
 
 def vmstat():

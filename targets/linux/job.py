@@ -32,6 +32,8 @@ JOB_KEYS = {
     "lease_s": NUMBER, "min_free_bytes": int, "start_below_c": NUMBER + (NONE,),
     "cool_down_s": NUMBER, "abort_above_c": NUMBER + (NONE,),
 }  # fmt: skip
+# without it every zone is watched
+OPTIONAL_KEYS = {"thermal_zones": list}
 FILE_KEYS = {"path": str, "size": int, "sha256": str}
 
 
@@ -96,8 +98,9 @@ def load_job(job_dir):
     if job.get("schema") != SCHEMA:
         message = "job schema %r, this agent knows %d" % (job.get("schema"), SCHEMA)
         raise Stop(EX_BAD_JOB, "bad-job", message)
-    wrong = wrong_types("", job, JOB_KEYS)
-    wrong += ["unknown key %s" % key for key in job if key not in JOB_KEYS]
+    known = dict(JOB_KEYS, **{key: kind for key, kind in OPTIONAL_KEYS.items() if key in job})
+    wrong = wrong_types("", job, known)
+    wrong += ["unknown key %s" % key for key in job if key not in known]
     if not wrong:
         for arm, item in job["models"].items():
             wrong += wrong_types(

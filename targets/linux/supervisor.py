@@ -198,7 +198,7 @@ class Supervisor:
         if boot_id() != self.boot_id:
             raise Stop(EX_STALE, "rebooted", "this board was started anew")
         self.flags.update(board.throttled_now(board.throttling(ask_firmware=False)))
-        self.check_heat(board.temperature_c())
+        self.check_heat(board.temperature_c(self.job.get("thermal_zones")))
 
     def check_heat(self, temperature_c):
         limit_c = self.job["abort_above_c"]
@@ -390,7 +390,8 @@ class Supervisor:
                 queue.append(entry)
             elif not is_finished(session):
                 raise self.failure(entry, cause)
-            self.check_heat(session["after"]["temperature_c"])
+            zones = self.job.get("thermal_zones")
+            self.check_heat(board.hottest_c(session["after"]["temperatures_c"], zones))
             queue = queue or self.extension()
 
     def to_do(self):
@@ -435,7 +436,7 @@ class Supervisor:
     def cool_down(self):
         limit_c, began = self.job["start_below_c"], time.monotonic()
         while limit_c is not None:
-            temperature_c = board.temperature_c()
+            temperature_c = board.temperature_c(self.job.get("thermal_zones"))
             if temperature_c is None or temperature_c < limit_c:
                 return
             waited_s = time.monotonic() - began

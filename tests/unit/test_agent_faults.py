@@ -500,6 +500,19 @@ def test_a_board_that_stays_hot_is_code_78(board: Path, sysroot: SysRoot) -> Non
     assert (found.code, found.state["error"], found.sessions) == (78, "too-hot", [])
 
 
+@pytest.mark.parametrize(("zones", "code"), [(["cpu-thermal"], 0), (["cpu-thermal", "battery"], 78), ([], 78)])  # fmt: skip
+def test_only_the_thermal_zones_that_a_job_names_are_watched(
+    board: Path, sysroot: SysRoot, zones: object, code: int
+) -> None:
+    sysroot.set(temperature_c=40)
+    sysroot.write("sys/class/thermal/thermal_zone1/type", "battery")
+    sysroot.write("sys/class/thermal/thermal_zone1/temp", 90000)
+    job = make_job(board, start_below_c=60, cool_down_s=0.2, abort_above_c=80, thermal_zones=zones)
+    assert run(job).code == code
+    change_job(job, thermal_zones=7)
+    assert call("start", job)["code"] == 64
+
+
 def test_a_board_too_hot_after_a_session_keeps_the_session(board: Path, sysroot: SysRoot) -> None:
     job_dir = make_job(board, plan=plan("latency", "memory"), session_s=1, abort_above_c=85)
     call("start", job_dir)

@@ -17,7 +17,7 @@ from edgepipe.errors import ProfileError, RequestError
 from edgepipe.job import BoardJob, Outcome
 from edgepipe.payload import payload_files
 from edgepipe.preflight import check_board
-from edgepipe.profile import Budgets, Delegation, find_profile, load_profile
+from edgepipe.profile import Budgets, Delegation, ThermalLimits, find_profile, load_profile
 from edgepipe.resources import profile_paths
 from edgepipe.schema import build
 from edgepipe.testing import NullDevice
@@ -87,6 +87,19 @@ def test_a_profile_decides_where_the_recipe_says_nothing(tmp_path: Path) -> None
     assert "governor is" in departs
     assert context(affinity=(0,))["affinity"] == [0]
     assert context(kernel="builtin")["kernel_mode"] == "builtin"
+
+
+def test_a_thermal_zone_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.tflite"
+    path.write_bytes(tiny_tflite())
+    chosen = MeasureOptions(sessions=1, memory_sessions=0, session=0.2, warmup=0.0)
+    for zones, refused in ((("cpu-thermal",), ""), (("cpu-thermal", "gpu"), "no thermal zone gpu")):
+        watching = ThermalLimits(start_below=60.0, abort_above=80.0, zones=zones)
+        asked = dataclasses.replace(find_profile("rpi5_8gb", profile_paths()), thermal=watching)
+        with (
+            pytest.raises(ProfileError, match=refused) if refused else contextlib.nullcontext()
+        ):  # fmt: skip
+            measure(tflite_model(path), NullDevice(), asked, chosen)
 
 
 @pytest.mark.parametrize(
