@@ -32,6 +32,7 @@ from edgepipe.errors import (
     RequestError,
     TransferError,
 )
+from edgepipe.explain import why_not_run
 from edgepipe.job import (
     COMMAND_TIMEOUT_S,
     BoardJob,
@@ -216,8 +217,8 @@ def measure(
     board = preflight.prepare(link, profile)
     facts = board.facts()
     preflight.check_board(facts["device"], profile, link.address)
-    threads = options.threads or profile.threads
     _check_zones(facts["health"], profile, link.address)
+    threads = options.threads or profile.threads
     left_out = not_measurable(profile, facts["device"], threads=threads)
     _check_demands(options, left_out, link.address)
     if emulated := why_emulated(profile, facts["device"]):
@@ -250,8 +251,8 @@ def measure(
     raw = {"schema": SCHEMA, "job": job, "facts": facts, "journal": list(outcome.journal)}
     context = _context(models, profile, options, job, board, outcome, facts, left_out)
     if outcome.failure is not None:
-        reason = outcome.failure["message"]
         _check_blame(outcome, link)
+        reason = why_not_run(outcome.failure, model.path)
         log.info("the model does not run on the device: %s", reason)
         context = {**context, "reason": reason, "cause": outcome.failure}
         return BenchResult((single("runs_on_device", "", 0, context),), device_facts, raw)
@@ -331,8 +332,8 @@ def _request(
         "start_below_c": profile.thermal.start_below,
         "cool_down_s": COOL_DOWN_S,
         "abort_above_c": profile.thermal.abort_above,
-    }
         **({"thermal_zones": list(profile.thermal.zones)} if profile.thermal.zones else {}),
+    }
 
 
 def _named_job(
@@ -632,7 +633,6 @@ def _context(
     }  # fmt: skip
 
 
-def _departures(
 def _check_zones(health: Mapping[str, Any], profile: DeviceProfile, address: str) -> None:
     """A zone that is not there would be cold for ever."""
     there = {name.partition(":")[2] for name in health.get("temperatures_c") or {}}
@@ -645,6 +645,7 @@ def _check_zones(health: Mapping[str, Any], profile: DeviceProfile, address: str
         )
 
 
+def _departures(
     profile: DeviceProfile,
     device: Mapping[str, Any],
     runtime: Mapping[str, Any],

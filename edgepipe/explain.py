@@ -1,6 +1,7 @@
 """Why a verdict is what it is, in lines for a person: ops that grew, memory by stage, classes, what to change.
 
-Reads only what the measurements hold; says nothing where they hold nothing.
+Reads only what the measurements hold (and the model, where it did not fit); says nothing where they
+hold nothing.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from edgepipe import stats
@@ -185,6 +187,42 @@ def _signed(seconds: float) -> str:
 
 
 # -------------------------------------------------------------------------------------- memory
+
+
+def why_not_run(failure: Mapping[str, Any], model: Path) -> str:
+    """What the agent says of a model that did not run, and how much memory was missing.
+
+    What a model needs is at least its weights (of which XNNPACK packs a copy) and what its largest
+    operator reads and writes; tensors that live longer, and the runtime, come on top. An allocation
+    that the kernel refuses outright is an error of the runtime's that does not say so.
+    """
+    from edgepipe.tflite_ops.inspect import read_model
+
+    said = str(failure["message"])
+    free_bytes, peak_bytes = failure.get("memory_available_bytes"), failure.get("peak_rss_bytes")
+    if failure.get("what") not in ("out-of-memory", "error") or free_bytes is None:
+        return said
+    graphs = read_model(model).subgraphs
+    weights_bytes = sum({t.buffer: t.size_bytes for g in graphs for t in g.tensors if t.is_constant}.values())  # fmt: skip
+    largest_bytes = max(
+        (
+            sum(g.tensors[i].size_bytes for i in {*op.inputs, *op.outputs} if i >= 0 and not g.tensors[i].is_constant)
+            for g in graphs for op in g.operators
+        ),
+        default=0,
+    )  # fmt: skip
+    needed_bytes = weights_bytes + largest_bytes
+    if failure["what"] == "error" and needed_bytes <= free_bytes:
+        return said
+    taken = f" and it had taken {format_bytes(peak_bytes)}" if peak_bytes else ""
+    needed = (
+        f"the model needs at least {format_bytes(needed_bytes)} ({format_bytes(weights_bytes)} of weights, "
+        f"{format_bytes(largest_bytes)} for its largest operator)"
+    )
+    parts = [said, f"{format_bytes(free_bytes)} were free{taken}", needed]
+    if needed_bytes > free_bytes:
+        parts.append(f"at least {format_bytes(needed_bytes - free_bytes)} are missing")
+    return "; ".join(parts)
 
 
 def memory_by_stage(measurements: Mapping[str, Measurement], quantity: str) -> tuple[str, ...]:

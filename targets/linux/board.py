@@ -112,6 +112,12 @@ def vmstat():
     }
 
 
+def memory_available_bytes():
+    """What the kernel could give to a new process without swapping (proc(5), MemAvailable)."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", read("/proc/meminfo") or "", re.M)
+    return int(found.group(1)) * 1024 if found else None
+
+
 def oom_kills():
     return vmstat().get("oom_kill")
 
@@ -165,9 +171,7 @@ def health():
         "loadavg_1min": float(load.group(1)) if load else None,
         "runnable": int(load.group(2)) if load else None,
         "pressure_us": {name: pressure_us(name) for name in ("cpu", "memory", "io")},
-        "memory_available_bytes": int(meminfo["MemAvailable"]) * 1024
-        if "MemAvailable" in meminfo
-        else None,
+        "memory_available_bytes": memory_available_bytes(),
         "swap_used_bytes": (int(meminfo["SwapTotal"]) - int(meminfo["SwapFree"])) * 1024
         if "SwapTotal" in meminfo and "SwapFree" in meminfo
         else None,

@@ -10,6 +10,7 @@ Standard library only, Python 3.7 or newer.
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -62,7 +63,8 @@ def run_worker(spec, timeout_s, tick=lambda: None):
 
     ``tick()`` is called about every HEARTBEAT_S; what it raises ends the worker and comes through.
     """
-    kills_before = board.oom_kills()
+    kills_before, free_before = board.oom_kills(), board.memory_available_bytes()
+    peak_before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     # the library needs no package: without `site`, whatever is installed there costs no memory
     bare = ["-S"] if spec["runtime"]["backend"] == "litert-c" else []
     process = subprocess.Popen(
@@ -109,13 +111,18 @@ def run_worker(spec, timeout_s, tick=lambda: None):
             process.wait()
         for thread in threads:
             thread.join(timeout=2)  # a child of a killed worker may hold its stderr a moment longer
-    return what_came(
+    result, cause = what_came(
         stdout[0] if stdout else b"",
         tail[0].decode("utf-8", "replace").strip(),
         returncode=process.returncode,
         timeout_s=timeout_s if timed_out else None,
         kills_before=kills_before,
     )
+    if cause is not None:
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # kB; of the largest so far
+        cause["peak_rss_bytes"] = peak * 1024 if peak > peak_before else None
+        cause["memory_available_bytes"] = free_before
+    return result, cause
 
 
 def what_came(stdout, stderr, returncode, timeout_s, kills_before):

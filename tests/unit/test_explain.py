@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgepipe.explain import explain, match_ops
+from edgepipe.explain import explain, match_ops, why_not_run
 from edgepipe.gate import (
     AccuracyDropGate,
     DeviceAccuracyDropGate,
@@ -23,6 +24,7 @@ from edgepipe.gate import (
     Verdict,
 )
 from edgepipe.measurement import Measurement, single
+from edgepipe.tflite_ops.tiny import op_chain_tflite
 
 
 def op(index: int, name: str, microseconds: float, where: str = "delegate") -> dict[str, Any]:
@@ -190,3 +192,17 @@ def test_nothing_is_said_of_a_pass_or_where_nothing_was_recorded() -> None:
     assert lines(SlowdownGate(max=0.03), op_time(ops(("a", 1))), status=Status.PASS) == ""
     for gate in (SlowdownGate(max=0.03), LatencyGate(max=1.0), AccuracyDropGate(max=1.0), FullIntegerGate()):  # fmt: skip
         assert lines(gate) == ""
+
+
+def test_a_model_that_does_not_fit_says_how_much_memory_was_missing(tmp_path: Path) -> None:
+    model = tmp_path / "m.tflite"  # (1, 100, 100, 8) int8 in and out: 80 kB each
+    model.write_bytes(op_chain_tflite("activation", size=100, channels=(8, 8), repeats=2))
+    killed = {"what": "out-of-memory", "message": "killed", "memory_available_bytes": 100_000}
+    assert why_not_run({**killed, "peak_rss_bytes": 90_000}, model) == (
+        "killed; 100 kB were free and it had taken 90 kB; the model needs at least 160 kB "
+        "(0 B of weights, 160 kB for its largest operator); at least 60 kB are missing"
+    )
+    refused = {"what": "error", "message": "status 3", "memory_available_bytes": 100_000}
+    assert why_not_run(refused, model).endswith("at least 60 kB are missing")
+    assert why_not_run({**refused, "memory_available_bytes": 170_000}, model) == "status 3"
+    assert why_not_run({**killed, "what": "crash"}, model) == "killed"
