@@ -192,6 +192,23 @@ def with_constants(content: bytes, values: Mapping[int, np.ndarray]) -> bytes:
     return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
 
 
+def inline_buffers(content: bytes) -> bytes:
+    """The file with all weights inside its flatbuffer; as it is where they are.
+
+    litert-quantizer keeps them behind it from 256 KiB on (offset and size in place of data), which
+    is meant for files of 2 GiB and which runtimes before LiteRT's 2023 schema do not read.
+    """
+    root = schema.Model.GetRootAs(content, 0)
+    if not any(root.Buffers(i).Offset() > 1 for i in range(root.BuffersLength())):
+        return content
+    model = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
+    for buffer in model.buffers:
+        if buffer.offset > 1:
+            data = content[buffer.offset : buffer.offset + buffer.size]
+            buffer.data, buffer.offset, buffer.size = np.frombuffer(data, np.uint8), 0, 0
+    return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
+
+
 class _Damaged(Exception):
     """The file contradicts itself; the text says how."""
 

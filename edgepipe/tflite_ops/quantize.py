@@ -28,7 +28,14 @@ from litert_quantizer import recipe as quantizer_recipe
 
 from edgepipe.array_ops.compare import sqnr_db
 from edgepipe.errors import StageError
-from edgepipe.tflite_ops.flatbuffer import Model, Operator, Subgraph, Tensor, parse_model
+from edgepipe.tflite_ops.flatbuffer import (
+    Model,
+    Operator,
+    Subgraph,
+    Tensor,
+    inline_buffers,
+    parse_model,
+)
 from edgepipe.tflite_ops.inspect import FloatIsland, describe_model
 from edgepipe.tflite_ops.run import invoke_once, native_messages_logged, open_tflite
 
@@ -382,7 +389,7 @@ def quantize(
             ) from exc
     if result.quantized_model is None:
         raise StageError(f"litert-quantizer made no model of {where}", stage=STAGE)
-    return bytes(result.quantized_model)
+    return inline_buffers(bytes(result.quantized_model))
 
 
 def _weight_ranges(

@@ -418,3 +418,25 @@ def test_zeros_that_stay_zeros_do_not_depart():
     data = noise(20, 4)
     rows = ops.departures(content, quantized(content, data), [[x[None]] for x in data])
     assert rows[0] == ("zero", "MUL", 200.0)
+
+
+def test_a_file_of_more_than_256_kib_keeps_its_weights_inside_and_computes_the_same(monkeypatch):
+    """litert-quantizer puts them behind the flatbuffer, where old runtimes do not look."""
+    rng = np.random.default_rng(0)
+    g = Graph()
+    x = g.input("x", (1, 512))
+    weights, bias = rng.normal(size=(600, 512)).astype(np.float32), np.zeros(600, np.float32)
+    content, data = g.bytes([g.dense(x, weights, bias, "y", (1, 600))]), noise(4, 512)
+    made = quantized(content, data)
+    monkeypatch.setattr(ops, "inline_buffers", bytes)
+    behind = quantized(content, data)
+
+    def offsets(file):
+        model = schema.Model.GetRootAs(file, 0)
+        return [model.Buffers(i).Offset() for i in range(model.BuffersLength())]
+
+    assert max(offsets(behind)) > 1
+    assert max(offsets(made)) == 0
+    batch = [rng.integers(-128, 128, (1, 512)).astype(np.int8)]
+    assert np.array_equal(run(made, batch)[0], run(behind, batch)[0])
+    assert parse_model(made, where="m").subgraphs == parse_model(behind, where="m").subgraphs
