@@ -94,7 +94,7 @@ def make_row(entry: ZooModel, route: str, work: Path, timeout_s: float, keep: Ca
         made = convert(2)
         row |= {"cpu_s": _cpu_s() - began, "converted": True}
         row |= judge_float(made, unseen, expected)
-    except EdgepipeError as exc:
+    except Exception as exc:  # noqa: BLE001  what is no error of edgepipe's is a bug, and a row
         return row | failure(exc)
     content = describe(made.path)
     row |= {
@@ -123,13 +123,16 @@ def make_row(entry: ZooModel, route: str, work: Path, timeout_s: float, keep: Ca
             "islands": describe(int8.path).float_operators,
             "sqnr_db": min(sqnr_db(expected[n], a) for n, a in run_tflite(int8, unseen).items()),
         }
-    except EdgepipeError as exc:
+    except Exception as exc:  # noqa: BLE001  what is no error of edgepipe's is a bug, and a row
         row["int8"] = failure(exc)
     return row
 
 
-def failure(exc: EdgepipeError) -> Row:
-    """A failed stage as JSON."""
+def failure(exc: Exception) -> Row:
+    """A failed stage as JSON; ``bug`` for an exception that is no error of edgepipe's."""
+    if not isinstance(exc, EdgepipeError):
+        logging.exception("bug")
+        return {"stage": "", "code": "bug", "message": f"{type(exc).__name__}: {exc}"}
     return {"stage": exc.stage if isinstance(exc, StageError) else "", "code": exc.code, "message": exc.message}  # fmt: skip
 
 
