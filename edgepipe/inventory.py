@@ -64,13 +64,21 @@ def resolve_targets(
         default = f"virt://{name}" if facts.emulated else "local" if name == "localhost" else ""
         found = known.get(name, default)
         if not found:
+            examples = _example_addresses(facts)
             raise RequestError(
                 f"no address for device profile {name!r}",
-                hint=f"add --device ssh://user@host, or write it into {LOCAL_FILE}:\n"
-                f'  [devices]\n  {name} = "ssh://user@host"',
+                hint=f"add --device {' or '.join(examples)}, or write it into {LOCAL_FILE}:\n"
+                f'  [devices]\n  {name} = "{examples[0]}"',
             )
         targets.append(Target(found, facts))
     return targets
+
+
+def _example_addresses(profile: DeviceProfile) -> list[str]:
+    """How addresses of such boards look, the usual way first."""
+    port = "" if profile.ssh_port == 22 else f":{profile.ssh_port}"
+    forms = {"ssh": f"ssh://user@host{port}", "adb": "adb://SERIAL"}
+    return [forms[transport] for transport in profile.transports]
 
 
 def _local_addresses() -> dict[str, str]:

@@ -255,6 +255,13 @@ def test_an_estimated_table_follows_cores_frequency_threads_and_isa() -> None:
     assert 569e6 * table.costs["pointwise int8"].mac_s == pytest.approx(0.024, rel=0.05)
 
 
+def test_a_profile_that_says_nothing_of_its_frequency_needs_a_measured_table() -> None:
+    board = profile("rpi4b_4gb")
+    cluster = dataclasses.replace(board.clusters[0], max_frequency_mhz=0)
+    with pytest.raises(NotReadyError, match="says nothing of its frequency"):
+        estimated_table(dataclasses.replace(board, clusters=(cluster,)))
+
+
 def test_a_profile_that_says_nothing_of_its_cores_needs_a_measured_table(tmp_path: Path) -> None:
     with pytest.raises(NotReadyError, match="says nothing of its cores") as caught:
         load_op_table(tmp_path, profile("localhost"))

@@ -245,3 +245,19 @@ def test_a_machine_that_is_no_board_fits_no_profile(
     found = json.loads(capsys.readouterr().out)["profiles"]
     assert not any(item["same_board"] for item in found)
     assert "localhost" not in {item["name"] for item in found}
+
+
+@pytest.mark.parametrize(
+    ("name", "example"),
+    [
+        ("rpi5_8gb", 'rpi5_8gb = "ssh://user@host"'),
+        ("pixel_8", 'pixel_8 = "adb://SERIAL"'),
+        ("pixel_8", "--device adb://SERIAL or ssh://user@host:8022"),
+    ],
+)
+def test_a_board_without_an_address_is_told_how_such_boards_are_reached(
+    here: Path, name: str, example: str
+) -> None:
+    with pytest.raises(RequestError, match="no address") as caught:
+        resolve_targets([name], address=None, profile=None)
+    assert example in caught.value.hint
