@@ -244,7 +244,7 @@ def device_measurements(
     as_there = is_delegated(model.path) and delegated is not False
     on_host = stored_outputs(model.path, samples, delegates=as_there)
     # builtin int8 kernels are written for each instruction set and may round a tie otherwise
-    steps = int(not as_there and context.get("machine") not in ("any", platform.machine()))
+    steps = int(not as_there and context.get("machine") not in (None, "any", platform.machine()))
     found = mismatch(on_host, on_device, steps=steps)
     details = {
         "values": found.values,

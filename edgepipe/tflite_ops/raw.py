@@ -225,8 +225,8 @@ def mismatch(
         apart = np.abs(here[differ] - there[differ])  # NaN or infinite where only one of them is
         ulps = apart / np.broadcast_to(ulp, here.shape)[differ]
         beyond += int((~(ulps <= FLOAT_ULPS)).sum())
-        largest = max(largest, float(apart.max()))
-        most_ulps = max(most_ulps, float(ulps.max()))
+        largest = max(largest, float(apart[np.isfinite(apart)].max(initial=0)))
+        most_ulps = max(most_ulps, float(ulps[np.isfinite(ulps)].max(initial=0)))
     share, unequal_share = (n / total if total else 0.0 for n in (beyond, unequal))
     return Mismatch(share, total, largest, unequal_share, most_ulps)
 

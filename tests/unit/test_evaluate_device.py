@@ -25,7 +25,13 @@ from edgepipe.evaluate import (
     device_measurements,
     evaluate,
 )
-from edgepipe.gate import DeviceAccuracyDropGate, DeviceTaskMetricGate, Evidence, Status
+from edgepipe.gate import (
+    DeviceAccuracyDropGate,
+    DeviceAgreementGate,
+    DeviceTaskMetricGate,
+    Evidence,
+    Status,
+)
 from edgepipe.judge import judge
 from edgepipe.measurement import Measurement, single
 from edgepipe.metrics import METRICS
@@ -112,6 +118,64 @@ def outputs_file(stored: Mapping[str, np.ndarray]) -> bytes:
     """As a board writes it: inference after inference, in each the tensors one after another."""
     count = len(next(iter(stored.values())))
     return b"".join(a[k].tobytes() for k in range(count) for a in stored.values())
+
+
+ULP = 2.0**-23  # of a float32 from 1 to 2
+
+
+@given(st.integers(0, 200), st.booleans())
+def test_floats_may_differ_by_64_ulp_of_the_largest_of_their_inference(ulps: int, up: bool) -> None:
+    host = np.array([[1.5, 0.001], [1024.0, 0.001]], np.float32)  # (inferences, values)
+    device = host.astype(np.float64)
+    device[0, 1] += ulps * ULP * (1 if up else -1)  # 0.001 has a finer grain than 1.5
+    found = raw.mismatch({"y": host}, {"y": device.astype(np.float32)})
+    assert found.share == (0.25 if ulps > 64 else 0.0)
+    assert found.unequal == (0.25 if ulps else 0.0)
+    assert found.max_ulps == pytest.approx(ulps, abs=0.001)
+    # the same difference is one of 1024 times coarser grains in the second inference
+    device = host.astype(np.float64)
+    device[1, 1] += ulps * ULP
+    assert raw.mismatch({"y": host}, {"y": device.astype(np.float32)}).share == 0.0
+
+
+def test_what_is_no_number_on_one_side_only_differs() -> None:
+    host = np.array([[np.nan, np.inf, 1.0, 2.0]], np.float32)
+    assert raw.mismatch({"y": host}, {"y": host}).unequal == 0
+    device = np.array([[1.0, -np.inf, np.nan, np.inf]], np.float32)
+    assert raw.mismatch({"y": host}, {"y": device}).share == 1.0
+
+
+def test_integers_may_differ_by_so_many_steps_as_asked() -> None:
+    host, device = np.array([[0, 5, -128]], np.int8), np.array([[1, 5, 127]], np.int8)
+    assert raw.mismatch({"y": host}, {"y": device}) == raw.Mismatch(2 / 3, 3, 255.0, 2 / 3)
+    assert raw.mismatch({"y": host}, {"y": device}, steps=1) == raw.Mismatch(1 / 3, 3, 255.0, 2 / 3)
+
+
+@pytest.mark.parametrize("delegated", [True, False, None])
+def test_the_host_runs_the_kernels_that_the_board_ran(
+    model: Artifact, tmp_path: Path, delegated: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    real = raw.stored_outputs
+
+    def stored_outputs(path: Path, samples: raw.RawSamples, *, delegates: bool = True) -> Any:
+        asked.append(delegates)
+        return real(path, samples, delegates=delegates)
+
+    evaluation = chosen(model, digits(tmp_path, np.arange(8) % 4))
+    samples = raw.encode_samples(model.path, evaluation.inputs, model.inputs)
+    stored = real(model.path, samples)
+    monkeypatch.setattr(raw, "stored_outputs", stored_outputs)
+    upset = {"y": stored["y"][::-1]}
+    (found,) = device_measurements(
+        model, samples, described(stored), outputs_file(upset), {"model_sha256": model.sha256, **CONTEXT}, delegated=delegated
+    )  # fmt: skip
+    assert asked == [delegated is not False]
+    verdict = DeviceAgreementGate().judge(Evidence(model.sha256, "pi", {"device_mismatch": found}))
+    # a difference between kernels that may be others is no fault of the device
+    assert verdict.status == ("INCONCLUSIVE" if delegated is None else "FAIL")
+    same = dataclasses.replace(found, samples=((0.0,),))
+    assert DeviceAgreementGate().judge(Evidence(model.sha256, "pi", {"device_mismatch": same})).status == "PASS"  # fmt: skip
 
 
 @pytest.mark.parametrize("batch", [1, 2])
