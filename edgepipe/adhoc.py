@@ -88,15 +88,18 @@ def data_source(text: str) -> DataSource:
 
 
 def recipe_for(
-    source: ModelSource, stages: Sequence[tuple[str, Mapping[str, Any]]], data: DataSource
+    source: ModelSource,
+    stages: Sequence[tuple[str, Mapping[str, Any]]],
+    data: DataSource,
+    more: Mapping[str, DataSource] | None = None,
 ) -> Recipe:
-    """A recipe of these stages, all reading ``data`` as their calibration set."""
+    """A recipe of these stages, all reading ``data`` as their calibration set, or ``more`` by name."""
     built: list[Stage] = [
         build(stage_class(name), dict(options), where=name, error=RequestError)
         for name, options in stages
     ]
     return Recipe(
-        path=Path.cwd() / "adhoc", name="adhoc", seed=0, model=source, data={"calibration": data},
+        path=Path.cwd() / "adhoc", name="adhoc", seed=0, model=source, data={"calibration": data, **(more or {})},
         stages=tuple(built), evaluate=None, devices=(), measure=MeasureOptions(), gates=(),
     )  # fmt: skip
 
@@ -108,9 +111,10 @@ def make_model(
     data: DataSource,
     *,
     suffix: str,
+    more: Mapping[str, DataSource] | None = None,
 ) -> tuple[Artifact, Path]:
     """Run the stages and write the model to ``--output``, or to NAME + ``suffix`` in this folder."""
-    model = pipeline.convert(recipe_for(source, stages, data), Store(Path(args.store)))
+    model = pipeline.convert(recipe_for(source, stages, data, more), Store(Path(args.store)))
     output = args.output or Path(Path(args.model.partition(":")[0]).stem + suffix)
     write_model(model, output)
     return model, output
