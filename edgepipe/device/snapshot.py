@@ -27,6 +27,7 @@ HEALTH_FILES = (
 FACT_FILES = (
     "/proc/cpuinfo", "/etc/os-release", "/proc/device-tree/model", "/sys/class/dmi/id/product_name",
     "/proc/device-tree/serial-number", "/etc/machine-id", "/proc/sys/kernel/osrelease",
+    "/proc/device-tree/compatible", "/etc/edgepipe-emulated",
 )  # fmt: skip
 # Raspberry Pi firmware, "get_throttled" property: bits 0-3 now, 16-19 since boot.
 THROTTLE_BITS = {
@@ -144,6 +145,9 @@ def device_facts(answer: Mapping[str, Any]) -> dict[str, Any]:
         "bits": answer["bits"],
         "cpu": sorted(set(cpus)),
         "cpus": answer["cpus"],
+        "cpu_model": _cpu_model(files.get("/proc/cpuinfo", "")),
+        "emulated": _emulated(files),
+        "no_instructions": "the runner for boards without Python does not count instructions",
         "kernel": files.get("/proc/sys/kernel/osrelease"),
         "os": release.group(1) if release else None,
         "glibc": answer["libc"],
@@ -176,6 +180,31 @@ def time_in_state(
         policy: {khz: s - was.get(policy, {}).get(khz, 0.0) for khz, s in states.items()}
         for policy, states in now.items()
     }
+
+
+def _cpu_model(cpuinfo: str) -> str | None:
+    """As `cpu_model` of targets/linux/board.py: ``0x41/0xd08 r0p3``, or the processor's name."""
+    found = set()
+    for block in re.split(r"\n\s*\n", cpuinfo):
+        facts = dict(re.findall(r"^([^:\n]*?)[ \t]*:[ \t]*(.*)$", block, re.M))
+        if "CPU part" in facts:
+            try:
+                release = int(facts["CPU variant"], 16), int(facts["CPU revision"])
+            except (KeyError, ValueError):
+                release = 0, 0
+            found.add("{}/{} r{}p{}".format(facts.get("CPU implementer"), facts["CPU part"], *release))  # fmt: skip
+        else:
+            found.add(facts.get("model name", "").strip())
+    return " + ".join(sorted(found - {""})) or None
+
+
+def _emulated(files: Mapping[str, str]) -> str:
+    """As `emulated` of targets/linux/board.py."""
+    if "/etc/edgepipe-emulated" in files:
+        return f"/etc/edgepipe-emulated: {' '.join(files['/etc/edgepipe-emulated'].split())}"
+    if "linux,dummy-virt" in files.get("/proc/device-tree/compatible", ""):
+        return "the device tree says linux,dummy-virt"
+    return ""
 
 
 def _folders(files: Mapping[str, str], below: str) -> list[str]:
