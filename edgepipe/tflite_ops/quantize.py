@@ -42,6 +42,8 @@ from edgepipe.tflite_ops.run import invoke_once, native_messages_logged, open_tf
 log = logging.getLogger(__name__)
 
 STAGE = "quantize_int8"
+# The square of a scale, and its product with another, must be a float32.
+_MAX_SCALE = 1e15
 IoDtype = Literal["int8", "uint8", "float32"]
 Precision = Literal["int16", "float"]
 
@@ -389,7 +391,25 @@ def quantize(
             ) from exc
     if result.quantized_model is None:
         raise StageError(f"litert-quantizer made no model of {where}", stage=STAGE)
-    return inline_buffers(bytes(result.quantized_model))
+    made = inline_buffers(bytes(result.quantized_model))
+    _refuse_absurd_scales(made, where=where)
+    return made
+
+
+def _refuse_absurd_scales(content: bytes, *, where: str) -> None:
+    """LiteRT ends the process (SIGABRT) on a file with a scale of 1e36, as a mask of -inf gets."""
+    for graph in parse_model(content, where=where).subgraphs:
+        for tensor in graph.tensors:
+            if tensor.scales and not max(tensor.scales) < _MAX_SCALE:
+                users = [o.name for o in graph.operators if tensor.index in o.inputs]
+                what = "constant" if tensor.is_constant else "tensor"
+                raise StageError(
+                    f"{where}: the {what} {tensor.name!r} (read by {', '.join(users) or 'nothing'}) holds values up to "
+                    f"{127 * max(tensor.scales):.2g}, which int8 cannot hold beside any other",
+                    stage=STAGE,
+                    hint="a mask of -inf or -1e38: write -100 instead, which a softmax takes for the same",
+                    code="infinite-range",
+                )  # fmt: skip
 
 
 def _weight_ranges(

@@ -440,3 +440,15 @@ def test_a_file_of_more_than_256_kib_keeps_its_weights_inside_and_computes_the_s
     batch = [rng.integers(-128, 128, (1, 512)).astype(np.int8)]
     assert np.array_equal(run(made, batch)[0], run(behind, batch)[0])
     assert parse_model(made, where="m").subgraphs == parse_model(behind, where="m").subgraphs
+
+
+def test_a_mask_of_minus_infinity_is_an_error_and_not_the_end_of_the_process():
+    g = Graph()
+    x = g.input("x", (1, 8))
+    mask = np.where(np.arange(8) < 4, 0, np.finfo(np.float32).min).astype(np.float32)[None]
+    content = g.bytes([g.op("ADD", [x, g.const("mask", mask)], "y", (1, 8), "AddOptions")])
+    with pytest.raises(StageError) as caught:
+        quantized(content, np.ones((2, 8), np.float32))
+    assert caught.value.code == "infinite-range"
+    assert "'mask' (read by ADD)" in caught.value.message
+    assert "-100" in caught.value.hint
