@@ -111,6 +111,12 @@ def onnx_specs(
     for value in session.get_inputs():
         shape = shapes.get(value.name) or _fixed_shape(path, value.name, value.shape)
         dtype = _dtype(path, value.name, value.type)
+        if 0 in shape:
+            raise ArtifactError(
+                f"input {value.name!r} of {path} has no elements: its shape is {list(shape)}",
+                hint="declare its real shape under [[model.inputs]]",
+                code="empty-input",
+            )
         inputs.append(TensorSpec(value.name, shape, dtype, layouts.get(value.name, "")))
         feeds[value.name] = np.zeros(shape, dtype)
     try:

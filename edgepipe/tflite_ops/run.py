@@ -323,6 +323,9 @@ _ONNX_DTYPES: dict[str, Any] = {
     "tensor(int32)": np.int32,
     "tensor(int16)": np.int16,
     "tensor(int8)": np.int8,
+    "tensor(uint64)": np.uint64,
+    "tensor(uint32)": np.uint32,
+    "tensor(uint16)": np.uint16,
     "tensor(uint8)": np.uint8,
     "tensor(bool)": np.bool_,
 }
@@ -403,6 +406,13 @@ def _run_in_batches(
     for index, spec in enumerate(output_specs):
         pieces = [np.atleast_1d(part[index]) for part in parts]
         axis = _batch_axis(spec.layout)
+        if len({piece.shape for piece in pieces}) > 1:
+            raise ArtifactError(
+                f"output {spec.name!r} of {path.name} has another shape for each input: "
+                f"{', '.join(map(str, dict.fromkeys(piece.shape for piece in pieces)))}",
+                hint="a shape that depends on values (nonzero, unique, a computed reshape) has no form in TFLite",
+                code="dynamic-shape",
+            )
         whole = np.concatenate(pieces, axis=axis) if len(pieces) > 1 else pieces[0]
         # a state of two layers has two rows a sample: keep what belongs to `total` samples
         kept = total * pieces[0].shape[axis] // batch_size

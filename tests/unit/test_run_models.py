@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from edgepipe.artifact import TensorSpec
 from edgepipe.errors import ArtifactError, DataError
 from edgepipe.tflite_ops import run as ops
+from edgepipe.tflite_ops.onnx_model import onnx_specs
 from edgepipe.tflite_ops.run import dequantize, exact_cast, quantize, run_onnx, run_tflite
 from edgepipe.tflite_ops.tiny import stateful_tflite, tiny_tflite
 
@@ -119,3 +120,35 @@ def test_a_model_that_never_ends_is_refused(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(ops, "TRIAL_TIMEOUT_S", 0.001)  # shorter than Python takes to start
     with pytest.raises(ArtifactError, match="does not finish one inference"):
         ops.refuse_crashing(path)
+
+
+def one_node_onnx(path: Path, operator: str, dtype: int, result: int, shape: list[int]) -> Path:
+    info = [helper.make_tensor_value_info("x", dtype, shape), helper.make_tensor_value_info("y", result, None)]  # fmt: skip
+    graph = helper.make_graph([helper.make_node(operator, ["x"], ["y"])], "g", info[:1], info[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)  # fmt: skip
+    return path
+
+
+def test_an_output_whose_shape_depends_on_values_is_refused(tmp_path: Path) -> None:
+    path = one_node_onnx(tmp_path / "m.onnx", "NonZero", TensorProto.FLOAT, TensorProto.INT64, [1, 4])  # fmt: skip
+    x = np.array([[0, 1, 0, 0], [1, 1, 0, 0]], np.float32)
+    with pytest.raises(ArtifactError) as caught:
+        run_onnx(path, [x], [X], [TensorSpec("y", (2, 1), "int64")])
+    assert caught.value.code == "dynamic-shape"
+    assert "(2, 1), (2, 2)" in caught.value.message
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64"])
+def test_unsigned_integers_run(tmp_path: Path, dtype: str) -> None:
+    kind = getattr(TensorProto, dtype.upper())
+    path = one_node_onnx(tmp_path / "m.onnx", "Identity", kind, kind, [1, 4])
+    x = np.array([[0, 1, 2, 40_000]], dtype)
+    spec = TensorSpec("x", (1, 4), dtype)
+    np.testing.assert_array_equal(run_onnx(path, [x], [spec], [spec])[0], x)
+
+
+def test_an_input_without_elements_is_refused(tmp_path: Path) -> None:
+    path = one_node_onnx(tmp_path / "m.onnx", "Relu", TensorProto.FLOAT, TensorProto.FLOAT, [3, 0])
+    with pytest.raises(ArtifactError) as caught:
+        onnx_specs(path)
+    assert caught.value.code == "empty-input"
