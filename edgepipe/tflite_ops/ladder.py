@@ -58,7 +58,7 @@ CULPRITS_NAMED = 5
 # for the median one.
 WIDE_SPREAD = 64.0
 # Of each file's latency, as many inferences as fit into a share of a second, in turns.
-ROUNDS, ROUND_S = 5, 0.04
+ROUNDS, ROUND_S = 5, 0.01
 
 
 @dataclasses.dataclass(frozen=True)
