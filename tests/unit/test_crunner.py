@@ -37,7 +37,15 @@ from edgepipe.errors import (
 from edgepipe.job import session_problem
 from edgepipe.payload import Payload
 from edgepipe.tflite_ops.tiny import crashing_tflite, stateful_tflite, tiny_tflite
-from tests.unit.board_side import TARGET, children_of, is_gone, item, library, wait_for
+from tests.unit.board_side import (
+    TARGET,
+    children_of,
+    is_gone,
+    item,
+    library,
+    payload_module,
+    wait_for,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -429,9 +437,7 @@ def test_health_and_facts_are_those_of_the_agent(board: CBoard, sysroot: Path, m
         moving |= {"loadavg_1min", "runnable", "pressure_us", "memory_available_bytes", "frequencies", "temperatures_c", "temperature_c", "swap_used_bytes"}  # fmt: skip
     assert own["health"].keys() == agent_health.keys()
     assert {k: v for k, v in own["health"].items() if k not in moving} == {k: v for k, v in agent_health.items() if k not in moving}  # fmt: skip
-    ignored = {"python", "no_instructions"} | (
-        {"kernel"} if faked else set()
-    )  # the agent has it from uname(2)
+    ignored = {"python", "kernel"} if faked else {"python"}  # the agent has it from uname(2)
     assert {k: v for k, v in own["device"].items() if k not in ignored} == {k: v for k, v in agent_facts.items() if k not in ignored}  # fmt: skip
     if faked:
         assert own["health"]["temperature_c"] == 81.2
@@ -464,6 +470,20 @@ def agent_flags() -> Callable[..., list[str]]:
 @given(before=_healths, after=_healths)
 def test_flags_are_those_of_the_agent(agent_flags: Callable[..., list[str]], before: Any, after: Any) -> None:  # fmt: skip
     assert snapshot.health_flags(before, after) == agent_flags(before, after)
+
+
+@given(
+    zones=st.dictionaries(st.sampled_from(["thermal_zone0:cpu", "thermal_zone1:gpu", "thermal_zone2:cpu"]), st.floats(-40, 130)),
+    watched=st.lists(st.sampled_from(["cpu", "gpu", "battery"]), max_size=2),
+)  # fmt: skip
+def test_the_hottest_of_the_zones_that_count_is_the_agents(
+    zones: dict[str, float], watched: list[str]
+) -> None:
+    health = {"temperatures_c": zones, "temperature_c": max(zones.values(), default=None)}
+    here = snapshot.hottest_c(health, watched)
+    assert here == payload_module("board").hottest_c(zones, watched)
+    counted = [c for name, c in zones.items() if not watched or name.split(":")[1] in watched]
+    assert here == (max(counted) if counted else None)
 
 
 def test_time_in_state_is_in_seconds() -> None:

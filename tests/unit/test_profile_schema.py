@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgepipe.cli import main
-from edgepipe.errors import ProfileError
+from edgepipe.errors import ProfileError, RequestError
 from edgepipe.profile import SCHEMA_FILE, load_profile, profile_schema, schema_text
 from edgepipe.schema import read_toml
 from edgepipe.units import UNITS, parse_quantity, quantity_pattern
@@ -42,6 +43,15 @@ def test_the_schema_is_one() -> None:
 def test_every_shipped_profile_names_the_schema_and_fits_it(path: Path) -> None:
     assert path.read_text(encoding="utf-8").splitlines()[0] == f"#:schema {SCHEMA_FILE}"
     VALIDATOR.validate(read_toml(path, error=ProfileError))
+
+
+def test_the_profile_in_the_readme_is_one(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```toml\n(#:schema .*?)```", (FOLDER.parent / "README.md").read_text(), re.S)  # fmt: skip
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    VALIDATOR.validate(read_toml(path, error=ProfileError))
+    profile = load_profile(path)
+    assert (profile.soc, profile.affinity, profile.thermal.abort_above) == ("BCM2711", (2, 3), 80)
 
 
 @pytest.mark.slow
@@ -154,10 +164,6 @@ def test_both_refuse_a_profile_without_a_key_that_it_needs(tmp_path: Path) -> No
 
 @given(dimension=st.sampled_from([*UNITS]), text=st.text(max_size=8) | st.from_regex(r"-?\d{1,3} ?[a-zA-Z%]{1,4}"))  # fmt: skip
 def test_the_pattern_of_a_quantity_is_what_the_parser_takes(dimension: str, text: str) -> None:
-    import re
-
-    from edgepipe.errors import RequestError
-
     try:
         parse_quantity(text, dimension)
         parsed = True
