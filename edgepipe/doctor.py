@@ -20,6 +20,7 @@ from edgepipe import preflight
 from edgepipe.crunner import ABANDONED_DAYS, tidy_without_python
 from edgepipe.device.base import Device
 from edgepipe.device.retry import RetryingDevice
+from edgepipe.emulated import why_emulated
 from edgepipe.errors import (
     AuthError,
     ConnectError,
@@ -277,7 +278,16 @@ def _memory(findings: Findings, profile: DeviceProfile, address: str) -> Check:
     return Check("free memory", "ok" if good else "warn", found, why, "" if good else mend)
 
 
+def _emulated(findings: Findings, profile: DeviceProfile) -> str:
+    """Why the board's clock and heat do not matter: nothing is timed on an emulated one."""
+    device = _at(findings.survey, "device")
+    said = why_emulated(profile, device if isinstance(device, Mapping) else {})
+    return f"emulated, nothing is timed ({said})" if said else ""
+
+
 def _governor(findings: Findings, profile: DeviceProfile, address: str) -> Check:
+    if emulated := _emulated(findings, profile):
+        return Check("governor", "ok", emulated)
     found = _words(findings.survey, "health", "governor")
     why = "with another governor than `performance` the clock follows the load, and figures with it"
     wanted = "performance" if profile.governor == "any" else profile.governor
@@ -289,6 +299,8 @@ def _governor(findings: Findings, profile: DeviceProfile, address: str) -> Check
 
 
 def _temperature(findings: Findings, profile: DeviceProfile, address: str) -> Check:
+    if emulated := _emulated(findings, profile):
+        return Check("temperature", "ok", emulated)
     found = _number(findings.survey, "health", "temperature_c")
     limits = profile.thermal
     why = f"measuring starts below {limits.start_below:g} C and stops above {limits.abort_above:g} C"  # fmt: skip
@@ -302,6 +314,8 @@ def _temperature(findings: Findings, profile: DeviceProfile, address: str) -> Ch
 
 
 def _throttling(findings: Findings, profile: DeviceProfile, address: str) -> Check:
+    if emulated := _emulated(findings, profile):
+        return Check("throttling", "ok", emulated)
     bits, alarm = _at(findings.survey, "health", "throttling"), _number(findings.survey, "health", "under_voltage_alarm")  # fmt: skip
     why = "a board that lowers its clock for heat or a weak supply measures itself, not the model"
     mend = "a stronger supply (5 V, 3 A or more; 5 A for a Pi 5) with a short cable, and cooling; then boot it anew"  # fmt: skip
@@ -483,7 +497,10 @@ def _runtime(
             fixed.append(f"pushed LiteRT {library['version']} to {library['path']}")
     elif pin is not None and _is_there(board, pin):
         library = preflight.pushed_library(board, pin, profile.runtime_version)
-    is_pushed = library is not None or pin is None
+    wheel = preflight.package_for(profile, device) if pin is None else None
+    if wheel is not None and fix and not findings.survey["packages"]:
+        fixed.append(f"pushed {wheel.requirement} to {board.work_dir}/runtimes")
+    is_pushed = fix or library is not None or (pin is None and wheel is None)
     if board.c_board is not None:
         return _c_runtime(board, library, hint), fixed
     reply = _ask(board, "check", board.work_dir, "auto", json.dumps(library))

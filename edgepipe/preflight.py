@@ -16,12 +16,22 @@ from edgepipe.errors import MissingExtra, NotReadyError, ProfileError, RequestEr
 from edgepipe.job import COMMAND_TIMEOUT_S, BoardJob, bad_answer, parse_facts
 from edgepipe.payload import Payload, push_payload
 from edgepipe.profile import DeviceProfile, absolute_work_dir
-from edgepipe.runtime import PINS, Pin, has_runtime_library, runtime_library
+from edgepipe.runtime import (
+    PINS,
+    WHEELS,
+    Pin,
+    Wheel,
+    has_runtime_library,
+    runtime_library,
+    runtime_package,
+)
 from edgepipe.sessions import progress
 
 log = logging.getLogger(__name__)
 
 PYTHON_NEEDED = (3, 7)
+# What there is for 32-bit boards, whichever runtime the profile asks for.
+TFLITE_RUNTIME, TFLITE_VERSION = "tflite-runtime", "2.14.0"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +132,8 @@ def push_runtime(
             hint='use backend = "auto", or the interpreter installed on the board',
         )
     if why_not:
-        log.info("no runtime is pushed (%s); using what is installed on the device", why_not)
+        if not _push_package(board, profile, facts):
+            log.info("no runtime is pushed (%s); using what is installed on the device", why_not)
         return None
     try:
         library = runtime_library(machine, version)
@@ -134,6 +145,30 @@ def push_runtime(
     pin = PINS[(version, machine)]
     board.device.push(library.path, library_path(board, pin))
     return pushed_library(board, pin, version)
+
+
+def _push_package(board: Board, profile: DeviceProfile, facts: Mapping[str, Any]) -> bool:
+    """Push a Python package as the runtime, where there is one for this board and it has none.
+
+    It lies beside the agent, which finds it there; the system's Python stays as it is.
+    """
+    wheel = package_for(profile, facts["device"])
+    mine = f"{board.work_dir}/runtimes/"  # what lies there may have stayed half there
+    if wheel is None or any(not str(p["path"]).startswith(mine) for p in facts["packages"].values()):  # fmt: skip
+        return False
+    folder = runtime_package(wheel)
+    remote = f"{board.work_dir}/runtimes/{folder.name}"
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            board.device.push(path, f"{remote}/{path.relative_to(folder).as_posix()}")
+    return True
+
+
+def package_for(profile: DeviceProfile, facts: Mapping[str, Any]) -> Wheel | None:
+    """The package that is pushed to a board for which there is no LiteRT library, or None."""
+    python = tuple(int(n) for n in str(facts.get("python")).split(".")[:2] if n.isdigit())
+    version = profile.runtime_version if profile.runtime == TFLITE_RUNTIME else TFLITE_VERSION
+    return WHEELS.get((TFLITE_RUNTIME, version, str(facts.get("machine")), python))
 
 
 def library_path(board: Board, pin: Pin) -> str:
@@ -172,7 +207,11 @@ def try_c_runner(board: Board, library: Mapping[str, Any]) -> None:
 def runtime_hint(profile: DeviceProfile, backend: str, facts: Mapping[str, Any]) -> str:
     """What mends a board on which no runtime works."""
     if backend == "tflite-runtime-interpreter" or facts.get("machine") == "armv7l":
-        return "on the device, with Python 3.8 to 3.11: python3 -m pip install tflite-runtime==2.14.0 'numpy<2'"  # fmt: skip
+        return (
+            "on the device, for the package that edgepipe pushes to Python 3.9 and 3.11: "
+            "sudo apt-get install python3-numpy; or with Python 3.8 to 3.11: "
+            "python3 -m pip install tflite-runtime==2.14.0 'numpy<2'"
+        )
     return (
         f"on the device: python3 -m pip install ai-edge-litert=={profile.runtime_version} "
         "(Debian 12, Ubuntu 22.04 or newer)"

@@ -7,6 +7,7 @@ wheel for it, fetched once into the user's cache. Either way its sha256 is compa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -62,6 +63,29 @@ PINS: dict[tuple[str, str], Pin] = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Wheel:
+    """A package for boards that LiteRT is not made for; it needs numpy there. ``tag`` is the Python."""
+
+    requirement: str
+    platform: str
+    tag: str
+    sha256: str
+
+
+# (runtime of a profile, version, machine, Python) -> wheel on PyPI
+WHEELS: dict[tuple[str, str, str, tuple[int, ...]], Wheel] = {
+    ("tflite-runtime", "2.14.0", "armv7l", (3, 11)): Wheel(
+        "tflite-runtime==2.14.0", "manylinux_2_34_armv7l", "cp311",
+        "c4e66a74165b18089c86788400af19fa551768ac782d231a9beae2f6434f7949",
+    ),
+    ("tflite-runtime", "2.14.0", "armv7l", (3, 9)): Wheel(
+        "tflite-runtime==2.14.0", "manylinux_2_34_armv7l", "cp39",
+        "eca7672adca32727bbf5c0f1caf398fc17bbe222f2a684c7a2caea6fc6767203",
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
 class RuntimeLibrary:
     """A libLiteRt.so on this host that is known to be the one it should be."""
 
@@ -110,6 +134,58 @@ def cache_path(pin: Pin) -> Path:
     from platformdirs import user_cache_path
 
     return user_cache_path("edgepipe") / "runtimes" / pin.sha256 / "libLiteRt.so"
+
+
+def runtime_package(wheel: Wheel) -> Path:
+    """The folder with the unpacked wheel, fetched once into the user's cache.
+
+    Raises MissingExtra where it cannot be fetched, or where what was fetched is not it.
+    """
+    from platformdirs import user_cache_path
+
+    kept = user_cache_path("edgepipe") / "runtimes" / f"{wheel.sha256}-{wheel.tag}"
+    if kept.is_dir():
+        return kept
+    log.info("fetching %s for %s from PyPI, once", wheel.requirement, wheel.platform)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept.parent, prefix="fetch-") as name:
+        folder = Path(name)
+        argv = [
+            *_pip(), "download", wheel.requirement, "--no-deps", "--no-input", "--disable-pip-version-check",
+            "--only-binary=:all:", f"--platform={wheel.platform}", "--implementation=cp",
+            f"--python-version={wheel.tag[2:]}", f"--abi={wheel.tag}", f"--dest={folder}",
+        ]  # fmt: skip
+        hint = "with a network, run this once more; or install it on the board"
+        try:
+            done = subprocess.run(
+                argv, capture_output=True, text=True, timeout=_FETCH_TIMEOUT_S, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as exc:
+            raise MissingExtra(f"cannot fetch {wheel.requirement}: {exc}", hint=hint) from exc
+        found = list(folder.glob("*.whl"))
+        if done.returncode or len(found) != 1:
+            tail = " ".join((done.stderr or done.stdout).strip().splitlines()[-2:])
+            raise MissingExtra(f"cannot fetch {wheel.requirement}: {tail}", hint=hint)
+        if hash_path(found[0]) != wheel.sha256:
+            raise MissingExtra(
+                f"{found[0].name} is not the wheel edgepipe was tested with (sha256 {wheel.sha256})",
+                hint="do not use it; check the package index this machine uses",
+                code="runtime-library-altered",
+            )
+        unpacked = folder / "unpacked"
+        with zipfile.ZipFile(found[0]) as archive:
+            archive.extractall(unpacked)
+        with contextlib.suppress(FileExistsError, OSError):  # another process was faster
+            unpacked.rename(kept)
+    return kept
+
+
+def _pip() -> list[str]:
+    import importlib.util
+
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    raise MissingExtra("this Python has no pip to fetch packages with", hint="python -m ensurepip")
 
 
 def _is(path: Path, pin: Pin) -> bool:

@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import struct
+import sys
 import time
 import zlib
 from ctypes import byref, sizeof
@@ -323,6 +324,9 @@ def open_model(runtime, path, threads, kernel="", weight_cache="", profile=False
     ):
         if asked:
             raise Unsupported("the Python interpreter of %s %s" % (runtime["module"], what))
+    folder = os.path.dirname(runtime.get("path") or "")
+    if folder and folder not in sys.path:
+        sys.path.append(folder)  # it was pushed, not installed
     return Interpreter(runtime["module"], path, threads, kernel)
 
 

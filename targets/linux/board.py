@@ -285,10 +285,21 @@ def free_bytes(folder):
     return status.f_bavail * status.f_frsize
 
 
+def pushed_folders():
+    """Packages that were pushed for this version of Python: WORK_DIR/runtimes/<sha256>-cp311/."""
+    agents = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # WORK_DIR/agents/<sha256>
+    runtimes = os.path.join(os.path.dirname(agents), "runtimes")
+    if os.path.basename(agents) != "agents" or not os.path.isdir(runtimes):
+        return []
+    tag = "-cp%d%d" % sys.version_info[:2]
+    return [os.path.join(runtimes, n) for n in sorted(os.listdir(runtimes)) if n.endswith(tag)]
+
+
 def packages():
-    """Runtimes installed for this Python, found by path: importing a broken wheel could crash."""
+    """Runtimes installed or pushed for this Python, found by path: importing a broken wheel could
+    crash."""
     found = {}
-    for folder in sys.path:
+    for folder in sys.path + pushed_folders():
         for package in ("ai_edge_litert", "tflite_runtime"):
             path = os.path.join(folder or ".", package)
             if package not in found and os.path.isdir(path):

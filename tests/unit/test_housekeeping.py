@@ -6,6 +6,9 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from .board_side import call, change_job, library, make_job, payload_module, run
+from .board_side import TARGET, call, change_job, library, make_job, payload_module, run
 
 DAY_S = 86400.0
 housekeeping = payload_module("housekeeping")
@@ -169,3 +172,22 @@ def test_check_says_which_runtime_works_and_why_the_others_do_not(work_dir: Path
 @pytest.mark.parametrize("words", [("survey",), ("survey", ".", "x"), ("tidy", "."), ("check", ".", "auto", "{")])  # fmt: skip
 def test_a_request_that_is_none_is_refused(words: tuple[str, ...]) -> None:
     assert call(*words)["code"] == 64
+
+
+def test_a_package_that_was_pushed_for_this_python_is_found_and_one_for_another_is_not(
+    work_dir: Path,
+) -> None:
+    agent = work_dir / "agents" / "aa"
+    shutil.copytree(TARGET, agent)
+    tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+    for name in (f"11-{tag}", "22-cp27"):
+        put(work_dir / "runtimes" / name / "tflite_runtime" / "__init__.py")
+        put(work_dir / "runtimes" / name / "tflite_runtime-2.14.0.dist-info" / "METADATA")
+    done = subprocess.run(
+        [sys.executable, agent / "agent.py", "facts", work_dir],
+        capture_output=True,
+        check=True,
+    )
+    found = json.loads(done.stdout)["packages"]["tflite_runtime"]
+    assert found["version"] == "2.14.0"
+    assert found["path"] == str(work_dir / "runtimes" / f"11-{tag}" / "tflite_runtime")

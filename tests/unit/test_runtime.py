@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -15,7 +16,7 @@ import pytest
 
 from edgepipe import runtime
 from edgepipe.errors import MissingExtra
-from edgepipe.runtime import PINS, Pin, cache_path, runtime_library
+from edgepipe.runtime import PINS, WHEELS, Pin, cache_path, runtime_library, runtime_package
 
 pytestmark = pytest.mark.slow  # real processes and runs: not for the inner loop
 
@@ -131,3 +132,30 @@ def test_a_build_nobody_tested_is_not_guessed(machine: str, version: str) -> Non
     with pytest.raises(MissingExtra, match=r"no libLiteRt\.so is known") as caught:
         runtime_library(machine, version)
     assert "2.3.0 for aarch64" in caught.value.hint
+
+
+@needs_pip
+def test_a_package_for_a_32_bit_board_is_fetched_once_and_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path
+) -> None:
+    index = tmp_path / "wheels"
+    index.mkdir()
+    info = "tflite_runtime-2.14.0.dist-info"
+    path = index / "tflite_runtime-2.14.0-cp311-cp311-manylinux_2_34_armv7l.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("tflite_runtime/__init__.py", "x = 1\n")
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tflite-runtime\nVersion: 2.14.0\n")  # fmt: skip
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: false\nTag: cp311-cp311-manylinux_2_34_armv7l\n")  # fmt: skip
+        archive.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    known = WHEELS["tflite-runtime", "2.14.0", "armv7l", (3, 11)]
+    with pytest.raises(MissingExtra, match="not the wheel") as caught:  # not the one on PyPI
+        runtime_package(known)
+    assert caught.value.code == "runtime-library-altered"
+    wheel = dataclasses.replace(known, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    folder = runtime_package(wheel)
+    assert (folder / "tflite_runtime" / "__init__.py").read_text() == "x = 1\n"
+    assert [p.name for p in folder.parent.iterdir()] == [f"{wheel.sha256}-cp311"]  # nothing half
+    path.unlink()
+    assert runtime_package(wheel) == folder
