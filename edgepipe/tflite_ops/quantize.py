@@ -361,6 +361,7 @@ def quantize(
     with `float_reasons`. ``precision`` says for single operators, by the name of the first tensor
     they make, that they compute with 16-bit activations or in float. Raises StageError where litert-quantizer fails.
     """
+    content = _scalar_pad_values(content, where=where)
     graph = parse_model(content, where=where).subgraphs[0]
     statistics = {}
     for tensor in graph.tensors:
@@ -394,6 +395,23 @@ def quantize(
     made = inline_buffers(bytes(result.quantized_model))
     _refuse_absurd_scales(made, where=where)
     return made
+
+
+def _scalar_pad_values(content: bytes, *, where: str) -> bytes:
+    """The value of every PADV2 with shape () instead of (1,), which litert-quantizer 0.11 cannot take.
+
+    onnx2tf writes (1,) for the -inf before a MAX_POOL_2D with padding: the stem of every ResNet.
+    """
+    graph = parse_model(content, where=where).subgraphs[0]
+    values = {o.inputs[2] for o in graph.operators if o.name == "PADV2"}
+    others = {i for o in graph.operators if o.name != "PADV2" for i in o.inputs}
+    wanted = [i for i in values - others if graph.tensors[i].is_constant and graph.tensors[i].shape == (1,)]  # fmt: skip
+    if not wanted:
+        return content
+    model = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
+    for index in wanted:
+        model.subgraphs[0].tensors[index].shape = np.array([], np.int32)
+    return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
 
 
 def _refuse_absurd_scales(content: bytes, *, where: str) -> None:

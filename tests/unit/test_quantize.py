@@ -452,3 +452,20 @@ def test_a_mask_of_minus_infinity_is_an_error_and_not_the_end_of_the_process():
     assert caught.value.code == "infinite-range"
     assert "'mask' (read by ADD)" in caught.value.message
     assert "-100" in caught.value.hint
+
+
+@pytest.mark.parametrize("value", [np.finfo(np.float32).min, -np.inf, -5.0])
+@pytest.mark.parametrize("shape", [(1,), ()])
+def test_a_maximum_pool_with_padding_is_quantised_within_half_a_step(shape, value):
+    g = Graph()
+    x = g.input("x", (1, 4, 4, 2))
+    pads = g.const("pads", np.array([[0, 0], [1, 1], [1, 1], [0, 0]], np.int32))
+    padded = g.op("PADV2", [x, pads, g.const("value", np.full(shape, value, np.float32))], "padded", (1, 6, 6, 2), "PadV2Options")  # fmt: skip
+    y = g.op("MAX_POOL_2D", [padded], "y", (1, 2, 2, 2), "Pool2DOptions", strideW=2, strideH=2, filterWidth=3, filterHeight=3, padding=1)  # fmt: skip
+    data = noise(8, 4, 4, 2)
+    content = g.bytes([y])
+    made = quantized(content, data, input_dtype="float32", output_dtype="float32")
+    steps = [t.scales[0] for t in graph_of(made).tensors if t.scales and not t.is_constant]
+    for sample in data:
+        error = np.abs(run(made, [sample[None]])[0] - run(content, [sample[None]])[0]).max()
+        assert error <= sum(steps) / 2 * 1.001  # one rounding at the door, one in each operator
