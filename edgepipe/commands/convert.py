@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_arguments(parser)
     parser.add_argument("--data", default="random", metavar="SAMPLES", help="real inputs for the parity check: x.npz, x.npy, file.py:function, a TOML file, or random (default)")  # fmt: skip
-    parser.add_argument("--route", choices=("auto", "onnx2tf", "tf"), default="auto", help="converter (default: auto)")  # fmt: skip
+    parser.add_argument("--route", choices=("auto", "all", "onnx2tf", "litert-torch", "tf"), default="auto", help="converter: auto stops at the first clean result (default), all compares every one")  # fmt: skip
+    parser.add_argument("--streaming", action="store_true", help="the model's state shall last from one inference to the next (LSTM)")  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: NAME.tflite in this folder")  # fmt: skip
 
 
@@ -27,6 +28,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from edgepipe import adhoc
     from edgepipe.artifact import artifact_to_dict
     from edgepipe.errors import RequestError
+    from edgepipe.report import text_table
+    from edgepipe.routes import attempts_table
     from edgepipe.store import check_output
 
     check_output(args.output)
@@ -37,10 +40,12 @@ def run(args: argparse.Namespace, out: Output) -> int:
     data = adhoc.data_source(args.data)
     if data.kind == "random":
         logging.getLogger("edgepipe").warning("parity is checked on random inputs; --data gives real ones")  # fmt: skip
-    options = {"to_tflite": {"route": args.route}}
+    options = {"to_tflite": {"route": args.route, "streaming": args.streaming}}
     stages = [(n, options.get(n, {})) for n in names]
     model, output = adhoc.make_model(args, source, stages, data, suffix=".tflite")
     out.text(f"{output}: {model.size_bytes} bytes, sha256 {model.sha256}")
     out.text(adhoc.model_text(model))
+    out.text(f"  route: {model.facts['route']}: {model.facts['route_reason']}")
+    out.text(text_table(attempts_table(model.facts)))
     out.json({**artifact_to_dict(model), "output": str(output)})
     return 0

@@ -212,8 +212,9 @@ def test_a_signal_of_rank_three_keeps_its_axes(export: Exporter, context: StageC
 
 
 def test_an_lstm_is_proven_sample_by_sample_and_its_state_is_recorded(export: Exporter, context: StageContext) -> None:  # fmt: skip
-    made = ToTflite().run(export("lstm"), context)
+    made = ToTflite(streaming=True).run(export("lstm"), context)
     assert made.facts["variable_tensors"] > 0
+    assert made.facts["streaming"] is True
     assert made.facts["parity"]["outputs"]["y"]["sqnr_db"] > 100
 
 
@@ -242,7 +243,7 @@ def test_the_tensorflow_route_makes_the_same_model(export: Exporter, context: St
 
 def test_an_operator_that_does_not_convert_is_named_with_its_pytorch_line(export: Exporter, context: StageContext) -> None:  # fmt: skip
     with pytest.raises(StageError) as caught:
-        ToTflite().run(export("spectrum"), context)
+        ToTflite(route="onnx2tf").run(export("spectrum"), context)
     assert caught.value.code == "unsupported-op"
     assert "operator DFT" in caught.value.message
     assert "test_to_tflite.py:" in caught.value.message
@@ -283,7 +284,7 @@ def test_a_wrong_weight_is_found_and_its_layer_named(export: Exporter, context: 
     )
     monkeypatch.setitem(to_tflite.ROUTES, "onnx2tf", ("onnx2tf", str(tmp_path / "tampering.py")))
     with pytest.raises(StageError) as caught:
-        ToTflite().run(export("conv"), context)
+        ToTflite(route="onnx2tf").run(export("conv"), context)
     assert caught.value.code == "parity"
     assert "output 'logits' is off by" in caught.value.message
     assert "the first operator to compute something else is Conv" in caught.value.message
@@ -315,7 +316,7 @@ def test_a_converter_that_lies_about_its_file_is_caught(export: Exporter, contex
     )
     monkeypatch.setitem(to_tflite.ROUTES, "onnx2tf", ("onnx2tf", str(script)))
     with pytest.raises(StageError) as caught:
-        ToTflite().run(export("conv"), context)
+        ToTflite(route="onnx2tf").run(export("conv"), context)
     assert caught.value.code == "no-output"
 
 
@@ -331,14 +332,14 @@ def test_a_damaged_result_is_an_invalid_graph(export: Exporter, context: StageCo
     )
     monkeypatch.setitem(to_tflite.ROUTES, "onnx2tf", ("onnx2tf", str(script)))
     with pytest.raises(StageError) as caught:
-        ToTflite().run(export("conv"), context)
+        ToTflite(route="onnx2tf").run(export("conv"), context)
     assert caught.value.code == "invalid-graph"
     assert list(context.work_dir.iterdir()) == []
 
 
 def test_the_deadline_ends_a_conversion(export: Exporter, context: StageContext, private_temp: Path) -> None:  # fmt: skip
     with pytest.raises(StageError) as caught:
-        ToTflite(timeout=0.3).run(export("conv"), context)
+        ToTflite(route="onnx2tf", timeout=0.3).run(export("conv"), context)
     assert caught.value.code == "timeout"
     assert list(context.work_dir.iterdir()) == list(private_temp.glob("edgepipe*")) == []
 
@@ -383,28 +384,32 @@ def test_a_missing_toolchain_is_one_message_with_the_command(export: Exporter, c
     assert caught.value.hint == "edgepipe toolchains install onnx2tf"
 
 
-def test_without_python_3_12_tensorflow_is_the_way_and_the_record_says_so(monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    asked = []
+def test_without_python_3_12_tensorflow_is_the_way_and_the_record_says_so(export: Exporter, context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    ensure = toolchain.ensure
 
-    def ensure(name: str) -> Path:
-        asked.append(name)
+    def no_python(name: str) -> Path:
         if name == "onnx2tf":
             raise MissingExtra("no Python 3.12", code="no-python")
-        return Path()
+        return ensure(name)
 
-    monkeypatch.setattr(toolchain, "ensure", ensure)
-    route, why = ToTflite()._route()
-    assert (route, asked) == ("tf", ["onnx2tf", "onnx2tf-tf"])
-    assert "no Python 3.12" in why
+    monkeypatch.setattr(toolchain, "ensure", no_python)
+    made = ToTflite().run(export("conv"), context)
+    assert made.facts["route"] == "tf"
+    codes = {(a["route"], a["simplified"]): a["code"] for a in made.facts["attempts"]}
+    assert codes == {
+        ("onnx2tf", True): "no-toolchain", ("litert-torch", False): "no-exported-program",
+        ("onnx2tf", False): "no-toolchain", ("tf", True): "",
+    }  # fmt: skip
+    assert "onnx2tf from given: no-toolchain" in made.facts["route_reason"]
 
 
-def test_a_failed_install_is_no_reason_for_another_converter(monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_a_failed_install_is_no_reason_for_another_converter(export: Exporter, context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     def ensure(name: str) -> Path:
         raise MissingExtra("no network", code="install-failed")
 
     monkeypatch.setattr(toolchain, "ensure", ensure)
     with pytest.raises(MissingExtra, match="no network"):
-        ToTflite()._route()
+        ToTflite().run(export("conv"), context)
 
 
 # -- through the command line ---------------------------------------------------------------------
