@@ -64,7 +64,7 @@ FLAGS = ("-O2", "-s", "-std=gnu11", "-Wall")
 ELF_MACHINES = {(40, 32): "armv7l", (62, 64): "x86_64", (183, 64): "aarch64", (3, 32): "i686"}
 COMPILE_TIMEOUT_S = 300.0
 # What the runner can do; the rest needs the agent.
-KINDS = ("latency", "memory", "outputs", "ops")
+KINDS = ("latency", "memory", "outputs", "ops", "instructions")
 # A session that somebody killed is tried again this many times, as the agent does.
 MAX_KILLED = 2
 # After a broken link the board stops the old call within this time.

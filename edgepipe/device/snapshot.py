@@ -147,7 +147,7 @@ def device_facts(answer: Mapping[str, Any]) -> dict[str, Any]:
         "cpus": answer["cpus"],
         "cpu_model": _cpu_model(files.get("/proc/cpuinfo", "")),
         "emulated": _emulated(files),
-        "no_instructions": "the runner for boards without Python does not count instructions",
+        "no_instructions": answer["no_instructions"],
         "kernel": files.get("/proc/sys/kernel/osrelease"),
         "os": release.group(1) if release else None,
         "glibc": answer["libc"],

@@ -16,6 +16,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <glob.h>
+#include <linux/perf_event.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -27,10 +28,12 @@
 #include <string.h>
 #include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/personality.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -1195,7 +1198,94 @@ static void session_ops(FILE *out)
     fputs("]}", out);
 }
 
+enum { COUNTED = 7, UNCOUNTED = 3 }; /* as in worker.py */
+
+/* A counter of this thread's instructions in user space, or -1 with `why`. As in instructions.py. */
+static int open_counter(char *why, size_t room)
+{
+    struct perf_event_attr wanted;
+    memset(&wanted, 0, sizeof wanted);
+    wanted.type = PERF_TYPE_HARDWARE;
+    wanted.size = PERF_ATTR_SIZE_VER0;
+    wanted.config = PERF_COUNT_HW_INSTRUCTIONS;
+    wanted.read_format = PERF_FORMAT_TOTAL_TIME_ENABLED | PERF_FORMAT_TOTAL_TIME_RUNNING;
+    wanted.exclude_kernel = wanted.exclude_hv = 1;
+    int file = (int)syscall(SYS_perf_event_open, &wanted, 0, -1, -1, 0UL), error = errno;
+    if (file >= 0)
+        return file;
+    const char *level = read_text("/proc/sys/kernel/perf_event_paranoid");
+    if (error == ENOENT || error == ENODEV || error == EOPNOTSUPP)
+        snprintf(why, room, "this CPU, or the machine it is emulated by, has no counter of instructions");
+    else if (error != EACCES && error != EPERM)
+        snprintf(why, room, "instructions cannot be counted (perf_event_open: %s)", strerror(error));
+    else if (level && atoi(level) <= 2)
+        snprintf(why, room, "a sandbox forbids counting instructions (perf_event_open: Operation not permitted)");
+    else
+        snprintf(why, room, "the kernel forbids counting instructions (kernel.perf_event_paranoid is %.*s): "
+                 "on the board, sudo sysctl kernel.perf_event_paranoid=2",
+                 level ? (int)strcspn(level, "\n") : 7, level ? level : "unknown");
+    return -1;
+}
+
+/* Instructions of one inference (of none without a model) and of reading the counter. */
+static int64_t counted(int file, Model *model)
+{
+    uint64_t before[3], after[3];
+    bool fine = read(file, before, sizeof before) == sizeof before;
+    if (model)
+        call(model);
+    if (!fine || read(file, after, sizeof after) != sizeof after)
+        fail("unsupported", "the counter of instructions cannot be read");
+    if (after[1] != after[2])
+        fail("unsupported", "the counter of instructions was shared with others, or the thread moved to a CPU "
+             "of another kind (stay on one kind by affinity)");
+    return (int64_t)(after[0] - before[0]);
+}
+
+static void session_instructions(FILE *out)
+{
+    static Model model;
+    int64_t counts[UNCOUNTED + COUNTED], overhead = INT64_MAX;
+    char why[256];
+    if (job.threads != 1)
+        fail("unsupported", "instructions are counted with one thread only: others spin as they wait");
+    int file = open_counter(why, sizeof why);
+    if (file < 0)
+        fail("unsupported", "%s", why);
+    warm_up_runtime();
+    open_model(&model, job.arms[0].path, job.arms[0].cache, false);
+    fill_random(&model, job.seed);
+    for (int n = 0; n < COUNTED; n++) {
+        int64_t empty = counted(file, NULL);
+        overhead = empty < overhead ? empty : overhead;
+    }
+    if (!overhead)
+        fail("unsupported", "the counter of instructions stands still");
+    for (int n = 0; n < UNCOUNTED + COUNTED; n++)
+        counts[n] = counted(file, &model);
+    fputs("{\"counts\":", out);
+    put_numbers(out, counts + UNCOUNTED, COUNTED);
+    fprintf(out, ",\"overhead\":%lld,\"counter\":\"perf_event_open\",\"fixed_addresses\":%s,\"state\":\"%s\",\"inputs\":",
+            (long long)overhead, personality(0xffffffff) & ADDR_NO_RANDOMIZE ? "true" : "false",
+            model.stateful ? "kept" : "none");
+    put_tensors(out, model.inputs, model.input_count);
+    fputs(",\"outputs\":", out);
+    put_tensors(out, model.outputs, model.output_count);
+    putc('}', out);
+}
+
+/* Start anew without address space randomisation, or return where that is refused. */
+static void fix_addresses(char **argv)
+{
+    int now = personality(0xffffffff);
+    if (now == -1 || now & ADDR_NO_RANDOMIZE || personality(now | ADDR_NO_RANDOMIZE) == -1)
+        return;
+    execv(argv[0], argv);
+    personality(now);
+}
+
 static const struct { const char *kind; void (*run)(FILE *); } SESSIONS[] = {
+    {"instructions", session_instructions},
     {"self-test", session_self_test}, {"cold", session_cold},       {"latency", session_latency},
     {"memory", session_memory},       {"outputs", session_outputs}, {"ops", session_ops}};
 
@@ -1585,7 +1675,8 @@ static void parse_job(int argc, char **argv)
         if (strpbrk(job.arms[a].cache, "\"\\"))
             stop(BAD_JOB, "bad-job", NULL, "a weight cache cannot lie in %s", job.job_dir);
     }
-    bool one = !strcmp(job.kind, "memory") || !strcmp(job.kind, "outputs") || !strcmp(job.kind, "ops");
+    bool one = !strcmp(job.kind, "memory") || !strcmp(job.kind, "outputs") ||
+               !strcmp(job.kind, "ops") || !strcmp(job.kind, "instructions");
     if ((one && job.arm_count != 1) || (!strcmp(job.kind, "latency") && !job.arm_count))
         stop(BAD_JOB, "bad-job", NULL, "a %s session of %d arms", job.kind, job.arm_count);
     if (!strcmp(job.kind, "outputs") && (!job.inputs || !job.inputs_sha256))
@@ -1595,6 +1686,10 @@ static void parse_job(int argc, char **argv)
 static void answer_read(const char *work_dir, int count, char **globs)
 {
     struct statvfs disk;
+    char no_counter[256] = "";
+    int counter = open_counter(no_counter, sizeof no_counter);
+    if (counter >= 0)
+        close(counter);
     if (statvfs(work_dir, &disk))
         stop(UNUSABLE, "os-error", NULL, "%s: %s", work_dir, strerror(errno));
     printf("{\"schema\":%d,\"code\":0,\"error\":null,\"message\":\"\",\"machine\":\"%s\",\"bits\":%d,"
@@ -1606,6 +1701,8 @@ static void answer_read(const char *work_dir, int count, char **globs)
 #else
     fputs("null", stdout);
 #endif
+    fputs(",\"no_instructions\":", stdout);
+    put_text(stdout, no_counter);
     fputs(",\"board\":", stdout);
     put_files(stdout, (const char **)globs, count);
     puts("}");
@@ -1622,6 +1719,9 @@ int main(int argc, char **argv)
         return fflush(stdout) ? BUG : OK;
     }
     if (argc > 2 && !strcmp(argv[1], "session")) {
+        for (int i = 2; i < argc; i++)
+            if (!strcmp(argv[i], "kind=instructions"))
+                fix_addresses(argv);
         parse_job(argc - 2, argv + 2);
         run_session();
     }
