@@ -122,7 +122,8 @@ def _gain(
     operator: Operator, weights: _Weights, statistics: Mapping[str, ChannelStatistics]
 ) -> tuple[int, int, np.ndarray] | None:
     """(constant, axis of its input channels, which of them are always 0) of an operator's gains."""
-    if operator.name not in ("CONV_2D", "FULLY_CONNECTED", "MUL", "DEPTHWISE_CONV_2D"):
+    # not of depthwise ones: each channel has a scale of its own, so an absurd one spoils no other
+    if operator.name not in ("CONV_2D", "FULLY_CONNECTED", "MUL"):
         return None
     data, index = operator.inputs[0], operator.inputs[1]
     if operator.name == "MUL" and data in weights.values:
@@ -134,8 +135,6 @@ def _gain(
     axis = value.ndim - 1 if operator.name == "MUL" else _INPUT_AXIS[operator.name]
     if value.ndim == 0 or value.shape[axis] != len(found.low):
         return None
-    if operator.name == "DEPTHWISE_CONV_2D":
-        return None  # each has a scale of its own: an absurd one spoils no other
     return index, axis, found.is_constant & (found.high == 0)
 
 

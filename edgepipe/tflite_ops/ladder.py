@@ -33,8 +33,10 @@ from edgepipe.tflite_ops.flatbuffer import parse_model
 from edgepipe.tflite_ops.quantize import (
     IoDtype,
     Precision,
+    check_full_integer,
     collect_ranges,
     quantize,
+    wide_operators,
 )
 from edgepipe.tflite_ops.run import open_tflite
 from edgepipe.tflite_ops.sensitivity import (
@@ -174,10 +176,25 @@ class _Ladder:
         self.causes: list[str] = []
         self.culprits: list[Sensitivity] = []
         self.known_noise: dict[bytes, float] = {}
+        self.judged: dict[bytes, Judgement] = {}
 
     def climb(self, plan: _Plan) -> Rescue:
         steps = (self._better_ranges, self._equalised, self._bias, self._rounded, self._mixed)
-        made = self._step("plain", f"int8 with {plan.method} ranges", plan)
+        try:
+            made = self._step("plain", f"int8 with {plan.method} ranges", plan)
+        except StageError as exc:
+            if exc.code != "infinite-range":
+                raise
+            # weights that no int8 file can hold; behind a dead channel they need not be there
+            log.info("rung plain: %s", exc.message)
+            before = channel_statistics(plan.content, self.batches(), where=self.where)
+            content, repaired = repair_dead_channels(plan.content, before, where=self.where)
+            if not repaired:
+                raise
+            check_unchanged(self.original, content, self.few, where=self.where)
+            self.causes += repaired
+            plan = dataclasses.replace(plan, content=content)
+            made = self._step("repair", f"{len(repaired)} dead gain(s) set to 0", plan)
         for step in steps:
             if self.rungs[-1].held:
                 break
@@ -260,7 +277,8 @@ class _Ladder:
         self.culprits = [s for s in ranked if s.noise > CULPRIT][:CULPRITS_NAMED] or ranked[:1]
         kinds: tuple[Precision, ...] = ("int16", "float")
         for kind in kinds:
-            usable = [s.layer for s in ranked if kind == "int16" or s.operator in self.allow_float]
+            legal = wide_operators() if kind == "int16" else self.allow_float
+            usable = [s.layer for s in ranked if s.operator in legal]
             found = self._fewest(plan, kind, usable, limits) if usable else None
             if found is None:
                 continue
@@ -298,7 +316,7 @@ class _Ladder:
                 log.info("%d layers in %s: %s", count, kind, exc.message)
                 return False
             tried[count] = (new, content)
-            return self.judge(content).drop_points <= self.max_drop
+            return self._judge(content).drop_points <= self.max_drop
 
         count = 1
         while not holds(count):
@@ -315,6 +333,7 @@ class _Ladder:
 
     def _make(self, plan: _Plan) -> bytes:
         made = quantize(plan.content, plan.ranges, precision=plan.precision, where=self.where, **self.doors)  # fmt: skip
+        check_full_integer(made, allow_float=self.allow_float, where=self.where)
         if plan.corrected:
             made, _ = correct_biases(plan.content, made, self.few, where=self.where)
         return made
@@ -326,9 +345,15 @@ class _Ladder:
             self.known_noise[key] = noise_share(self.expected, found)
         return self.known_noise[key]
 
+    def _judge(self, content: bytes) -> Judgement:
+        key = hashlib.sha256(content).digest()
+        if key not in self.judged:
+            self.judged[key] = self.judge(content)
+        return self.judged[key]
+
     def _step(self, name: str, did: str, plan: _Plan, content: bytes | None = None) -> bytes:
         made = self._make(plan) if content is None else content
-        judged = self.judge(made)
+        judged = self._judge(made)
         held = judged.drop_points <= self.max_drop
         self.rungs.append(Rung(name, did, judged, self._noise(made), len(made), held, kept=True))
         self.files.append(made)

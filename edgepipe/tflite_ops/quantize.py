@@ -512,7 +512,16 @@ def _quiet() -> Iterator[None]:
 
 def integer_operators() -> frozenset[str]:
     """Names of the operators litert-quantizer 0.11 has an int8 form for."""
-    names = json.loads(default_policy.DEFAULT_JSON_POLICY)["ops_per_config"]["static_wi8_ai8"]
+    return _operators_of("static_wi8_ai8")
+
+
+def wide_operators() -> frozenset[str]:
+    """Names of the operators it has a form with 16-bit activations for."""
+    return _operators_of("static_wi8_ai16")
+
+
+def _operators_of(config: str) -> frozenset[str]:
+    names = json.loads(default_policy.DEFAULT_JSON_POLICY)["ops_per_config"][config]
     return frozenset({"TRANSPOSE_CONV" if n == "CONV_2D_TRANSPOSE" else n for n in names})
 
 

@@ -134,6 +134,32 @@ def test_absurd_weights_behind_dead_channels_are_zeroed_and_nothing_else():
     assert repair_dead_channels(other.content, found, where="m") == (other.content, ())
 
 
+def with_gain(largest):
+    """A convolution with a dead channel and a batch norm that was left as a multiplication."""
+    g = Graph()
+    x = g.input("x", (1, 6, 6, 3))
+    weights = np.random.default_rng(0).normal(size=(4, 1, 1, 3)).astype(np.float32)
+    weights[3] = 0
+    y = g.conv(x, weights, np.array([0, 0, 0, -1], np.float32), "c", (1, 6, 6, 4), fusedActivationFunction=RELU)  # fmt: skip
+    gain = g.const("gain", np.array([1, 0.5, 2, largest], np.float32))
+    return g.bytes([g.op("MUL", [y, gain], "y", (1, 6, 6, 4), "MulOptions")])
+
+
+def test_a_batch_norm_left_as_a_multiplication_is_repaired_too():
+    content, data = with_gain(1e4), images()
+    after, told = repair_dead_channels(content, channel_statistics(content, data, where="m"), where="m")  # fmt: skip
+    assert "MUL 'y' multiplies 1 dead channel(s) of 'c' by up to 1e+04" in told[0]
+    assert check_unchanged(content, after, images(8, seed=9), where="m") == 0
+    assert int8_noise(after, data) < 0.01 < 0.5 < int8_noise(content, data)
+
+
+def test_weights_that_no_file_can_hold_are_repaired_before_the_first_file():
+    net = dataclasses.replace(detector_head(), content=with_gain(1e20), calibration=np.concatenate([x for (x,) in images()]))  # fmt: skip
+    rescue = climbed(net, lambda content: Judgement(1.0, 0.0, 10))
+    assert [r.name for r in rescue.rungs] == ["repair"]
+    assert "by up to 1e+20" in rescue.causes[0]
+
+
 def test_statistics_are_those_of_the_values():
     content, data = chain(spread=3, between="nothing"), images(5)
     found = channel_statistics(content, data, where="m")["x"]
@@ -207,6 +233,16 @@ def test_a_rung_that_makes_it_worse_is_undone_and_none_that_holds_is_invented():
     assert [r.kept for r in rescue.rungs] == [True, *[False] * (len(rescue.rungs) - 1)]
     assert rescue.content == climbed(wide_swish(), lambda content: Judgement(1.0, 0, 1)).content
     assert rescue.culprits[0].layer in ("first", "swish")
+
+
+def test_an_island_that_may_not_stay_ends_the_climb_before_it_begins():
+    g = Graph()
+    x = g.input("image", (1, 8, 8, 1))
+    y = g.conv(x, np.ones((2, 1, 1, 1), np.float32), np.zeros(2, np.float32), "c", (1, 8, 8, 2))
+    content = g.bytes([g.op("ELU", [y], "y", (1, 8, 8, 2))])
+    net = dataclasses.replace(detector_head(), content=content)
+    with pytest.raises(StageError, match="is not full-integer"):
+        climbed(net, lambda content: pytest.fail("nothing to judge"))
 
 
 def test_layers_go_into_float_only_where_their_operator_may():
