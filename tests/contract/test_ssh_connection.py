@@ -609,6 +609,30 @@ def test_a_link_that_breaks_under_a_command_is_a_connect_error_and_the_command_e
         device.run(["true"], timeout_s=10)
 
 
+def test_a_name_that_is_gone_for_a_while_is_a_broken_link(
+    sshd: LoopbackSshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """raspberrypi.local is announced by the board itself, so it is gone while the board restarts."""
+    known = tmp_path / "known"
+    known.write_text(sshd.known_hosts.read_text().replace("127.0.0.1", "localhost"))
+    address = sshd.address.replace("127.0.0.1", "localhost")
+    device = open_device(address, identity_file=sshd.identity_file, known_hosts=known)
+    assert isinstance(device, SshDevice)
+    with device:
+        device._client.close()
+        real = socket.getaddrinfo
+
+        def nobody(*_: object, **__: object) -> None:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+        monkeypatch.setattr(socket, "getaddrinfo", nobody)
+        with pytest.raises(ConnectError) as caught:
+            device.run(["true"], timeout_s=5)
+        assert caught.value.code == "connection-lost"
+        monkeypatch.setattr(socket, "getaddrinfo", real)
+        assert device.run(["true"], timeout_s=5).returncode == 0
+
+
 def test_every_error_here_may_be_tried_again() -> None:
     """CI retries exit code 3: all of these are the world's fault, not the request's."""
     for error in (ConnectError, HostKeyError, AuthError):

@@ -234,6 +234,21 @@ def test_a_link_that_goes_down_and_up_in_the_middle_of_a_push_costs_only_the_pus
     assert list(remote.parent.iterdir()) == [remote]
 
 
+def test_a_second_measurement_sends_next_to_nothing(
+    far_away: Device, relay: Relay, model: Artifact, tmp_path: Path
+) -> None:
+    once = dataclasses.replace(OPTIONS, sessions=1)
+    measure(model, far_away, profile(tmp_path / "w"), once)
+    first = relay.passed_bytes
+    measure(model, far_away, profile(tmp_path / "w"), once)
+    again = relay.passed_bytes - first
+    assert first > 5_000_000  # the runtime alone has 6 MB and more
+    assert again < 200_000  # questions, job.json and the journal; the agent's files have 130 kB
+    kept = {path.name for path in (tmp_path / "w").iterdir()}
+    assert kept == {"agents", "models", "rt", "jobs", "lock"}
+    assert list((tmp_path / "w" / "jobs").iterdir()) == []
+
+
 def test_the_board_measures_on_while_there_is_no_link(
     far_away: Device, relay: Relay, model: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:  # fmt: skip
