@@ -244,6 +244,7 @@ def warm_up() -> None:
     import edgepipe.tflite_ops.quantize  # noqa: F401
 
     torch.set_num_threads(1)  # no threads before the forks
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # that torchvision is not here
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         torch.onnx.export(torch.nn.Linear(1, 1), (torch.zeros(1, 1),), dynamo=True, verbose=False)
 
