@@ -21,7 +21,7 @@ _REFUSED = re.compile(r"op=(\S+) node=(\S*) reason_code=(\S+) message=(.*)", re.
 # the traceback of the line of PyTorch it came from
 _NO_LOWERING = re.compile(r"Lowering not found: (\S+)")
 _NOT_LEGAL = re.compile(r"failed to legalize operation '([\w.]+)'")
-_EXECUTING = re.compile(r"While executing %(\w+)")
+_EXECUTING = re.compile(r"While executing %(\w+)(?:.*?target=torch\.ops\.([\w.]+))?")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
 
 
@@ -49,17 +49,17 @@ def _explain(error):
         if code.startswith("custom_op"):
             message = "no built-in TFLite operator computes it"
         return {"reason": "unsupported-op", "op": op, "node": node, "message": f"{message.strip()} ({code})"}  # fmt: skip
-    found = _NO_LOWERING.search(str(error)) or _NOT_LEGAL.search(str(error))
-    if found:
-        node = _EXECUTING.search(str(error))
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    lowering = _NO_LOWERING.search(str(error)) or _NOT_LEGAL.search(str(error))
+    node = _EXECUTING.search(str(error))
+    if lowering or (node and node[2]):
         return {
             "reason": "unsupported-op",
-            "op": found[1],
+            "op": lowering[1] if lowering else node[2],
             "node": node[1] if node else "",
             "source_line": _source_line(str(error)),
-            "message": "no TFLite operator computes it",
+            "message": "no TFLite operator computes it" if lowering else first_line[:300],
         }
-    first_line = (str(error).strip().splitlines() or [""])[0]
     return {"reason": "converter-error", "message": f"{type(error).__name__}: {first_line[:300]}"}
 
 

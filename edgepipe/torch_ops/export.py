@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import traceback
 from collections.abc import Iterator, Sequence
@@ -75,7 +76,7 @@ def export_torchscript(
     StageError where it cannot; the log says why.
     """
     inputs = tuple(torch.zeros([n or 1 for n in shape], dtype=getattr(torch, dtype)) for _, shape, dtype in input_shapes(program))  # fmt: skip
-    with log_path.open("a", encoding="utf-8") as log, _output_to(log):
+    with log_path.open("a", encoding="utf-8") as log, _output_to(log), _native_output_to(log):
         try:
             torch.onnx.export(
                 _Traceable(program), inputs, str(path), dynamo=False, opset_version=18,
@@ -172,6 +173,18 @@ def _user_line(stack_trace: str) -> str:
         return ""
     file, line, code = frames[-1]
     return f" (line {line} of {Path(file).name}: {code.strip()})"
+
+
+@contextlib.contextmanager
+def _native_output_to(log: TextIO) -> Iterator[None]:
+    """TorchScript's exporter writes the graph it fails on to file descriptor 1, past sys.stdout."""
+    saved = os.dup(1)
+    os.dup2(log.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
 
 
 @contextlib.contextmanager
