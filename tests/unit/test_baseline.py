@@ -236,6 +236,9 @@ def test_only_a_run_whose_gates_all_passed_is_promoted(tmp_path: Path, shipped: 
     # the first baseline cannot be compared with one; any later one must be
     assert why(PASSED, undecided) == ""
     assert "slowdown on pi is INCONCLUSIVE" in why(PASSED, undecided, baseline=promoted(tmp_path, shipped))  # fmt: skip
+    # an absolute limit asks for no baseline: that it cannot tell has another reason
+    unknown = Verdict("instructions", Status.INCONCLUSIVE, "no measurement of instructions", "pi")
+    assert "instructions on pi is INCONCLUSIVE" in why(PASSED, unknown)
     assert "slowdown on pi is FAIL" in why(PASSED, dataclasses.replace(undecided, status=Status.FAIL))  # fmt: skip
     assert "null device" in why(PASSED, simulated=True)
     assert why(PASSED, emulated="qemu-system 7.2 cortex-a72") == ""
