@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 ENV_FOLDER = "EDGEPIPE_EMULATOR"
 SNAPSHOT = "ready"
 USER = "pi"
+_USERLANDS = ("arm64", "armhf")
 _VERSION = 2  # of what is built; another one builds anew
 _DISK_BYTES = 2 * 2**30
 _PACKAGES = (
@@ -172,6 +173,7 @@ def build(name: str) -> Board:
         began_s = time.monotonic()
         system = _build_system(emulation.userland)
         board = _build_board(name, emulation, system)
+        _forget_old(board)
         log.info("%s is built (%.0f s)", name, time.monotonic() - began_s)
         return board
 
@@ -339,6 +341,15 @@ def _build_board(name: str, emulation: Emulation, system: System) -> Board:
         target.parent.mkdir(parents=True, exist_ok=True)
         made.folder.rename(target)
     return dataclasses.replace(made, folder=target)
+
+
+def _forget_old(board: Board) -> None:
+    """Remove what an earlier version built; a board that runs on it has its files open."""
+    kept = {_system_key(userland) for userland in _USERLANDS}
+    old = [path for path in board.folder.parent.iterdir() if path != board.folder]
+    old += [path for path in board.system.folder.parent.iterdir() if path.name not in kept]
+    for path in old:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def disk_bytes(folder: Path) -> int:

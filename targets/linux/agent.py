@@ -67,6 +67,7 @@ def start(job_dir):
     """Begin the job, or find it at work -> its state."""
     lock = SupervisorLock(job_dir)
     job = load_job(job_dir)  # before the lock, which would make a file where there is no job
+    os.sync()  # what was pushed outlives a power cut, and is not written while we measure
     deadline = time.monotonic() + PATIENCE_S
     while True:
         descriptor = lock.take()
