@@ -111,6 +111,21 @@ def test_random_data_needs_two_words_of_consent_and_is_marked(model, quantise):
     assert result.facts["parity"]["random_data"] is True
 
 
+def test_ranges_found_by_another_method_can_be_kept_and_given(model, quantise, tmp_path):
+    plain = quantise(model)
+    found = quantise(model, method="percentile")
+    assert found.facts["ranges"]["method"] == "percentile"
+    assert found.sha256 != plain.sha256
+    kept = tmp_path / "kept.json"
+    kept.write_text((found.path.parent / "ranges.json").read_text())
+    given = quantise(model, ranges=str(kept))
+    assert given.sha256 == found.sha256
+    assert given.facts["ranges"]["sha256"] == found.facts["ranges"]["sha256"] == hash_path(kept)
+    kept.write_text(kept.read_text().replace('"conv"', '"other"'))
+    with pytest.raises(StageError, match="lack 1 of the 5 activations"):
+        quantise(model, ranges=str(kept))
+
+
 def test_samples_are_capped_by_a_seeded_choice(model, quantise):
     assert quantise(model, samples=50).facts["calibration"]["samples"] == 50
 
