@@ -1,0 +1,183 @@
+"""The search for the best converter, with real converters: what each gets wrong is never kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from edgepipe.artifact import Artifact, hash_path, make_artifact
+from edgepipe.data import DataSource
+from edgepipe.predict import predict
+from edgepipe.routes import Candidate
+from edgepipe.stage import StageContext
+from edgepipe.stages import to_tflite
+from edgepipe.stages.to_tflite import ConversionError, ToTflite
+from edgepipe.tflite_ops.inspect import describe
+from edgepipe.tflite_ops.onnx_model import onnx_specs
+from edgepipe.torch_ops.export import export_onnx
+from edgepipe.torch_ops.pt2 import save_pt2
+
+pytestmark = pytest.mark.slow
+
+
+class SqueezeExcite(nn.Module):
+    """MobileNet's parts that converters stumble over: ReLU6, squeeze-excite, ``mean([2, 3])``."""
+
+    shape = (1, 3, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.squeeze, self.excite = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.project, self.head = nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.relu6(self.norm(self.stem(x)))
+        y = functional.relu6(self.depthwise(x))
+        scale = torch.sigmoid(self.excite(torch.relu(self.squeeze(y.mean((2, 3), keepdim=True)))))
+        return self.head((x + self.project(y * scale)).mean([2, 3]))
+
+
+class Transformer(nn.Module):
+    """One block of a vision transformer."""
+
+    shape = (1, 3, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.head = nn.Conv2d(3, 16, 8, 8), nn.Linear(16, 5)
+        self.first, self.second = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)  # (1, 3, 16, 16) -> (1, 4, 16)
+        q, k, v = self.qkv(self.first(x)).view(1, 4, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        y = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(1, 4, 16)
+        x = x + self.out(y)
+        return self.head((x + self.mlp(self.second(x))).mean(1))
+
+
+class Shuffle(nn.Module):
+    """ShuffleNet's unit."""
+
+    shape = (1, 3, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(8, 8, 1)
+        self.depthwise, self.head = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        for _ in range(2):
+            left, right = x.chunk(2, 1)
+            x = torch.cat([left, torch.relu(self.depthwise(self.one(right)))], 1)
+            n, c, h, w = x.shape
+            x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        return self.head(x.mean([2, 3]))
+
+
+class Lstm(nn.Module):
+    shape = (1, 5, 6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+def seeded(kind: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return kind().eval()
+
+
+def exported(kind: type[nn.Module], folder: Path) -> Artifact:
+    """A model as `export_onnx` leaves it: ONNX, and the program beside it."""
+    path = folder / "model.onnx"
+    program = export_onnx(
+        seeded(kind), [torch.zeros(kind.shape)], path, input_names=["x"], output_names=["y"],  # type: ignore[attr-defined]
+        opset=18, optimize=True, log_path=folder / "export.txt",
+    )  # fmt: skip
+    save_pt2(program, folder / "model.pt2")
+    inputs, outputs = onnx_specs(path)
+    kept = {"file": "model.pt2", "sha256": hash_path(folder / "model.pt2")}
+    return make_artifact("onnx", path, inputs=inputs, outputs=outputs, facts={"exported_program": kept})  # fmt: skip
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> StageContext:
+    work = tmp_path / "work"
+    work.mkdir()
+    return StageContext(work, {"calibration": DataSource(kind="random", limit=8)}, 0, tmp_path / "log.txt")  # fmt: skip
+
+
+def assert_computes_the_same(made: Artifact, kind: type[nn.Module]) -> None:
+    x = np.random.default_rng(9).normal(size=(3, *kind.shape[1:])).astype(np.float32)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        expected = np.concatenate([seeded(kind)(torch.from_numpy(row[None])).numpy() for row in x])
+    np.testing.assert_allclose(predict(made, {"x": x})["y"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("route", ["onnx2tf", "litert-torch"])
+def test_mean_over_height_and_width_costs_no_transpose_and_no_loose_relu6(route: str, tmp_path: Path, context: StageContext) -> None:  # fmt: skip
+    made = ToTflite(route=route).run(exported(SqueezeExcite, tmp_path), context)  # type: ignore[arg-type]
+    assert made.facts["route"] == route
+    assert made.inputs[0].layout == "NHWC"
+    assert_computes_the_same(made, SqueezeExcite)
+    found = describe(made.path)
+    assert found.transposes == 0
+    assert not {"RELU6", "TRANSPOSE"} & set(found.operators)
+    (attempt,) = made.facts["attempts"]
+    assert attempt["clean"]
+    assert attempt["parity"] < 1e-4
+
+
+def test_a_transformer_goes_on_to_the_route_that_needs_no_float_operators(tmp_path: Path, context: StageContext) -> None:  # fmt: skip
+    made = ToTflite().run(exported(Transformer, tmp_path), context)
+    first, second = made.facts["attempts"]
+    # onnx2tf writes GELU with EXP, ABS and SIGN, which int8 would leave in float
+    assert (first["route"], first["ok"], first["clean"]) == ("onnx2tf", True, False)
+    assert "EXP" in first["loose_ops"]
+    assert (second["route"], second["clean"], second["loose_ops"]) == ("litert-torch", True, {})
+    assert made.facts["route"] == "litert-torch"
+    assert "the only clean one of 2" in made.facts["route_reason"]
+    assert_computes_the_same(made, Transformer)
+
+
+def test_a_fused_lstm_that_keeps_state_is_refused(tmp_path: Path, context: StageContext) -> None:
+    source = dataclasses.replace(exported(Lstm, tmp_path), facts={})
+    with pytest.raises(ConversionError) as caught:
+        ToTflite(route="onnx2tf").run(source, context)
+    assert caught.value.code == "keeps-state"
+    assert "streaming = true" in caught.value.hint
+    assert caught.value.attempts[0].code == "keeps-state"
+    assert not any(attempt.ok for attempt in caught.value.attempts)
+    assert list(context.work_dir.iterdir()) == []
+
+
+def test_shufflenet_from_torchscript_unsimplified_is_an_invalid_graph(tmp_path: Path, context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """onnx2tf 2.6.9 exits 0 with a file that loads and does not run."""
+    monkeypatch.setattr(to_tflite, "candidates", lambda *_, **__: (Candidate("onnx2tf", "torchscript", False),))  # fmt: skip
+    with pytest.raises(ConversionError) as caught:
+        ToTflite().run(exported(Shuffle, tmp_path), context)
+    assert caught.value.code == "invalid-graph"
+    assert [a.code for a in caught.value.attempts] == ["invalid-graph"]
+    assert list(context.work_dir.iterdir()) == []
+
+
+def test_a_program_that_was_changed_since_is_no_route(tmp_path: Path, context: StageContext) -> None:  # fmt: skip
+    source = exported(SqueezeExcite, tmp_path)
+    (tmp_path / "model.pt2").write_bytes(b"something else")
+    with pytest.raises(ConversionError) as caught:
+        ToTflite(route="litert-torch").run(source, context)
+    assert caught.value.code == "no-exported-program"
