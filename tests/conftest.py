@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import socket
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -48,6 +52,24 @@ def virtual_board(name: str) -> str:
             pytest.fail(exc.message)
         pytest.skip(exc.message)
     return f"virt://{name}"
+
+
+@pytest.fixture(scope="session")
+def adb_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A port and a home of its own for adb's server, which ends with the tests."""
+    if shutil.which("adb") is None:
+        message = "no adb, Android's client, on this machine (apt-get install adb)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ANDROID_ADB_SERVER_PORT", port)
+        home = {**os.environ, "HOME": str(tmp_path_factory.mktemp("adb"))}
+        subprocess.run(["adb", "start-server"], env=home, capture_output=True, check=True)
+        yield
+        subprocess.run(["adb", "kill-server"], capture_output=True, check=True)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -14,6 +14,7 @@ __all__ = ["SCHEMES", "Completed", "Device", "open_device"]
 
 # scheme -> (module, function); the function takes the whole address and the options of its scheme
 SCHEMES: dict[str, tuple[str, str]] = {
+    "adb": ("edgepipe.device.adb", "open_adb"),
     "local": ("edgepipe.device.local", "open_local"),
     "null": ("edgepipe.device.null", "open_null"),
     "ssh": ("edgepipe.device.ssh", "open_ssh"),
@@ -21,14 +22,14 @@ SCHEMES: dict[str, tuple[str, str]] = {
 }
 
 ADDRESS_HINT = (
-    "write `local` or `ssh://[user@]host[:port]`, `virt://virt-pi-4` for a virtual board, or "
-    "`null://quiet` for a simulated one"
+    "write `local` or `ssh://[user@]host[:port]`, `adb://SERIAL` for a phone, `virt://virt-pi-4` for a "
+    "virtual board, or `null://quiet` for a simulated one"
 )
 
 
 def open_device(address: str, **options: Any) -> Device:
-    """Open the board at ``address``: ``local``, ``ssh://[user@]host[:port]``, ``virt://board`` or
-    ``null://scenario``.
+    """Open the board at ``address``: ``local``, ``ssh://[user@]host[:port]``, ``adb://serial``,
+    ``virt://board`` or ``null://scenario``.
 
     ``options`` are the keyword arguments of the scheme's own function (`edgepipe.device.ssh.open_ssh`).
     Raises RequestError for an address of no known scheme, and the ConnectError, HostKeyError or

@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from edgepipe.artifact import hash_path
@@ -42,26 +42,14 @@ class LocalDevice:
     def run(self, argv: Sequence[str], *, timeout_s: float) -> Completed:
         """See `Device.run`. A command that cannot be started is 127 (or 126), as in a shell."""
         words = check_argv(argv)
-        deadline_s = time.monotonic() + timeout_s
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            # started by another thread: Ctrl-C reaches only the main one, and cannot make us forget
-            # a process that runs already
-            starting = pool.submit(_start, words)
-            try:
-                process = starting.result()
-                stdout, stderr = _collect(process, deadline_s, words, timeout_s)
-            except BaseException as exc:
-                concurrent.futures.wait([starting])
-                if starting.exception() is None:
-                    _kill_group(starting.result())
-                    raise
-                if isinstance(exc, FileNotFoundError):
-                    return Completed(127, b"", f"{words[0]}: not found\n".encode())
-                if isinstance(exc, OSError):  # not executable, wrong format, list too long
-                    return Completed(126, b"", f"{words[0]}: {exc.strerror}\n".encode())
-                raise
-        code = process.returncode
-        return Completed(128 - code if code < 0 else code, stdout, stderr)
+        try:
+            return run_child(
+                lambda: _start(words), words, timeout_s=timeout_s, address=self.address
+            )
+        except FileNotFoundError:
+            return Completed(127, b"", f"{words[0]}: not found\n".encode())
+        except OSError as exc:  # not executable, wrong format, list too long
+            return Completed(126, b"", f"{words[0]}: {exc.strerror}\n".encode())
 
     def push(self, local: Path, remote: str) -> bool:
         """See `Device.push`."""
@@ -112,8 +100,43 @@ def _start(words: list[str]) -> subprocess.Popen[bytes]:
     )
 
 
+def run_child(
+    start: Callable[[], subprocess.Popen[bytes]],
+    words: Sequence[str],
+    *,
+    timeout_s: float,
+    address: str,
+    stop: Callable[[subprocess.Popen[bytes]], None] | None = None,
+) -> Completed:
+    """Start a child process, which leads a process group, and wait for it with all it prints.
+
+    ``words`` and ``address`` are what errors name. Past the deadline, and on Ctrl-C, ``stop`` ends it
+    (`kill_group` unless given). Raises OSError where it cannot be started, CommandTimeout, and
+    CommandFailed (``output-too-long``).
+    """
+    deadline_s = time.monotonic() + timeout_s
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        # started by another thread: Ctrl-C reaches only the main one, and cannot make us forget
+        # a process that runs already
+        starting = pool.submit(start)
+        try:
+            process = starting.result()
+            stdout, stderr = _collect(process, deadline_s, words, timeout_s, address)
+        except BaseException:
+            concurrent.futures.wait([starting])
+            if starting.exception() is None:
+                (stop or kill_group)(starting.result())
+            raise
+    code = process.returncode
+    return Completed(128 - code if code < 0 else code, stdout, stderr)
+
+
 def _collect(
-    process: subprocess.Popen[bytes], deadline_s: float, words: list[str], timeout_s: float
+    process: subprocess.Popen[bytes],
+    deadline_s: float,
+    words: Sequence[str],
+    timeout_s: float,
+    address: str,
 ) -> tuple[bytes, bytes]:
     """Both streams to their ends, and the exit, before ``deadline_s`` (monotonic)."""
     assert process.stdout is not None  # asked for by Popen(stdout=PIPE)
@@ -125,30 +148,35 @@ def _collect(
         while selector.get_map():
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
-                raise timeout_error(words, timeout_s, "local")
+                raise timeout_error(words, timeout_s, address)
             for key, _ in selector.select(left_s):
                 chunk = os.read(key.fd, _CHUNK_BYTES)
                 if not chunk:
                     selector.unregister(key.fileobj)
                 key.data.extend(chunk)
             if len(stdout) + len(stderr) > base.MAX_OUTPUT_BYTES:
-                raise output_error(words, "local")
+                raise output_error(words, address)
     try:
         process.wait(max(0.0, deadline_s - time.monotonic()))
     except subprocess.TimeoutExpired as exc:
-        raise timeout_error(words, timeout_s, "local") from exc
-    process.stdout.close()
-    process.stderr.close()
+        raise timeout_error(words, timeout_s, address) from exc
+    _close_streams(process)
     return bytes(stdout), bytes(stderr)
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill a child with its process group, which it leads, and wait for it."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    for stream in (process.stdout, process.stderr):
+    _close_streams(process)
+
+
+def _close_streams(process: subprocess.Popen[bytes]) -> None:
+    for stream in (process.stdin, process.stdout, process.stderr):
         if stream is not None:
-            stream.close()
+            with contextlib.suppress(OSError):  # what was not yet written to a child that is gone
+                stream.close()
 
 
 def _copy_whole(source: Path, target: Path, verb: str) -> None:

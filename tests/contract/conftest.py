@@ -1,9 +1,10 @@
-"""Every transport, on real parts: this machine, and a real OpenSSH server on loopback."""
+"""Every transport, on real parts: this machine, a real OpenSSH server and the stock adb on loopback."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from edgepipe.device import Device, open_device
 from edgepipe.testing import LoopbackSshd, find_sshd
+from tests.miniadbd import MiniAdbd
 
 
 def skip_here(reason: str) -> None:
@@ -37,7 +39,23 @@ class Board:
     home: Path
 
 
-@pytest.fixture(params=["local", "ssh"])
+@pytest.fixture(scope="session")
+def adbd(adb_server: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MiniAdbd]:
+    """This machine behind adb, with the shell that Android has."""
+    mksh = shutil.which("mksh")
+    if mksh is None:
+        skip_here("no mksh, Android's shell, on this machine (apt-get install mksh)")
+    tools = tmp_path_factory.mktemp("tools")
+    (tools / "sh").symlink_to(str(mksh))
+    environment = {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "HOME": str(tmp_path_factory.mktemp("home")),
+    }
+    with MiniAdbd(shell=[str(mksh), "-c"], environment=environment) as daemon:
+        yield daemon
+
+
+@pytest.fixture(params=["local", "ssh", "adb"])
 def board(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Board]:
@@ -46,6 +64,9 @@ def board(
         home.mkdir()
         monkeypatch.setenv("HOME", str(home))
         address, options = "local", {}
+    elif request.param == "adb":
+        daemon: MiniAdbd = request.getfixturevalue("adbd")
+        home, address, options = Path(daemon.environment["HOME"]), f"adb://{daemon.serial}", {}
     else:
         server: LoopbackSshd = request.getfixturevalue("sshd")
         home, address, options = server.home, server.address, server.options()
