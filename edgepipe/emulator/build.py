@@ -16,10 +16,12 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import importlib.util
 import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,7 +30,7 @@ from pathlib import Path
 from edgepipe.artifact import hash_path
 from edgepipe.emulator import debian, needs
 from edgepipe.emulator.initramfs import initramfs, load_order
-from edgepipe.errors import NotReadyError, RequestError
+from edgepipe.errors import MissingExtra, NotReadyError, RequestError
 from edgepipe.profile import DeviceProfile, Emulation, find_profile, load_profile
 from edgepipe.resources import profile_paths, target_dir
 from edgepipe.schema import near_miss
@@ -46,6 +48,13 @@ _PACKAGES = (
     "iproute2", "libatomic1", "libc-bin", "libgomp1", "libstdc++6", "login", "mawk", "mount",
     "ncurses-base", "openssh-server", "openssh-sftp-server", "procps", "python3", "sed", "tar", "util-linux",
 )  # fmt: skip
+# 32-bit boards measure with tflite-runtime, as LiteRT has no library for them; its last release is for
+# Python 3.11, and takes numpy from Debian.
+_ARMHF_PACKAGES = ("python3-numpy",)
+_ARMHF_WHEELS = {
+    "tflite-runtime==2.14.0": "c4e66a74165b18089c86788400af19fa551768ac782d231a9beae2f6434f7949"
+}
+_ARMHF_PLATFORM = "manylinux_2_34_armv7l"
 # What a machine of QEMU's "virt" needs beyond what is built into Debian's kernel for clouds.
 _MODULES = ("virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng")
 _SSHD_CONFIG = """\
@@ -132,6 +141,13 @@ def find_emulation(name: str) -> Emulation:
             hint=f"there are {', '.join(boards)}",
             code="no-virtual-board",
         )
+    if emulation.kind != "system":
+        raise RequestError(
+            f"device profile {name!r} asks for the processes of a board without its kernel, which "
+            "edgepipe does not emulate",
+            hint='write kind = "system"',
+            code="no-virtual-board",
+        )
     return emulation
 
 
@@ -216,7 +232,8 @@ def _key(*parts: object) -> str:
 
 
 def _system_key(userland: str) -> str:
-    return _key(_VERSION, debian.RELEASE, userland, _PACKAGES, _MODULES, _SSHD_CONFIG, _DISK_BYTES, sorted(_guest_files().items()))  # fmt: skip
+    own = (_ARMHF_PACKAGES, _ARMHF_WHEELS) if userland == "armhf" else ()
+    return _key(_VERSION, debian.RELEASE, userland, own, _PACKAGES, _MODULES, _SSHD_CONFIG, _DISK_BYTES, sorted(_guest_files().items()))  # fmt: skip
 
 
 def _board_key(emulation: Emulation, system: System) -> str:
@@ -235,7 +252,8 @@ def _build_system(userland: str) -> System:
         (work / "apt").mkdir()
         archive = debian.Archive(work / "apt", userland)
         archive.update()
-        packages = archive.fetch_with_dependencies(_PACKAGES)
+        own = _ARMHF_PACKAGES if userland == "armhf" else ()
+        packages = archive.fetch_with_dependencies((*_PACKAGES, *own))
         kernel = archive.fetch(archive.kernel_package())
         busybox = archive.fetch("busybox-static:arm64")
         size_bytes = sum(path.stat().st_size for path in (*packages, kernel, busybox))
@@ -246,6 +264,8 @@ def _build_system(userland: str) -> System:
         _make_keys(made.folder)
         debian.unpack_system(packages, work / "root")
         _provision(work / "root", made, userland)
+        if userland == "armhf":
+            _add_runtime(work)
         debian.run_program(
             ["mke2fs", "-q", "-t", "ext4", "-L", "edgepipe", "-d", work / "root", made.disk, f"{_DISK_BYTES // 1024}k"],
             doing="making the disk",
@@ -255,6 +275,7 @@ def _build_system(userland: str) -> System:
             "userland": userland,
             "release": debian.RELEASE,
             "packages": {p.name: hash_path(p) for p in (*packages, kernel, busybox)},
+            "wheels": _ARMHF_WHEELS if userland == "armhf" else {},
         }
         (made.folder / "system.json").write_text(json.dumps(record, indent=1) + "\n")
         target.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -318,6 +339,33 @@ def _provision(root: Path, made: System, userland: str) -> None:
         (root / name).mkdir(parents=True, exist_ok=True)
     for name in ("tmp", "var/tmp"):
         (root / name).chmod(0o1777)
+
+
+def _add_runtime(work: Path) -> None:
+    """Install the pinned wheels for 32-bit ARM into ``work/root``, and link what numpy computes with."""
+    if importlib.util.find_spec("pip") is None:
+        raise MissingExtra(
+            "a 32-bit board needs tflite-runtime, and this Python has no pip to fetch it",
+            hint="python -m ensurepip",
+        )
+    lock = work / "wheels.txt"
+    lock.write_text("".join(f"{name} --hash=sha256:{sha}\n" for name, sha in _ARMHF_WHEELS.items()))
+    debian.run_program(
+        [
+            sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-input", "--no-compile",
+            "--disable-pip-version-check", "--only-binary=:all:", f"--platform={_ARMHF_PLATFORM}",
+            "--python-version=3.11", "--implementation=cp", "--abi=cp311", "--require-hashes",
+            f"--target={work / 'root' / 'usr' / 'local' / 'lib' / 'python3.11' / 'dist-packages'}", "-r", lock,
+        ],
+        doing="fetching tflite-runtime for armv7l from PyPI",
+    )  # fmt: skip
+    libraries = work / "root" / "usr" / "lib" / "arm-linux-gnueabihf"
+    for kind in (
+        "blas",
+        "lapack",
+    ):  # Debian chooses among several by alternatives, which do not run
+        for library in (libraries / kind).glob("lib*.so.3"):
+            (libraries / library.name).symlink_to(f"{kind}/{library.name}")
 
 
 def _write(path: Path, text: str, mode: int) -> None:

@@ -27,8 +27,6 @@ class Packages:
 PROGRAMS: dict[str, Packages] = {
     "qemu-system-aarch64": Packages("qemu-system-arm", "qemu-system-aarch64", "qemu-system-aarch64", "qemu"),
     "qemu-img": Packages("qemu-utils", "qemu-img", "qemu-img", "qemu"),
-    "qemu-aarch64": Packages("qemu-user", "qemu-user", "qemu-user"),
-    "proot": Packages("proot", "proot", "proot"),
     "apt-get": Packages("apt", "apt", "apt"),
     "dpkg-deb": Packages("dpkg", "dpkg", "dpkg"),
     "tar": Packages("tar", "tar", "tar", "gnu-tar"),
@@ -39,7 +37,6 @@ PROGRAMS: dict[str, Packages] = {
 TO_BUILD = ("apt-get", "dpkg-deb", "tar", "ssh-keygen", str(KEYRING))
 TO_BUILD_SYSTEM = (*TO_BUILD, "mke2fs", "qemu-img")
 TO_RUN_SYSTEM = ("qemu-system-aarch64",)
-TO_RUN_USER = ("qemu-aarch64", "proot")
 
 
 def find_program(name: str) -> str:
