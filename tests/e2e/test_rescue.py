@@ -32,6 +32,13 @@ def scores(outputs, labels):
 COUNT = itertools.count()
 
 
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """Learned rounding for a tenth of its time; tests/unit/test_rounding.py looks at what it does."""
+    rounding = pytest.importorskip("edgepipe.torch_ops.rounding")
+    monkeypatch.setattr(rounding, "STEPS", 50)
+
+
 @pytest.fixture
 def climb(tmp_path):
     """Run the stage on a hostile net, calibrated and judged on different digits."""
