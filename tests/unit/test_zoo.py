@@ -188,7 +188,7 @@ def test_an_accepted_wrong_answer_is_called_wrong(
     case = cases["test_relu"]
     row = node_cases.make_row(case, "onnx2tf", _folder(tmp_path / "right"))
     assert row["verdict"] == "pass"
-    other = node_cases.make_row(cases["test_compress_0"], "onnx2tf", _folder(tmp_path / "refused"))
+    other = node_cases.make_row(cases["test_quantizelinear"], "onnx2tf", _folder(tmp_path / "refused"))
     assert other["verdict"] == "refused"
 
     def lie(source: Any, *_: Any) -> Any:  # a converter whose file gives back its input
