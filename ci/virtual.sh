@@ -8,10 +8,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash ci/setup.sh
 folder=$(mktemp -d)
 export EDGEPIPE_EMULATOR="$folder/emulator"
-trap '.venv/bin/edgepipe emulate down virt-pi-4 --quiet || true; rm -rf "$folder"' EXIT
 cp -r ci/recipes "$folder"
 cd "$folder"
 edgepipe="$OLDPWD/.venv/bin/edgepipe"
+trap '"$edgepipe" emulate down virt-pi-4 --quiet || true; rm -rf "$folder"' EXIT
 step() { printf '\n=== %4d s  %s\n' "$SECONDS" "$*"; }
 expect() { # exit code, command: any other one ends the script
   local wanted=$1 code=0
