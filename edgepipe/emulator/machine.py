@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 300.0  # 5 s when nothing else runs; a restored snapshot takes 1 s
 _QMP_TIMEOUT_S = 60.0
+_LOGIN_TIMEOUT_S = 60.0  # key exchange is emulated too
 _PORT_ATTEMPTS = 5
 _DISK = "disk.qcow2"
 _NETWORK = "net0"  # the name of the network card for QMP's set_link
@@ -497,7 +498,10 @@ def _warm_up(running: Running) -> None:
 
     profile = find_profile(running.name, profile_paths())
     device = open_device(
-        running.address, identity_file=running.identity_file, known_hosts=running.known_hosts
+        running.address,
+        identity_file=running.identity_file,
+        known_hosts=running.known_hosts,
+        connect_timeout_s=_LOGIN_TIMEOUT_S,
     )
     try:
         board = prepare(device, profile)

@@ -80,6 +80,29 @@ def device(board: Board) -> Device:
     return board.device
 
 
+@pytest.fixture(scope="session")
+def virtual_device(virtual_pi4: str) -> Iterator[Device]:
+    device = open_device(virtual_pi4)
+    yield device
+    device.close()
+
+
+@pytest.fixture(params=["local", "ssh", pytest.param("virtual", marks=pytest.mark.slow)])
+def any_device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    """A device for tests that see its files and processes only through it, as of a real board."""
+    if request.param == "virtual":
+        yield request.getfixturevalue("virtual_device")
+        return
+    options = {}
+    address = "local"
+    if request.param == "ssh":
+        server: LoopbackSshd = request.getfixturevalue("sshd")
+        address, options = server.address, server.options()
+    device = open_device(address, **options)
+    yield device
+    device.close()
+
+
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""

@@ -69,27 +69,29 @@ def test_arguments_arrive_as_they_were_given(device: Device, words: list[str]) -
     assert done.stdout == b"".join(f"{word}\0".encode() for word in ["first", *words])
 
 
-def test_words_that_are_no_text_in_utf8_arrive_as_well(device: Device) -> None:
-    done = device.run(["printf", "%s", os.fsdecode(b"\xff\xfe")], timeout_s=10)
+def test_words_that_are_no_text_in_utf8_arrive_as_well(any_device: Device) -> None:
+    done = any_device.run(["printf", "%s", os.fsdecode(b"\xff\xfe")], timeout_s=60)
     assert done.stdout == b"\xff\xfe"
 
 
 @pytest.mark.parametrize("code", [0, 1, 3, 124, 255])
-def test_exit_code_is_returned_not_raised(device: Device, code: int) -> None:
-    assert device.run(["sh", "-c", f"exit {code}"], timeout_s=10).returncode == code
+def test_exit_code_is_returned_not_raised(any_device: Device, code: int) -> None:
+    assert any_device.run(["sh", "-c", f"exit {code}"], timeout_s=60).returncode == code
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSEGV, signal.SIGINT])
-def test_death_by_signal_n_is_exit_code_128_plus_n(device: Device, number: signal.Signals) -> None:
-    done = device.run(["sh", "-c", f"kill -{number.value} $$"], timeout_s=10)
+def test_death_by_signal_n_is_exit_code_128_plus_n(
+    any_device: Device, number: signal.Signals
+) -> None:
+    done = any_device.run(["sh", "-c", f"kill -{number.value} $$"], timeout_s=60)
     assert done == base.Completed(128 + number.value, b"", b"")
 
 
-def test_a_program_that_is_not_there_is_127_and_one_that_cannot_run_126(device: Device) -> None:
-    missing = device.run(["no-such-program-here"], timeout_s=10)
+def test_a_program_that_is_not_there_is_127_and_one_that_cannot_run_126(any_device: Device) -> None:
+    missing = any_device.run(["no-such-program-here"], timeout_s=60)
     assert (missing.returncode, missing.stdout) == (127, b"")
     assert b"no-such-program-here" in missing.stderr
-    assert device.run(["/etc/passwd"], timeout_s=10).returncode == 126
+    assert any_device.run(["/etc/passwd"], timeout_s=60).returncode == 126
 
 
 def test_a_home_that_is_not_there_hinders_no_command(
@@ -105,17 +107,17 @@ def test_what_is_no_command_is_refused(device: Device, argv: object) -> None:
         device.run(argv, timeout_s=10)  # type: ignore[arg-type]
 
 
-def test_both_streams_are_kept_apart(device: Device) -> None:
-    done = device.run(["sh", "-c", "echo out; echo err >&2"], timeout_s=10)
+def test_both_streams_are_kept_apart(any_device: Device) -> None:
+    done = any_device.run(["sh", "-c", "echo out; echo err >&2"], timeout_s=60)
     assert done == base.Completed(0, b"out\n", b"err\n")
 
 
-def test_standard_input_is_empty(device: Device) -> None:
-    assert device.run(["cat"], timeout_s=10) == base.Completed(0, b"", b"")
+def test_standard_input_is_empty(any_device: Device) -> None:
+    assert any_device.run(["cat"], timeout_s=60) == base.Completed(0, b"", b"")
 
 
-def test_six_megabytes_on_stderr_before_any_stdout_do_not_hang(device: Device) -> None:
-    done = device.run(
+def test_six_megabytes_on_stderr_before_any_stdout_do_not_hang(any_device: Device) -> None:
+    done = any_device.run(
         ["sh", "-c", "head -c 6000000 /dev/zero >&2; head -c 6000000 /dev/zero; echo end"],
         timeout_s=60,
     )
@@ -124,8 +126,8 @@ def test_six_megabytes_on_stderr_before_any_stdout_do_not_hang(device: Device) -
     assert len(done.stdout) == 6_000_004
 
 
-def test_a_command_that_closes_its_output_is_still_waited_for(device: Device) -> None:
-    done = device.run(["sh", "-c", "exec >&- 2>&-; sleep 0.3; exit 7"], timeout_s=10)
+def test_a_command_that_closes_its_output_is_still_waited_for(any_device: Device) -> None:
+    done = any_device.run(["sh", "-c", "exec >&- 2>&-; sleep 0.3; exit 7"], timeout_s=60)
     assert done.returncode == 7
 
 
@@ -230,6 +232,22 @@ def test_push_makes_missing_folders_and_copies_every_byte(
     assert device.push(source, str(target)) is True
     assert target.read_bytes() == source.read_bytes()
     assert leftovers(tmp_path) == []
+
+
+def test_what_was_pushed_comes_back_and_a_second_push_moves_nothing(
+    any_device: Device, tmp_path: Path
+) -> None:
+    source, back = tmp_path / "source", tmp_path / "back"
+    source.write_bytes(os.urandom(100_001))
+    remote = f"~/edgepipe-contract-{os.getpid()}/a/b"
+    try:
+        assert any_device.push(source, remote)
+        assert not any_device.push(source, remote)
+        any_device.pull(remote, back)
+    finally:
+        folder = remote.removeprefix("~/").partition("/")[0]
+        any_device.run(["sh", "-c", 'rm -r -- "$HOME/$0"', folder], timeout_s=60)
+    assert back.read_bytes() == source.read_bytes()
 
 
 def test_push_keeps_the_permission_to_execute(device: Device, tmp_path: Path) -> None:
