@@ -458,10 +458,25 @@ def test_a_hot_board_is_waited_for_and_then_refused(
 
 
 def test_a_board_that_gets_too_hot_stops_the_measurement(model: Artifact, tmp_path: Path) -> None:
-    board = fake_board(tmp_path / "root", "71200")
-    limits = ThermalLimits(start_below=75.0, abort_above=70.0)
-    with pytest.raises(NotStable, match="measuring stops above 70 C"):
-        measure(model, board, profile(tmp_path / "w", thermal=limits), QUICK)
+    board = fake_board(tmp_path / "root", "59000")
+    zone = tmp_path / "root/sys/class/thermal/thermal_zone0/temp"
+    done = threading.Event()
+
+    def heat_up() -> None:  # as soon as the agent has begun
+        while not done.wait(0.01):
+            if list((tmp_path / "w").rglob("results.jsonl")):
+                zone.write_text("71200")
+                return
+
+    limits = ThermalLimits(start_below=60.0, abort_above=70.0)
+    heating = threading.Thread(target=heat_up)
+    heating.start()
+    try:
+        with pytest.raises(NotStable, match="measuring stops above 70 C"):
+            measure(model, board, profile(tmp_path / "w", thermal=limits), QUICK)
+    finally:
+        done.set()
+        heating.join()
 
 
 def test_a_runtime_for_an_unknown_version_is_not_guessed(model: Artifact, tmp_path: Path) -> None:
