@@ -72,6 +72,7 @@ class QuantizeInt8:
         "edgepipe.tflite_ops.run",
         "edgepipe.tflite_ops.sensitivity",
         "edgepipe.tflite_ops.sparse",
+        "edgepipe.tflite_ops.stand_in",
         "edgepipe.torch_ops.rounding",
     )
     packages: ClassVar[tuple[str, ...]] = (

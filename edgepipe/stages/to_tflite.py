@@ -92,7 +92,7 @@ class ToTflite:
         "edgepipe.tflite_ops.convert", "edgepipe.tflite_ops.run", "edgepipe.tflite_ops.bisect",
         "edgepipe.tflite_ops.onnx_model", "edgepipe.tflite_ops.sparse", "edgepipe.parity", "edgepipe.array_ops.compare",
         "edgepipe.array_ops.noise", "edgepipe.toolchain", "edgepipe.toolchains", "edgepipe.routes",
-        "edgepipe.tflite_ops.candidates", "edgepipe.torch_ops.export", "edgepipe.torch_ops.pt2",
+        "edgepipe.tflite_ops.candidates", "edgepipe.tflite_ops.stand_in", "edgepipe.torch_ops.export", "edgepipe.torch_ops.pt2",
     )  # fmt: skip
     packages: ClassVar[tuple[str, ...]] = (
         "onnxruntime",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections import Counter
@@ -12,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-from litert_quantizer import default_policy
 
 from edgepipe.array_ops.layout import to_layout
 from edgepipe.artifact import TensorSpec
 from edgepipe.tflite_ops.flatbuffer import CONVERSIONS, Model
 from edgepipe.tflite_ops.inspect import describe
 from edgepipe.tflite_ops.onnx_model import read_onnx
+from edgepipe.tflite_ops.quantize import integer_operators
 from edgepipe.tflite_ops.run import invoke_once, open_tflite
 
 # Enough inferences for a median that ranks two files; at most this long for each.
@@ -29,7 +28,7 @@ LATENCY_LIMIT_S = 2.0
 def left_behind(path: Path) -> dict[str, Any]:
     """``transposes``, ``transpose_bytes``, ``loose_ops``, ``operators`` and ``bytes`` of a float file.
 
-    ``loose_ops``: operator -> how many compute on floats and have no int8 form in litert-quantizer,
+    ``loose_ops``: operator -> how many compute on floats and have no int8 form,
     so that quantisation puts a float island around each.
     """
     found = describe(path)
@@ -42,16 +41,8 @@ def left_behind(path: Path) -> dict[str, Any]:
     }
 
 
-def _quantizable() -> frozenset[str]:
-    """Operators of the quantiser's full int8 recipe, by their names in the file format."""
-    policy = json.loads(default_policy.DEFAULT_JSON_POLICY)
-    names = set(policy["ops_per_config"]["static_wi8_ai8"])
-    # the one name that litert-quantizer spells otherwise (utils/tfl_flatbuffer_utils.py)
-    return frozenset(names | {"TRANSPOSE_CONV"} if "CONV_2D_TRANSPOSE" in names else names)
-
-
 def _loose(model: Model) -> dict[str, int]:
-    known = _quantizable() | CONVERSIONS
+    known = integer_operators() | CONVERSIONS
     counts: Counter[str] = Counter()
     for graph in model.subgraphs:
         for operator in graph.operators:

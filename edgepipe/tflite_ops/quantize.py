@@ -38,6 +38,7 @@ from edgepipe.tflite_ops.flatbuffer import (
 )
 from edgepipe.tflite_ops.inspect import FloatIsland, describe_model
 from edgepipe.tflite_ops.run import invoke_once, native_messages_logged, open_tflite
+from edgepipe.tflite_ops.stand_in import STAND_INS, fixed_ranges, hide, show
 
 log = logging.getLogger(__name__)
 
@@ -362,6 +363,8 @@ def quantize(
     they make, that they compute with 16-bit activations or in float. Raises StageError where litert-quantizer fails.
     """
     content = _scalar_pad_values(content, where=where)
+    ranges = {**ranges, **fixed_ranges(content, where=where)}
+    content, hidden = hide(content, where=where)
     graph = parse_model(content, where=where).subgraphs[0]
     statistics = {}
     for tensor in graph.tensors:
@@ -392,7 +395,7 @@ def quantize(
             ) from exc
     if result.quantized_model is None:
         raise StageError(f"litert-quantizer made no model of {where}", stage=STAGE)
-    made = inline_buffers(bytes(result.quantized_model))
+    made = show(inline_buffers(bytes(result.quantized_model)), hidden, where=where)
     _refuse_absurd_scales(made, where=where)
     return made
 
@@ -511,8 +514,8 @@ def _quiet() -> Iterator[None]:
 
 
 def integer_operators() -> frozenset[str]:
-    """Names of the operators litert-quantizer 0.11 has an int8 form for."""
-    return _operators_of("static_wi8_ai8")
+    """Names of the operators with an int8 form: litert-quantizer's and those of `STAND_INS`."""
+    return _operators_of("static_wi8_ai8") | STAND_INS.keys()
 
 
 def wide_operators() -> frozenset[str]:
@@ -526,14 +529,6 @@ def _operators_of(config: str) -> frozenset[str]:
 
 
 _ADVICE = {
-    "RELU6": "put nn.ReLU6 right behind a convolution, linear layer or addition that nothing else uses",
-    "RELU_N1_TO_1": "put the clamp right behind a convolution, linear layer or addition",
-    "LEAKY_RELU": "train with nn.ReLU, or write it as torch.maximum(x, slope * x)",
-    "PRELU": "train with nn.ReLU",
-    "MINIMUM": "write it as -torch.maximum(-a, -b)",
-    "REDUCE_MAX": "use max_pool2d over the whole map",
-    "ELU": "train with nn.ReLU or nn.Hardswish",
-    "EXP": "leave an exponential that is not nn.GELU's to the code behind the model",
     "SIGN": "export nn.GELU to ONNX with opset 20, whose Gelu has an int8 form",
     "UNIDIRECTIONAL_SEQUENCE_LSTM": "export the LSTM unrolled",
 }
