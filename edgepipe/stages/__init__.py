@@ -16,6 +16,7 @@ STAGES: dict[str, tuple[str, str]] = {
     "to_tflite": ("edgepipe.stages.to_tflite", "ToTflite"),
     "qat": ("edgepipe.stages.qat", "Qat"),
     "quantize_int8": ("edgepipe.stages.quantize_int8", "QuantizeInt8"),
+    "quantize": ("edgepipe.stages.quantize", "Quantize"),
 }
 
 

@@ -1,0 +1,146 @@
+"""Stage ``quantize``: a float TFLite file in a precision other than full int8."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from edgepipe.artifact import Artifact, make_artifact
+from edgepipe.data import at_most
+from edgepipe.errors import ArtifactError, StageError, StageOptionError
+from edgepipe.predict import predict
+from edgepipe.schema import Unit, near_miss, record
+from edgepipe.stage import StageContext
+from edgepipe.stages.quantize_int8 import PARITY_SAMPLES, source_specs
+
+if TYPE_CHECKING:
+    from edgepipe.array_ops.load import Samples
+
+log = logging.getLogger(__name__)
+
+
+@record
+class Quantize:
+    """Weights of fewer bits, or 16-bit activations; inputs and outputs of the file stay float32.
+
+    ``precision``: ``dynamic_int8`` (int8 weights, activations made int8 while it runs),
+    ``weight_int8`` and ``weight_int4`` (turned back into floats to compute), ``float16``, or
+    ``int16x8`` (integer arithmetic: activations int16, weights int8). ``data`` names real samples:
+    ranges of ``int16x8`` come from up to ``samples`` of them, and every file is run by LiteRT on some
+    and must keep ``min_sqnr`` against the float file, over all outputs.
+    """
+
+    name: ClassVar[str] = "quantize"
+    title: ClassVar[str] = "quantise to another precision than full int8"
+    accepts: ClassVar[tuple[str, ...]] = ("tflite",)
+    produces: ClassVar[str] = "tflite"
+    ops: ClassVar[tuple[str, ...]] = (
+        "edgepipe.array_ops",
+        "edgepipe.predict",
+        "edgepipe.tflite_ops.calibrate",
+        "edgepipe.tflite_ops.flatbuffer",
+        "edgepipe.tflite_ops.inspect",
+        "edgepipe.tflite_ops.precisions",
+        "edgepipe.tflite_ops.quantize",
+        "edgepipe.tflite_ops.run",
+        "edgepipe.tflite_ops.stand_in",
+    )
+    packages: ClassVar[tuple[str, ...]] = (
+        "litert-quantizer",
+        "ai-edge-litert",
+        "numpy",
+        "pillow",
+    )
+
+    precision: Literal["dynamic_int8", "weight_int8", "weight_int4", "float16", "int16x8"]
+    data: str = "calibration"
+    samples: int = 500
+    allow_random: bool = False
+    min_samples: int = 8
+    min_sqnr: Annotated[float, Unit("level")] = 10.0
+
+    def data_names(self) -> tuple[str, ...]:
+        return (self.data,)
+
+    def run(self, artifact: Artifact, context: StageContext) -> Artifact:
+        from importlib.metadata import version
+
+        from edgepipe.array_ops.calibration import check_calibration, file_batches
+        from edgepipe.array_ops.load import load_samples
+        from edgepipe.tflite_ops import precisions
+        from edgepipe.tflite_ops.calibrate import find_ranges
+        from edgepipe.tflite_ops.flatbuffer import parse_model
+        from edgepipe.tflite_ops.quantize import check_quantizable
+
+        where, content = artifact.path.name, artifact.path.read_bytes()
+        check_quantizable(parse_model(content, where=where), where=where)
+        if self.data not in context.data:
+            raise StageOptionError(
+                f"quantize: there is no data set {self.data!r}{near_miss(self.data, list(context.data))}",
+                hint=f"add [data.{self.data}] to the recipe (known: {', '.join(context.data) or 'none'})",
+            )
+        source = at_most(context.data[self.data], self.samples)
+        specs = source_specs(artifact.inputs)
+        samples = load_samples(source, specs)
+        content = precisions.prepared(content, self.precision, where=where)
+        ranges = None
+        if self.precision == "int16x8":
+            check_calibration(
+                samples, specs, source=source, reference=None,
+                allow_random=self.allow_random, min_samples=self.min_samples,
+            )  # fmt: skip
+            log.info("calibrating on %d samples", len(samples))
+            ranges, _ = find_ranges(
+                content, lambda: file_batches(samples, artifact.inputs),
+                method="min_max", where=where, total=len(samples),
+            )  # fmt: skip
+        made = precisions.make_precision(content, self.precision, ranges=ranges, where=where)
+        path = context.work_dir / "model.tflite"
+        path.write_bytes(made)
+        # names, order, layouts and dtypes are the float file's; running it by them proves it
+        result = make_artifact("tflite", path, inputs=artifact.inputs, outputs=artifact.outputs, parent=artifact)  # fmt: skip
+        facts: dict[str, Any] = {
+            "precision": self.precision,
+            "parity": self._parity(artifact, result, samples),
+            "bytes": {"before": artifact.size_bytes, "after": len(made)},
+            "float_weights": precisions.float_weights(made, where=where),
+            "float_operators": precisions.float_operators(made, where=where),
+            "runtime_needs": [dataclasses.asdict(n) for n in precisions.runtime_needs(made, where=where)],
+            "quantizer": f"litert-quantizer {version('litert-quantizer')}",
+            "runtime": f"ai-edge-litert {version('ai-edge-litert')}",
+        }  # fmt: skip
+        for need in facts["runtime_needs"][:1]:
+            log.info("needs TensorFlow Lite %s or LiteRT: %s with %s", need["tflite"], need["operator"], need["why"])  # fmt: skip
+        return dataclasses.replace(result, facts=facts)
+
+    def _parity(self, before: Artifact, after: Artifact, samples: Samples) -> dict[str, Any]:
+        from edgepipe.array_ops.compare import compare
+
+        step = max(1, len(samples) // PARITY_SAMPLES)
+        chosen = {name: a[::step][:PARITY_SAMPLES] for name, a in samples.inputs.items()}
+        try:
+            errors = compare(predict(before, chosen), predict(after, chosen))
+        except ArtifactError as exc:
+            raise StageError(
+                f"cannot compare the {self.precision} model with the float model: {exc.message}",
+                stage=self.name, hint=exc.hint, code="parity",
+            ) from exc  # fmt: skip
+        worst = min(errors, key=lambda name: errors[name].sqnr_db)
+        if errors[worst].sqnr_db < self.min_sqnr:
+            raise StageError(
+                f"{self.precision} output {worst!r} is {errors[worst].sqnr_db:.1f} dB from the float model on"
+                f" {samples.origin}, below min_sqnr = {self.min_sqnr:g} dB",
+                stage=self.name,
+                hint='choose another precision, or accept it with min_sqnr = "... dB"',
+                code="parity",
+            )
+        log.info("%s against float: %.1f dB on %r", self.precision, errors[worst].sqnr_db, worst)
+        return {
+            "against": "float tflite",
+            "reference_sha256": before.sha256,
+            "samples": len(next(iter(chosen.values()))),
+            "data": samples.origin,
+            "random_data": samples.is_random,
+            "outputs": {name: dataclasses.asdict(error) for name, error in errors.items()},
+        }

@@ -1,0 +1,129 @@
+"""Stage quantize: every precision on a network that reads digits, run by LiteRT; what its record says."""
+
+import numpy as np
+import pytest
+
+from edgepipe.artifact import make_artifact
+from edgepipe.data import DataSource
+from edgepipe.errors import DataError, StageError, StageOptionError
+from edgepipe.predict import predict
+from edgepipe.schema import build
+from edgepipe.stage import StageContext
+from edgepipe.stages.quantize import Quantize
+from edgepipe.tflite_ops.inspect import describe, read_model, tensor_specs
+from edgepipe.tflite_ops.precisions import NAMES
+from edgepipe.tflite_ops.run import open_tflite
+
+from ..unit.hostile_nets import detector_head, wide_swish
+from ..unit.tflite_builder import Graph
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def quantise(tmp_path):
+    """Run the stage on a net's bytes with samples (n, 8, 8, 1)."""
+
+    def run(content, samples, *, source=None, **options):
+        (tmp_path / "float.tflite").write_bytes(content)
+        np.savez(tmp_path / "x.npz", image=samples)
+        inputs, outputs = tensor_specs(tmp_path / "float.tflite")
+        model = make_artifact("tflite", tmp_path / "float.tflite", inputs=inputs, outputs=outputs)
+        work = tmp_path / "work"
+        work.mkdir(exist_ok=True)
+        source = source or DataSource(kind="npz", path=tmp_path / "x.npz")
+        context = StageContext(work, {"calibration": source}, 0, tmp_path / "log")
+        stage = build(Quantize, options, where="test", error=StageOptionError)
+        return model, stage.run(model, context)
+
+    return run
+
+
+# Bytes of the float file that are left at most: weights are most of it, and headers stay.
+SHARES = {"dynamic_int8": 0.4, "weight_int8": 0.4, "weight_int4": 0.3, "float16": 0.6, "int16x8": 0.4}  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", NAMES)
+def test_every_precision_shrinks_the_file_and_keeps_its_answers(quantise, precision):
+    net = wide_swish()
+    model, result = quantise(net.content, net.calibration, precision=precision, min_sqnr="3 dB")
+    facts = result.facts
+    assert facts["bytes"] == {"before": model.size_bytes, "after": result.size_bytes}
+    assert result.size_bytes < SHARES[precision] * model.size_bytes
+    assert [s.dtype for s in (*result.inputs, *result.outputs)] == ["float32", "float32"]
+    assert result.inputs == model.inputs
+    (expected,), (found,) = (predict(m, {"image": net.samples}).values() for m in (model, result))
+    agreement = (expected.argmax(axis=1) == found.argmax(axis=1)).mean()
+    # 4 bits, and activations that 8 bits cannot hold (which this net is about), cost more
+    assert agreement > {"weight_int4": 0.85, "dynamic_int8": 0.7}.get(precision, 0.99)
+    assert facts["parity"]["outputs"]["scores"]["sqnr_db"] > 3
+    assert facts["float_weights"] == []
+    # weights of fewer bits leave the arithmetic in float, and no gate may take them for integer files
+    assert describe(result.path).is_full_integer == (precision == "int16x8")
+    assert bool(facts["float_operators"]) == (precision != "int16x8")
+
+
+@pytest.mark.parametrize(
+    ("precision", "operator", "version", "tflite"),
+    [
+        ("dynamic_int8", "FULLY_CONNECTED", 12, "2.17.0"),
+        ("weight_int8", "DEQUANTIZE", 5, "2.7.0"),
+        ("weight_int4", "DEQUANTIZE", 6, "2.18.0"),
+        ("float16", "DEQUANTIZE", 3, "1.15.0"),
+    ],
+)
+def test_a_runtime_without_the_kernels_is_named_and_refuses_the_file(quantise, precision, operator, version, tflite):  # fmt: skip
+    net = detector_head()
+    _, result = quantise(net.content, net.calibration, precision=precision)
+    need = next(n for n in result.facts["runtime_needs"] if n["operator"] == operator)
+    assert (need["version"], need["tflite"]) == (version, tflite)
+    # what TensorFlow Lite checks before it runs anything, however good its kernels are
+    assert {o.version for o in read_model(result.path).subgraphs[0].operators if o.name == operator} == {version}  # fmt: skip
+    open_tflite(result.path).invoke()
+
+
+def test_a_layer_without_a_form_of_four_bits_gets_eight(quantise):
+    rng = np.random.default_rng(0)
+    graph = Graph()
+    x = graph.input("image", (1, 8, 8, 1))
+    y = graph.conv(x, rng.normal(0, 1, (20, 3, 3, 1)).astype(np.float32), np.zeros(20, np.float32), "first", (1, 8, 8, 20))  # fmt: skip
+    axes = graph.const("axes", np.array([1, 2], np.int32))
+    y = graph.op("MEAN", [y, axes], "mean", (1, 20), "ReducerOptions", keepDims=False)
+    # 20 inputs are no multiple of a block of 32, 160 are
+    y = graph.dense(y, rng.normal(0, 1, (160, 20)).astype(np.float32), np.zeros(160, np.float32), "odd", (1, 160))  # fmt: skip
+    y = graph.dense(y, rng.normal(0, 1, (10, 160)).astype(np.float32), np.zeros(10, np.float32), "even", (1, 10))  # fmt: skip
+    samples = rng.normal(0, 1, (40, 8, 8, 1)).astype(np.float32)
+    _, result = quantise(graph.bytes([y]), samples, precision="weight_int4")
+    tensors = {t.name: t for t in read_model(result.path).subgraphs[0].tensors if t.is_constant}
+    assert {tensors[f"{n}/w"].dtype for n in ("first", "odd", "even")} == {"int4"}
+    operators = [o.name for o in read_model(result.path).subgraphs[0].operators]
+    assert operators.count("DEQUANTIZE") == 2  # the blocks are read by the dense layer itself
+
+
+def test_a_file_that_departs_too_far_is_refused_with_its_distance(quantise):
+    net = wide_swish()
+    with pytest.raises(
+        StageError, match=r"weight_int4 output 'scores' is .* dB from the float model"
+    ) as caught:
+        quantise(net.content, net.calibration, precision="weight_int4", min_sqnr="60 dB")
+    assert caught.value.code == "parity"
+
+
+def test_a_model_without_weights_gains_nothing_and_says_so(quantise):
+    graph = Graph()
+    x = graph.input("image", (1, 8, 8, 1))
+    y = graph.op("LOGISTIC", [x], "y", (1, 8, 8, 1))
+    with pytest.raises(StageError, match="no smaller") as caught:
+        quantise(graph.bytes([y]), np.zeros((9, 8, 8, 1), np.float32), precision="float16")
+    assert caught.value.code == "nothing-gained"
+
+
+def test_ranges_of_sixteen_bits_are_not_taken_from_noise(quantise):
+    net = detector_head()
+    with pytest.raises(DataError, match="random"):
+        quantise(net.content, net.calibration, precision="int16x8", source=DataSource(kind="random", limit=20))  # fmt: skip
+
+
+def test_an_unknown_precision_is_refused_with_the_legal_ones():
+    with pytest.raises(StageOptionError, match="int4"):
+        build(Quantize, {"precision": "int4"}, where="test", error=StageOptionError)
