@@ -93,15 +93,38 @@ def candidates(route: str, *, exporter: str, has_program: bool) -> tuple[Candida
     return tuple(ways[route])
 
 
+def needs_float(attempt: Attempt, source_operators: Sequence[str]) -> bool:
+    """Whether int8 would leave an operator in float by the converter's fault.
+
+    One that is among ``source_operators``, the model's ONNX operators, is none (Exp); a RELU6 is (Clip).
+    """
+    own = {name.lower() for name in source_operators}
+    return any(name.replace("_", "").lower() not in own for name in attempt.loose_ops)
+
+
 def is_clean(attempt: Attempt, *, transposes: int, source_operators: Sequence[str]) -> bool:
     """Whether nothing better is to be expected of another candidate.
 
-    ``transposes`` is how many the source model itself asks for, ``source_operators`` its ONNX
-    operators: one that int8 leaves in float (Exp) is no converter's fault; a RELU6 is (Clip).
+    ``transposes`` is how many the source model itself asks for.
     """
-    own = {name.lower() for name in source_operators}
-    loose = [name for name in attempt.loose_ops if name.replace("_", "").lower() not in own]
-    return attempt.ok and (attempt.transposes or 0) <= transposes and not loose
+    few = (attempt.transposes or 0) <= transposes
+    return attempt.ok and few and not needs_float(attempt, source_operators)
+
+
+def is_worthwhile(candidate: Candidate, attempts: Sequence[Attempt], source_operators: Sequence[str]) -> bool:  # fmt: skip
+    """Whether ``auto``, which found nothing clean yet, goes on to this candidate.
+
+    A converter that was not tried yet: always, but TensorFlow's only while nothing is proven, since
+    it is slow, large and mostly worse. Another form of a graph that was tried (the second exporter,
+    not simplified): only while int8 would leave float operators in all that is proven. Such forms
+    mend refusals and float operators, not transposes.
+    """
+    proven = [attempt for attempt in attempts if attempt.ok]
+    if candidate.route == "tf":
+        return not proven
+    if all(attempt.route != candidate.route for attempt in attempts):
+        return True
+    return all(needs_float(attempt, source_operators) for attempt in proven)
 
 
 # Below it two latencies measured on a busy host are one.
@@ -109,12 +132,12 @@ FASTER = 0.9
 
 
 def rank(attempt: Attempt) -> tuple[float, ...]:
-    """Sort key of proven results, the best first: clean, what costs time on a device, then size."""
+    """Sort key of proven results, the best first: clean, what int8 can take, what costs time, size."""
     return (
         not attempt.clean,
+        sum(attempt.loose_ops.values()),
         attempt.transposes or 0,
         attempt.transpose_bytes or 0,
-        sum(attempt.loose_ops.values()),
         attempt.operators or 0,
         attempt.bytes or 0,
     )
@@ -140,7 +163,7 @@ def reason(chosen: Attempt, attempts: Sequence[Attempt], asked: str) -> str:
     second = min((a for a in proven if a is not chosen), key=rank)
     if chosen.clean and not second.clean:
         return f"the only clean one of {len(proven)} that are proven{others}"
-    names = ("transposes", "transpose bytes", "operators that int8 leaves in float", "operators", "bytes")  # fmt: skip
+    names = ("operators that int8 leaves in float", "transposes", "transpose bytes", "operators", "bytes")  # fmt: skip
     for name, ours, theirs in zip(names, rank(chosen)[1:], rank(second)[1:], strict=True):
         if ours != theirs:
             return f"best of {len(proven)} by {name} ({ours:g}, next {theirs:g}){others}"

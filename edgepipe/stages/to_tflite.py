@@ -18,7 +18,16 @@ from edgepipe import toolchain
 from edgepipe.artifact import Artifact, TensorSpec, hash_path, make_artifact
 from edgepipe.errors import ArtifactError, MissingExtra, StageError, StageOptionError
 from edgepipe.parity import parity_inputs, verify
-from edgepipe.routes import ROUTES, Attempt, Candidate, best, candidates, is_clean, reason
+from edgepipe.routes import (
+    ROUTES,
+    Attempt,
+    Candidate,
+    best,
+    candidates,
+    is_clean,
+    is_worthwhile,
+    reason,
+)
 from edgepipe.schema import Unit, near_miss, record
 from edgepipe.stage import StageContext
 
@@ -69,10 +78,10 @@ class ToTflite:
     ``route``: which converter. ``auto`` tries one after the other (`routes.candidates`: converters,
     both of PyTorch's exporters, graph simplification) until one is clean: it computes the same, and
     neither a TRANSPOSE is left that the model does not ask for nor an operator that int8 would leave
-    in float by the converter's fault. Where none is, it keeps the best (`routes.rank`); ``all`` tries
-    everything. A converter is installed when its turn comes. ``auto`` calls TensorFlow's, 2.4 GB,
-    only where nothing else converts, and installs it only where there is no Python 3.12 for
-    onnx2tf. The record lists every attempt. ``streaming``
+    in float by the converter's fault. Where none is, it keeps the best (`routes.rank`), and tries
+    no more than may be better (`routes.is_worthwhile`); ``all`` tries everything. A converter is
+    installed when its turn comes. ``auto`` calls TensorFlow's, 2.4 GB, only where nothing else
+    converts, and installs it only where there is no Python 3.12 for onnx2tf. The record lists every attempt. ``streaming``
     declares a model whose state shall last from one inference to the next (a fused LSTM); any other
     file that keeps state is refused. ``input_layout``: the layout of NCHW inputs in
     the file; those named in ``keep_layout`` stay as they are. ``batch`` fixes a free batch. Every
@@ -147,8 +156,8 @@ class ToTflite:
             failures: list[Exception] = []
             exporter = "dynamo" if "exported_program" in artifact.facts else "given"
             for candidate in candidates(self.route, exporter=exporter, has_program=bool(job.program)):  # fmt: skip
-                if candidate.route == "tf" and proven and self.route == "auto":
-                    break  # slow and large, and mostly worse: for models that nothing else converts
+                if self.route == "auto" and not is_worthwhile(candidate, attempts, own):
+                    continue
                 attempt, made, failure = job.attempt(candidate, attempts)
                 if failure is not None:
                     failures.append(failure)

@@ -8,7 +8,15 @@ from typing import Any
 
 from edgepipe import toolchain
 from edgepipe.report import text_table
-from edgepipe.routes import Attempt, attempts_table, best, candidates, is_clean, reason
+from edgepipe.routes import (
+    Attempt,
+    attempts_table,
+    best,
+    candidates,
+    is_clean,
+    is_worthwhile,
+    reason,
+)
 
 
 def proven(route: str = "onnx2tf", **changes: Any) -> Attempt:
@@ -44,13 +52,40 @@ def test_a_transpose_that_the_model_asks_for_is_clean_and_one_more_is_not() -> N
     assert not is_clean(proven(transposes=3), transposes=2, source_operators=[])
 
 
-def test_the_best_is_clean_then_has_the_fewest_transposes_then_the_fewest_loose_operators() -> None:
-    few = proven(transposes=1, loose_ops={"RELU6": 1})
+def test_the_best_is_clean_then_has_the_fewest_loose_operators_then_the_fewest_transposes() -> None:
+    loose = proven(transposes=1, loose_ops={"RELU6": 1})
     many = proven(transposes=2)
-    assert best([many, few]) is few
-    clean = dataclasses.replace(many, clean=True)
-    assert best([few, clean]) is clean
-    assert best([few, proven(transposes=1, bytes=10_000)]).bytes == 10_000
+    assert best([many, loose]) is many
+    clean = dataclasses.replace(loose, clean=True)
+    assert best([many, clean]) is clean
+    assert best([many, proven(transposes=1, bytes=10_000)]).bytes == 10_000
+
+
+def tried_by_auto(results: dict[str, Attempt]) -> list[str]:
+    """What auto tries where nothing is clean: candidate -> its result, all others refuse."""
+    attempts: list[Attempt] = []
+    for way in candidates("auto", exporter="dynamo", has_program=True):
+        if is_worthwhile(way, attempts, ["Conv", "Clip"]):
+            refused = Attempt(way.route, way.exporter, way.simplified, ok=False, code="parity")
+            attempts.append(results.get(str(way), refused))
+    return [str(attempt.candidate) for attempt in attempts]
+
+
+def test_auto_tries_each_converter_and_another_form_of_the_graph_only_where_int8_gains() -> None:
+    twice = ["onnx2tf from dynamo", "litert-torch"]
+    forms = ["onnx2tf from torchscript", "onnx2tf from dynamo, not simplified", "onnx2tf from torchscript, not simplified"]  # fmt: skip
+    transposed = proven(transposes=3)
+    assert tried_by_auto({"onnx2tf from dynamo": transposed}) == twice
+    loose = proven(loose_ops={"RELU6": 1})
+    assert tried_by_auto({"onnx2tf from dynamo": loose}) == twice + forms
+    mended = dataclasses.replace(transposed, exporter="torchscript")
+    found = {"onnx2tf from dynamo": loose, "onnx2tf from torchscript": mended}
+    assert tried_by_auto(found) == [*twice, forms[0]]
+
+
+def test_auto_calls_tensorflow_only_where_nothing_else_converts() -> None:
+    assert tried_by_auto({})[-2:] == ["tf from dynamo", "tf from torchscript"]
+    assert "tf from dynamo" not in tried_by_auto({"litert-torch": proven("litert-torch")})
 
 
 def test_equal_results_are_told_apart_by_latency_only_where_it_differs_by_a_tenth() -> None:
