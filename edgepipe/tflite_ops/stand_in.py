@@ -161,7 +161,7 @@ def _is_detour(reader: Operator, graph: Subgraph) -> bool:
 def _merge_codes(model: Any) -> None:
     """One entry for each kind and version of operator, none that nothing uses."""
     kept: dict[tuple[int, int, bytes | None], int] = {}
-    codes = []
+    codes: list[Any] = []
     for graph in model.subgraphs:
         for operator in graph.operators:
             code = model.operatorCodes[operator.opcodeIndex]
