@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from edgepipe import preflight, stats
+from edgepipe.android import fast_cpus
 from edgepipe.artifact import Artifact, hash_path
 from edgepipe.device.base import Device
 from edgepipe.device.parse import name_cores
@@ -97,7 +98,7 @@ class MeasureOptions:
     inference (``auto``: with one thread, where the board lets them be counted); ``sustained`` runs
     for that long after all else. On an emulated board nothing is timed. ``evaluate_samples`` is how
     many evaluation samples run on the board (0: all). ``affinity`` lists the CPU numbers to stay on
-    (empty: all). ``budget`` bounds the whole measurement but for ``sustained``; ``max_age`` is how
+    (empty: all; on a phone its fastest cluster). ``budget`` bounds the whole measurement but for ``sustained``; ``max_age`` is how
     long a run may use it again.
     """
 
@@ -227,7 +228,8 @@ def measure(
         from edgepipe.evaluate import check_fits
 
         check_fits(model, encoded, free_bytes=facts.get("free_bytes"), reserve_bytes=MIN_FREE_BYTES, address=link.address)  # fmt: skip
-    request = _request(board, profile, options, models, preflight.push_runtime(board, profile, options.backend, facts), encoded, budget_s)  # fmt: skip
+    runtime = preflight.push_runtime(board, profile, options.backend, facts)
+    request = _request(board, profile, options, models, runtime, encoded, budget_s, facts)
     job = _named_job(board, options, request, unique=keep)
     job_dir = f"{board.work_dir}/jobs/{job['id']}"
     hint = preflight.runtime_hint(profile, options.backend, facts["device"])
@@ -294,6 +296,7 @@ def _request(
     runtime: dict[str, Any] | None,
     samples: RawSamples | None,
     budget_s: float,
+    facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The job but for its id, its plan and where its inputs lie."""
     return {
@@ -321,7 +324,7 @@ def _request(
         "kernel": options.kernel or (profile.delegation.kernel if profile.delegation else ""),
         "weight_cache": options.weight_cache,
         "threads": options.threads or profile.threads,
-        "affinity": list(options.affinity or profile.affinity),
+        "affinity": list(options.affinity or profile.affinity or fast_cpus(facts)),
         "warmup_s": options.warmup,
         "session_s": options.session,
         "min_inferences": MIN_INFERENCES,
@@ -652,12 +655,13 @@ def _departures(
     governor: str | None,
 ) -> list[str]:
     """In what the board that measured is not as its profile says, but for the runtime's version."""
-    glibc = device.get("glibc")
+    # a phone's own, where the runner came with a glibc
+    libc = device.get("libc") or (device.get("glibc") and f"glibc {device['glibc']}")
     compared = (
         ("governor", profile.governor, governor, "any"),
         ("page_size_bytes", profile.page_size_bytes, device.get("page_size_bytes"), 0),
         ("os", profile.os, device.get("os"), "any"),
-        ("libc", profile.libc, glibc and f"glibc {glibc}", "any"),
+        ("libc", profile.libc, libc, "any"),
         ("runtime_sha256", profile.runtime_sha256, runtime.get("sha256"), ""),
     )
     return [

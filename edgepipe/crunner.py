@@ -1,7 +1,8 @@
 """Boards without Python: ``targets/<platform>/runner.c``, compiled here, pushed, and one call per session.
 
 The program is compiled on demand: by zig (a toolchain of its own, for any board), else by this
-host's ``cc`` where the board has the same machine. There is no agent on such a board, so sessions run
+host's ``cc`` where the board has the same machine. Where it does not start there, as on a phone, it
+gets a C library of its own (`edgepipe.glibc`). There is no agent on such a board, so sessions run
 in the foreground of the connection; those that are finished lie on the board until the job ends.
 """
 
@@ -23,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgepipe import toolchain
+from edgepipe import android, toolchain
 from edgepipe.artifact import hash_path
 from edgepipe.device.base import Completed, Device
 from edgepipe.device.snapshot import (
@@ -35,7 +36,8 @@ from edgepipe.device.snapshot import (
     hottest_c,
     time_in_state,
 )
-from edgepipe.errors import CommandTimeout, MissingExtra, NotReadyError, NotStable
+from edgepipe.errors import CommandTimeout, MissingExtra, NotReadyError, NotStable, TransferError
+from edgepipe.glibc import find_bundle
 from edgepipe.job import (
     COMMAND_TIMEOUT_S,
     OPTIONAL,
@@ -45,7 +47,7 @@ from edgepipe.job import (
     line_problem,
     parse_object,
 )
-from edgepipe.payload import Payload
+from edgepipe.payload import Payload, push_missing, runner_target
 from edgepipe.resources import target_dir
 from edgepipe.sessions import Session
 
@@ -83,28 +85,41 @@ class Compiled:
 
 @dataclasses.dataclass(frozen=True)
 class CBoard:
-    """A board without Python that has the runner. ``payload.entry`` is the program there."""
+    """A board without Python that has the runner. ``payload.entry`` is the program there.
+
+    ``loader`` is what starts it where the board has no C library for it, ``files`` are those that
+    came with it. ``phone`` is what Android says of itself, None on other boards.
+    """
 
     device: Device
     work_dir: str
     payload: Payload
     compiler: str
     self_test: str
+    loader: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    phone: Mapping[str, Any] | None = None
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """What every call of the runner begins with."""
+        return (*self.loader, self.payload.entry)
 
     def facts(self) -> dict[str, Any]:
         """``device``, ``health``, ``packages`` and ``free_bytes``, as the agent's verb has them."""
         done = self.device.run(
-            [self.payload.entry, "read", self.work_dir, *FACT_FILES, *HEALTH_FILES],
+            [*self.command, "read", self.work_dir, *FACT_FILES, *HEALTH_FILES],
             timeout_s=COMMAND_TIMEOUT_S,
         )
         answer = _answer(done, self.device.address)
         try:
-            return {
+            facts = {
                 "device": device_facts(answer),
                 "health": health(answer["board"]),
                 "packages": {},
                 "free_bytes": answer["free_bytes"],
             }
+            return facts if self.phone is None else android.add_to_facts(self.device, facts, self.phone)  # fmt: skip
         except (KeyError, TypeError, AttributeError) as exc:
             raise bad_answer("the runner's facts are not whole", done.stdout, done.stderr, self.device.address) from exc  # fmt: skip
 
@@ -119,7 +134,7 @@ def prepare_board(device: Device, target: str, work_dir: str) -> CBoard:
     it, naming both remedies.
     """
     machine = board_machine(device)
-    folder = target_dir(target)
+    folder = target_dir(runner_target(target) or target)
     install = "on the device: sudo apt-get install python3"
     try:
         made = compile_runner(folder / SOURCE, machine)
@@ -134,9 +149,12 @@ def prepare_board(device: Device, target: str, work_dir: str) -> CBoard:
     device.push(made.path, entry)
     self_test = f"{work_dir}/models/{hash_path(folder / SELF_TEST)}.tflite"
     device.push(folder / SELF_TEST, self_test)
-    done = device.run([entry, "read", work_dir, "/proc/loadavg"], timeout_s=COMMAND_TIMEOUT_S)
-    if done.returncode:
-        said = done.stderr.decode("utf-8", "replace").strip() or f"exit code {done.returncode}"
+    payload = Payload(f"{work_dir}/runners/{made.sha256}", entry, "", made.sha256)
+    board = CBoard(device, work_dir, payload, made.compiler, self_test, phone=android.ask(device))
+    said = _does_not_start(board)
+    if said and (other := _with_libc(board, machine)):
+        board, said = other, _does_not_start(other)
+    if said:
         raise NotReadyError(
             f"{device.address} has no python3, and the runner made by {made.compiler} does not start "
             f"there: {said}",
@@ -144,16 +162,41 @@ def prepare_board(device: Device, target: str, work_dir: str) -> CBoard:
             "(its programs run with glibc 2.28 and newer)",
             code="no-python",
         )
-    log.info("%s has no python3: measuring with the C runner (%s)", device.address, made.compiler)
-    payload = Payload(f"{work_dir}/runners/{made.sha256}", entry, "", made.sha256)
-    return CBoard(device, work_dir, payload, made.compiler, self_test)
+    log.info("%s: measuring with the C runner (%s)", device.address, board.compiler)
+    return board
+
+
+def _does_not_start(board: CBoard) -> str:
+    """What the board says instead of starting the runner; "" where it starts."""
+    done = board.device.run([*board.command, "read", board.work_dir, "/proc/loadavg"], timeout_s=COMMAND_TIMEOUT_S)  # fmt: skip
+    said = done.stderr.decode("utf-8", "replace").strip() or f"exit code {done.returncode}"
+    return said if done.returncode else ""
+
+
+def _with_libc(board: CBoard, machine: str) -> CBoard | None:
+    """The same board with a C library pushed beside the runner, or None where there is none for it."""
+    bundle = find_bundle(machine)
+    if bundle is None:
+        return None
+    folder = f"{board.work_dir}/rt/glibc-{bundle.key}"
+    names = (bundle.loader, *bundle.libraries)
+    push_missing(board.device, {name: bundle.folder / name for name in names}, folder)
+    return dataclasses.replace(
+        board,
+        loader=(f"{folder}/{bundle.loader}", "--library-path", folder),
+        files=tuple(f"{folder}/{name}" for name in names),
+        compiler=f"{board.compiler}, with a glibc {bundle.version} of its own",
+    )
 
 
 def board_machine(device: Device) -> str:
     """Machine of the board's *programs*: a 32-bit system on a 64-bit kernel is armv7l."""
     with tempfile.TemporaryDirectory(prefix="edgepipe-") as name:
         shell = Path(name) / "sh"
-        device.pull("/bin/sh", shell)
+        try:
+            device.pull("/bin/sh", shell)
+        except TransferError:  # Android before 10
+            device.pull("/system/bin/sh", shell)
         with shell.open("rb") as stream:
             machine = elf_machine(stream.read(20))
     if machine not in ZIG_TARGETS:
@@ -339,11 +382,15 @@ class CRunnerJob(BoardJob):
     def end(self, *, keep: bool = False) -> None:
         """Give the lease back and remove the job's files, unless ``keep``."""
         self.device.run(
-            [self.payload.entry, "end", self.board.work_dir, self.job["id"]],
+            [*self.board.command, "end", self.board.work_dir, self.job["id"]],
             timeout_s=COMMAND_TIMEOUT_S,
         )
         if not keep:
-            used = [self.payload.entry, *(item["path"] for item in self.job["models"].values())]
+            used = [
+                self.payload.entry,
+                *self.board.files,
+                *(item["path"] for item in self.job["models"].values()),
+            ]
             used += [self.job["runtime"]["path"]] if self.job["runtime"] else []
             self.device.run(["rm", "-rf", self.job_dir], timeout_s=COMMAND_TIMEOUT_S)
             tidy_without_python(self.device, self.board.work_dir, used=used)
@@ -369,6 +416,7 @@ class CRunnerJob(BoardJob):
             said = (answer.get("cause") or {}).get("stderr", "").splitlines()[-1:]
             message = f"litert-c: {answer['message']}" + (f" ({said[0]})" if said else "")
             self._raise_for(69 if answer["code"] == 70 else answer["code"], answer["error"], message, _owner(answer))  # fmt: skip
+        android.check_health(facts["health"], self.device.address)
         boot_id = facts["health"]["boot_id"]
         if self._boot_id not in (None, boot_id):
             self._restart(boot_id)
@@ -422,7 +470,7 @@ class CRunnerJob(BoardJob):
                 raise self._over_budget(f"before session {entry['tag']}")
             try:
                 done = self.device.run(
-                    [self.payload.entry, "session", *self._words(entry, left_s)],
+                    [*self.board.command, "session", *self._words(entry, left_s)],
                     timeout_s=left_s + COMMAND_TIMEOUT_S,
                 )
             except CommandTimeout as exc:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
+from pathlib import Path
 
 from edgepipe.artifact import hash_path
 from edgepipe.device.base import Device
@@ -44,6 +46,12 @@ def payload_files(target: str) -> tuple[str, str, tuple[str, ...]]:
     return str(data["entry"]), str(data["probe"]), tuple(names)
 
 
+def runner_target(target: str) -> str | None:
+    """The target whose C runner measures in place of an agent, or None where there is an agent."""
+    name = read_toml(target_dir(target) / "target.toml", error=ProfileError).get("runner")
+    return None if name is None else str(name)
+
+
 def push_payload(device: Device, target: str, work_dir: str) -> Payload:
     """Push what is missing of a target's files below ``work_dir`` (absolute) on the board."""
     entry, probe, names = payload_files(target)
@@ -53,10 +61,15 @@ def push_payload(device: Device, target: str, work_dir: str) -> Payload:
     content = "".join(f"{name} {digest}\n" for name, digest in digests.items())
     sha256 = hashlib.sha256(content.encode()).hexdigest()
     remote = f"{work_dir}/agents/{sha256}"
-    # one question instead of two for each file; where it cannot be answered all are pushed
-    done = device.run(["sh", "-c", 'cd -- "$0" && sha256sum -- "$@"', remote, *names], timeout_s=_CHECK_TIMEOUT_S)  # fmt: skip
-    there = set(done.stdout.decode("utf-8", "replace").splitlines())
-    for name in names:
-        if f"{digests[name]}  {name}" not in there:
-            device.push(folder / name, f"{remote}/{name}")
+    push_missing(device, {name: folder / name for name in names}, remote)
     return Payload(remote, f"{remote}/{entry}", f"{remote}/{probe}", sha256)
+
+
+def push_missing(device: Device, files: Mapping[str, Path], remote: str) -> None:
+    """Push those of ``files`` (by name) that the board's folder ``remote`` does not hold as they are."""
+    # one question instead of two for each file; where it cannot be answered all are pushed
+    done = device.run(["sh", "-c", 'cd -- "$0" && sha256sum -- "$@"', remote, *files], timeout_s=_CHECK_TIMEOUT_S)  # fmt: skip
+    there = set(done.stdout.decode("utf-8", "replace").splitlines())
+    for name, path in files.items():
+        if f"{hash_path(path)}  {name}" not in there:
+            device.push(path, f"{remote}/{name}")

@@ -14,7 +14,7 @@ from edgepipe.device.base import Device
 from edgepipe.device.parse import parse_home
 from edgepipe.errors import MissingExtra, NotReadyError, ProfileError, RequestError
 from edgepipe.job import COMMAND_TIMEOUT_S, BoardJob, bad_answer, parse_facts
-from edgepipe.payload import Payload, push_payload
+from edgepipe.payload import Payload, push_payload, runner_target
 from edgepipe.profile import DeviceProfile, absolute_work_dir
 from edgepipe.runtime import (
     PINS,
@@ -61,15 +61,16 @@ class Board:
 
 
 def prepare(device: Device, profile: DeviceProfile) -> Board:
-    """Find Python and the home folder there, and push the agent; without Python, the C runner."""
+    """Find Python and the home folder there, and push the agent; without Python, the C runner.
+
+    Where the target has no agent (phones), nobody asks for Python.
+    """
+    if runner_target(profile.target):
+        return _prepare_without_python(device, profile)
     question = 'import json,os,sys; print(json.dumps([os.path.expanduser("~"), list(sys.version_info[:3])]))'  # fmt: skip
     done = device.run(["python3", "-c", question], timeout_s=COMMAND_TIMEOUT_S)
     if done.returncode in (126, 127):
-        said = device.run(["sh", "-c", 'printf %s "$HOME"'], timeout_s=COMMAND_TIMEOUT_S)
-        home = parse_home(said.stdout.decode("utf-8", "replace"), device.address)
-        work_dir = absolute_work_dir(profile.work_dir, home)
-        c_board = prepare_board(device, profile.target, work_dir)
-        return Board(device, work_dir, c_board.payload, c_board)
+        return _prepare_without_python(device, profile)
     try:
         home, version = json.loads(done.stdout)
         version = tuple(int(n) for n in version)
@@ -87,6 +88,14 @@ def prepare(device: Device, profile: DeviceProfile) -> Board:
         )
     work_dir = absolute_work_dir(profile.work_dir, home)
     return Board(device, work_dir, push_payload(device, profile.target, work_dir))
+
+
+def _prepare_without_python(device: Device, profile: DeviceProfile) -> Board:
+    said = device.run(["sh", "-c", 'echo "$HOME"'], timeout_s=COMMAND_TIMEOUT_S)
+    home = parse_home(said.stdout.decode("utf-8", "replace").rstrip("\n"), device.address)
+    work_dir = absolute_work_dir(profile.work_dir, home)
+    c_board = prepare_board(device, profile.target, work_dir)
+    return Board(device, work_dir, c_board.payload, c_board)
 
 
 def check_board(facts: Mapping[str, Any], profile: DeviceProfile, address: str) -> None:

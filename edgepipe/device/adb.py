@@ -55,7 +55,9 @@ _HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
 # socket for stdin and stdout: whoever still held it would keep us waiting after the command. The
 # watcher waits for a line (we gave up), the end of input (the connection is gone), or the deadline
 # ($0, seconds), and ends the whole group. `read -t`: Android's sh is mksh.
+# `adb shell` has / for its home, where it may not write.
 _AROUND = (
+    'test -w "$HOME" || export HOME=/data/local/tmp; '
     "exec 3<&0 4>&2 </dev/null 2>/dev/null; "
     '( exec >/dev/null 4>&-; trap "" HUP TERM; read -t "$0" -r word <&3; kill -TERM -$$; '
     # a new shell, for mksh keeps a copy of what was its stdin
@@ -64,8 +66,9 @@ _AROUND = (
     f'echo "{_MARK.decode().rstrip()}" >&4; exit $code'
 )
 _HASH = 'sha256sum <"$0" && wc -c <"$0"'
+_LOOK = 'if [ -f "$0" ] && sha256sum <"$0" 2>/dev/null; then :; else echo -; fi; mkdir -p "$1" && df -Pk "$1"'
 _FINISH = (
-    '[ "$(sha256sum <"$0" | cut -c1-64)" = "$2" ] || { echo "what arrived differs from what was sent" >&2; exit 1; }; '
+    'case "$(sha256sum <"$0")" in "$2"*) ;; *) echo "what arrived differs from what was sent" >&2; exit 1;; esac; '
     '[ ! -d "$1" ] || { echo "it is a folder" >&2; exit 1; }; chmod "$3" "$0" && mv -f "$0" "$1"'
 )
 
@@ -150,10 +153,13 @@ class AdbDevice:
             digest, status = hash_path(local), local.stat()
         except OSError as exc:
             raise self._transfer_error(doing, exc.strerror or str(exc)) from exc
-        there = self.run(["sh", "-c", _HASH, path], timeout_s=_file_timeout_s(status.st_size))
-        if there.returncode == 0 and there.stdout.startswith(digest.encode()):
+        found, free_bytes = self._look(path, timeout_s=_file_timeout_s(status.st_size))
+        if found.startswith(digest):
             return False
-        self._make_room(path, status.st_size)
+        if status.st_size + base.FREE_MARGIN_BYTES > free_bytes:
+            raise disk_full_error(
+                f"push to {path} on {self.address}", needed_bytes=status.st_size, free_bytes=free_bytes
+            )  # fmt: skip
         part = f"{path}.part.{secrets.token_hex(4)}"
         try:
             done = self._adb("push", str(local), part, timeout_s=_file_timeout_s(status.st_size))
@@ -165,7 +171,7 @@ class AdbDevice:
         except BaseException as exc:
             with contextlib.suppress(DeviceError):
                 self.run(["rm", "-f", part], timeout_s=_HELPER_S)
-            if isinstance(exc, TransferError) and self._free_bytes(path) < status.st_size:
+            if isinstance(exc, TransferError) and self._look(path)[1] < status.st_size:
                 raise disk_full_error(f"push to {path} on {self.address}", needed_bytes=status.st_size) from exc  # fmt: skip
             raise
         return True
@@ -312,23 +318,17 @@ class AdbDevice:
             self._home = parse_home(os.fsdecode(done.stdout), self.address).rstrip("/")
         return f"{self._home}/{remote[2:]}"
 
-    def _free_bytes(self, path: str) -> int:
-        """Free space beside ``path``, whose folder is made where it is missing."""
+    def _look(self, path: str, *, timeout_s: float = _HELPER_S) -> tuple[str, int]:
+        """What sha256sum says of ``path``, and the free bytes beside it; its folder is made where missing."""
         folder = os.path.dirname(path) or "."  # noqa: PTH120 (a remote path)
-        done = self.run(["sh", "-c", 'mkdir -p "$0" && df -Pk "$0"', folder], timeout_s=_HELPER_S)
+        done = self.run(["sh", "-c", _LOOK, path, folder], timeout_s=timeout_s)
         if done.returncode:
             raise TransferError(
                 f"cannot make the folder {folder} on {self.address}: {_last_words(done)}",
                 hint="`adb shell` may write below /data/local/tmp only: work_dir of the profile",
             )
-        return parse_free_bytes(os.fsdecode(done.stdout))
-
-    def _make_room(self, path: str, size_bytes: int) -> None:
-        free_bytes = self._free_bytes(path)
-        if size_bytes + base.FREE_MARGIN_BYTES > free_bytes:
-            raise disk_full_error(
-                f"push to {path} on {self.address}", needed_bytes=size_bytes, free_bytes=free_bytes
-            )
+        found, _, free = os.fsdecode(done.stdout).partition("\n")
+        return found, parse_free_bytes(free)
 
     def _transfer_error(self, doing: str, reason: str) -> TransferError:
         return TransferError(

@@ -43,7 +43,7 @@ class Battery:
 
 @dataclasses.dataclass(frozen=True)
 class Thermal:
-    """``status`` is one of THERMAL_STATUS; ``temperatures_c`` maps "type:NAME" to what is read now."""
+    """``status`` is one of THERMAL_STATUS; ``temperatures_c`` maps "NAME:type" to what is read now."""
 
     status: str
     temperatures_c: Mapping[str, float]
@@ -92,6 +92,7 @@ def android_facts(properties: Mapping[str, str]) -> dict[str, Any]:
         "os": f"Android {release or '?'} (API {api or '?'})" if release or api else None,
         "soc": soc,
         "build": properties.get("ro.build.fingerprint"),
+        "libc": "bionic",
         # tells two phones of one kind apart without naming either
         "identity": hashlib.sha256(serial.encode()).hexdigest()[:16] if serial else None,
         "emulated": emulated,
@@ -130,7 +131,7 @@ def parse_thermal(text: str) -> Thermal:
         except ValueError as exc:
             raise _garbage("dumpsys thermalservice", text, str(exc)) from exc
         if degrees is not None:
-            found[f"{TEMPERATURE_TYPES.get(int(kind), kind)}:{name}"] = degrees
+            found[f"{name}:{TEMPERATURE_TYPES.get(int(kind), kind)}"] = degrees
     return Thermal(THERMAL_STATUS[int(status[1])], found)
 
 
