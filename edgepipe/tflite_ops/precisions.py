@@ -26,13 +26,13 @@ from edgepipe.tflite_ops.flatbuffer import (
     parse_model,
 )
 from edgepipe.tflite_ops.quantize import (
-    STAND_INS,
     fuse_activations,
     quantize,
     wide_operators,
 )
 from edgepipe.tflite_ops.run import native_messages_logged
 from edgepipe.tflite_ops.sensitivity import layers_of
+from edgepipe.tflite_ops.stand_in import STAND_INS
 
 Name = Literal["dynamic_int8", "weight_int8", "weight_int4", "float16", "int16x8"]
 NAMES: tuple[Name, ...] = get_args(Name)

@@ -1,11 +1,15 @@
 """Stage quantize: every precision on a network that reads digits, run by LiteRT; what its record says."""
 
+import json
+
 import numpy as np
 import pytest
 
+from edgepipe import cli
 from edgepipe.artifact import make_artifact
 from edgepipe.data import DataSource
 from edgepipe.errors import DataError, StageError, StageOptionError
+from edgepipe.frontier import PRECISIONS
 from edgepipe.predict import predict
 from edgepipe.schema import build
 from edgepipe.stage import StageContext
@@ -127,3 +131,44 @@ def test_ranges_of_sixteen_bits_are_not_taken_from_noise(quantise):
 def test_an_unknown_precision_is_refused_with_the_legal_ones():
     with pytest.raises(StageOptionError, match="int4"):
         build(Quantize, {"precision": "int4"}, where="test", error=StageOptionError)
+
+
+def test_all_precisions_side_by_side_where_one_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    net = detector_head()
+    (tmp_path / "net.tflite").write_bytes(net.content)
+    np.savez("cal.npz", image=net.calibration)
+    np.savez("eval.npz", image=net.samples)
+    asked = ["quantize", "net.tflite", "--data", "cal.npz", "--evaluate", "eval.npz", "--all", "--allow-random", "--json"]  # fmt: skip
+    # an int8 door of a box and a score: nothing is left of the scores, and SQNR does not see it
+    assert (
+        cli.main([*asked, "--output", "out", "--device", "null://quiet", "--session", "0.1 s"]) == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    rows = {row["precision"]: row for row in found["precisions"]}
+    assert list(rows) == list(PRECISIONS)
+    for name, row in rows.items():
+        assert not row["error"]
+        assert row["size_bytes"] == (tmp_path / "out" / f"{name}.tflite").stat().st_size
+        assert row["latency_s"] > 0
+        assert row["memory_bytes"] > 0
+        assert row["score"] is None  # no labels were given
+    assert any(row["on_frontier"] for row in rows.values())
+
+    # Neither a device nor a folder is demanded; an island in float keeps int8 from being made
+    graph = Graph()
+    x = graph.input("image", (1, 8, 8, 1))
+    y = graph.conv(x, np.ones((40, 3, 3, 1), np.float32), np.zeros(40, np.float32), "first", (1, 8, 8, 40))  # fmt: skip
+    y = graph.op("SIGN", [y], "signs", (1, 8, 8, 40))
+    (tmp_path / "net.tflite").write_bytes(graph.bytes([y]))
+    assert cli.main(asked) == 0
+    rows = {row["precision"]: row for row in json.loads(capsys.readouterr().out)["precisions"]}
+    assert "SIGN" in rows["int8"]["error"]
+    assert not (tmp_path / "net_precisions" / "int8.tflite").exists()
+    assert rows["dynamic_int8"]["error"] == ""
+    assert rows["dynamic_int8"]["latency_s"] is None
+
+
+def test_a_device_without_all_is_refused(tmp_path, capsys):
+    assert cli.main(["quantize", "net.tflite", "--data", "x.npz", "--device", "local"]) == 2
+    assert "--all" in capsys.readouterr().err

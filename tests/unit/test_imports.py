@@ -30,8 +30,8 @@ ALLOWED = {
 # Layers: a module imports only from its own layer or one further right.
 LAYERS = (
     ("edgepipe.cli", "edgepipe.commands", "edgepipe.__main__"),
-    ("edgepipe.pipeline", "edgepipe.judge", "edgepipe.report", "edgepipe.layer_report", "edgepipe.ci_output", "edgepipe.recipe", "edgepipe.adhoc"),
-    ("edgepipe.bench", "edgepipe.evaluate", "edgepipe.inventory", "edgepipe.baseline", "edgepipe.explain", "edgepipe.calibration", "edgepipe.op_timing", "edgepipe.testing", "edgepipe.probe", "edgepipe.doctor"),
+    ("edgepipe.pipeline", "edgepipe.judge", "edgepipe.report", "edgepipe.layer_report", "edgepipe.ci_output", "edgepipe.recipe", "edgepipe.adhoc", "edgepipe.frontier"),
+    ("edgepipe.bench", "edgepipe.benchmark_model", "edgepipe.evaluate", "edgepipe.inventory", "edgepipe.lab", "edgepipe.baseline", "edgepipe.explain", "edgepipe.calibration", "edgepipe.op_timing", "edgepipe.testing", "edgepipe.probe", "edgepipe.doctor"),
     ("edgepipe.stages", "edgepipe.device", "edgepipe.store", "edgepipe.runtime", "edgepipe.parity", "edgepipe.routes", "edgepipe.payload", "edgepipe.preflight", "edgepipe.job", "edgepipe.crunner", "edgepipe.glibc", "edgepipe.android", "edgepipe.op_table", "edgepipe.emulator"),
     ("edgepipe.predict", "edgepipe.toolchain", "edgepipe.toolchains"),
     ("edgepipe.torch_ops", "edgepipe.tflite_ops"),
