@@ -47,6 +47,10 @@ METRICS: dict[str, Metric] = {
     "op_time_baseline": Metric("s", "op_time of the baseline"),
     "sustained_latency": Metric("s", "median latency_wall of each window of a long run, from its steady state on"),
     "energy": Metric("J", "energy of one inference above idle, as the board's own power sensors tell it"),
+    "benchmark_model_latency": Metric("s", "mean wall-clock time of one inference as Google's benchmark_model tells it; comparable with no metric of ours"),
+    "benchmark_model_first": Metric("s", "its first inference"),
+    "benchmark_model_init": Metric("s", "its loading and compiling of the model"),
+    "benchmark_model_memory": Metric("B", "its own estimate of the memory it grew by"),
     "runs_on_device": Metric("", "1 where the model loaded and ran on the device, 0 where it crashed"),
 }  # fmt: skip
 
