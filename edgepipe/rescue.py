@@ -67,12 +67,12 @@ def _hashes(samples: Samples) -> set[bytes]:
     return found
 
 
-def rescue_facts(rescue: Rescue, *, float_latency_s: float, **context: Any) -> dict[str, Any]:
+def rescue_facts(rescue: Rescue, **context: Any) -> dict[str, Any]:
     """The record of a ladder, plain data: rungs, causes, culprits and what is not int8."""
     return {
         **context,
         "held": rescue.rungs[-1].name if rescue.held else "",
-        "float_latency_s": float_latency_s,
+        "float_latency_s": rescue.float_latency_s,
         "method": rescue.method,
         "rungs": [_rung_facts(rung) for rung in rescue.rungs],
         "precision": dict(rescue.precision),
@@ -102,7 +102,7 @@ def rung_lines(facts: Mapping[str, Any]) -> list[str]:
     """The rungs as a table of text, with the float model first."""
     rows = [
         ["rung", "score", "points lost", "bytes", "this host", "", "what was done"],
-        ["float", f"{facts['float_score']:.4f}", "", "", format_seconds(facts["float_latency_s"]), "", ""],
+        ["float", f"{facts['float_score']:.4f}", "", "", _latency(facts["float_latency_s"]), "", ""],
     ]  # fmt: skip
     for rung in facts["rungs"]:
         interval = rung["interval_points"]
@@ -110,17 +110,23 @@ def rung_lines(facts: Mapping[str, Any]) -> list[str]:
         verdict = "holds" if rung["held"] else "" if rung["kept"] else "undone"
         rows.append([
             rung["rung"], f"{rung['score']:.4f}", f"{rung['drop_points']:.2f}{within}", format_bytes(rung["bytes"]),
-            format_seconds(rung["latency_s"]), verdict, rung["did"],
+            _latency(rung["latency_s"]), verdict, rung["did"],
         ])  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]  # fmt: skip
 
 
-def qat_advice(float_latency_s: float) -> str:
+def _latency(seconds: float | None) -> str:
+    return "" if seconds is None else format_seconds(seconds)
+
+
+def qat_advice(float_latency_s: float | None) -> str:
     """The last rung: what quantisation-aware training would take, by this host's float latency."""
-    seconds = 1000 * QAT_INFERENCES * float_latency_s
+    cost = ""
+    if float_latency_s is not None:
+        seconds = 1000 * QAT_INFERENCES * float_latency_s
+        cost = f" (about {format_seconds(seconds)} for each 1000 training samples and epoch on one thread of this host)"  # fmt: skip
     return (
-        "train it for int8: a qat stage before quantize_int8 (about"
-        f" {format_seconds(seconds)} for each 1000 training samples and epoch on one thread of this"
-        " host), or leave the worst layers in float with allow_float"
+        f"train it for int8: a qat stage before quantize_int8{cost}, or leave the worst layers in"
+        " float with allow_float"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 # Samples the int8 file is compared with the float file on: enough for a stable SQNR (the standard
 # error of a mean over 64 is an eighth of the spread), few enough to cost less than calibration.
 PARITY_SAMPLES = 64
+# Real samples that a rewritten file must agree on with the one it was made from
+REWRITE_SAMPLES = 8
 LEARNED = "learned"
 DEFAULT_METRIC = "top1"
 
@@ -42,8 +45,9 @@ class QuantizeInt8:
     (``min_max``), their moving average, without 0.01 % of the values at each end (``percentile``),
     with the least squared error (``mse``), or nearest in distribution (``kl``). ``ranges`` names a
     file of ranges to take instead, such as the ``ranges.json`` of an earlier run.
-    ``input_dtype`` and ``output_dtype`` are those of the file's doors. Anything that would stay in
-    float is an error unless its operators are in ``allow_float``. ``min_sqnr`` is the least signal
+    ``input_dtype`` and ``output_dtype`` are those of the file's doors. Operators without an int8 form
+    are written with others that have one (`tflite_ops.rewrite`; not with ``rewrite = false``). Anything
+    that would still stay in float is an error unless its operators are in ``allow_float``. ``min_sqnr`` is the least signal
     to quantisation-noise ratio against the float file on real samples, over all outputs.
 
     With ``max_drop``, like ``"1 point"``, the stage climbs a ladder (`tflite_ops.ladder`) until the
@@ -69,7 +73,9 @@ class QuantizeInt8:
         "edgepipe.tflite_ops.inspect",
         "edgepipe.tflite_ops.ladder",
         "edgepipe.tflite_ops.quantize",
+        "edgepipe.tflite_ops.rewrite",
         "edgepipe.tflite_ops.run",
+        "edgepipe.tflite_ops.scalar_functions",
         "edgepipe.tflite_ops.sensitivity",
         "edgepipe.tflite_ops.sparse",
         "edgepipe.tflite_ops.stand_in",
@@ -91,6 +97,7 @@ class QuantizeInt8:
     allow_float: tuple[str, ...] = ()
     allow_random: bool = False
     min_samples: int = 8
+    rewrite: bool = True
     # a second data set whose statistics the calibration set must resemble, such as "evaluation"
     compare_with: str = ""
     min_sqnr: Annotated[float, Unit("level")] = 10.0
@@ -156,6 +163,7 @@ class QuantizeInt8:
         content, fused = ops.fuse_activations(content, where=where)
         for line in fused:
             log.info("fused %s", line)
+        content, rewritten = self._rewritten(artifact, content, samples)
         given = self._given_ranges(artifact, context)
         if given is None:
             log.info("calibrating on %d samples", len(samples))
@@ -211,11 +219,32 @@ class QuantizeInt8:
             "float_islands": islands,
             **rescued,
             "fused_activations": list(fused),
+            "rewritten": list(rewritten),
             **sparsity_facts(quantized, where=path.name),
             "quantizer": f"litert-quantizer {version('litert-quantizer')}",
             "runtime": f"ai-edge-litert {version('ai-edge-litert')}",
         }
         return dataclasses.replace(result, facts=facts)
+
+    def _rewritten(
+        self, artifact: Artifact, content: bytes, samples: Samples
+    ) -> tuple[bytes, tuple[str, ...]]:
+        """The float file in operators that have an int8 form, proven on samples, and what was done."""
+        from edgepipe.array_ops.calibration import file_batches
+        from edgepipe.tflite_ops.equalise import check_unchanged
+        from edgepipe.tflite_ops.rewrite import rewrite
+
+        # ranges that training found are of this graph's tensors and no others
+        if not self.rewrite or artifact.facts.get("learned_ranges"):
+            return content, ()
+        where = artifact.path.name
+        changed, told = rewrite(content, where=where)
+        for line in told:
+            log.info("rewrote %s", line)
+        if told:
+            few = itertools.islice(file_batches(samples, artifact.inputs), REWRITE_SAMPLES)
+            check_unchanged(content, changed, few, where=where, hint="set rewrite = false, and report it with the model")  # fmt: skip
+        return changed, told
 
     def _rescue(
         self,
@@ -230,7 +259,7 @@ class QuantizeInt8:
         from edgepipe.array_ops.calibration import file_batches
         from edgepipe.array_ops.load import load_samples
         from edgepipe.array_ops.task_metrics import correct, task_metric
-        from edgepipe.tflite_ops.ladder import Judgement, climb, host_latencies
+        from edgepipe.tflite_ops.ladder import Judgement, climb
 
         where = artifact.path.name
         root = context.root or Path.cwd()
@@ -276,10 +305,8 @@ class QuantizeInt8:
             where=where,
         )
         trial.unlink(missing_ok=True)
-        (float_latency_s,) = host_latencies([artifact.path.read_bytes()])
         facts = rescue_facts(
             rescue,
-            float_latency_s=float_latency_s,
             max_drop=self.max_drop,
             data=evaluation.origin,
             metric=metric,
@@ -296,7 +323,7 @@ class QuantizeInt8:
                 f" {len(evaluation)} samples of {evaluation.origin}); layers at fault: {culprits}\n"
                 + "\n".join((*lines, *rescue.causes)),
                 stage=self.name,
-                hint=qat_advice(float_latency_s),
+                hint=qat_advice(rescue.float_latency_s),
                 code="accuracy",
             )
         last = RangeTable(rescue.ranges, rescue.method, table.samples, table.data)

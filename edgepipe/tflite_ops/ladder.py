@@ -77,7 +77,8 @@ class Judgement:
 @dataclasses.dataclass(frozen=True)
 class Rung:
     """``noise`` is `noise_share` against the float file on calibration samples; ``held`` whether the
-    drop is allowed; ``kept`` whether later rungs build on it. ``latency_s`` is this host's."""
+    drop is allowed; ``kept`` whether later rungs build on it. ``latency_s`` is this host's, None
+    where there is no other rung to compare with."""
 
     name: str
     did: str
@@ -86,7 +87,7 @@ class Rung:
     size_bytes: int
     held: bool
     kept: bool
-    latency_s: float = 0.0
+    latency_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,7 @@ class Rescue:
     rungs: tuple[Rung, ...]
     causes: tuple[str, ...]
     culprits: tuple[Sensitivity, ...]
+    float_latency_s: float | None = None
 
     @property
     def held(self) -> bool:
@@ -199,15 +201,17 @@ class _Ladder:
             if self.rungs[-1].held:
                 break
             plan, made = step(plan, made)
-        latencies = host_latencies(self.files)
-        rungs = tuple(
-            dataclasses.replace(rung, latency_s=latency)
-            for rung, latency in zip(self.rungs, latencies, strict=True)
-        )
+        float_latency, rungs = None, tuple(self.rungs)
+        if len(rungs) > 1:
+            float_latency, *latencies = host_latencies([self.original, *self.files])
+            rungs = tuple(
+                dataclasses.replace(rung, latency_s=latency)
+                for rung, latency in zip(rungs, latencies, strict=True)
+            )
         return Rescue(
             content=made, float_content=plan.content, ranges=plan.ranges, method=plan.method,
             precision=plan.precision, rungs=rungs, causes=tuple(self.causes),
-            culprits=tuple(self.culprits),
+            culprits=tuple(self.culprits), float_latency_s=float_latency,
         )  # fmt: skip
 
     # --- rungs ---

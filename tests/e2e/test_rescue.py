@@ -119,6 +119,8 @@ def test_a_model_that_holds_at_once_is_left_alone(climb):
     assert [r["rung"] for r in facts["rungs"]] == ["plain"]
     assert result.sha256 == plain.sha256
     assert facts["precision"] == {}
+    # nothing to compare with, so no time is spent on it
+    assert facts["float_latency_s"] is facts["rungs"][0]["latency_s"] is None
 
 
 def test_judging_by_the_calibration_set_is_refused(climb):
