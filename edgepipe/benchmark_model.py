@@ -20,6 +20,7 @@ from edgepipe.bench import BenchResult, MeasureOptions
 from edgepipe.device.base import Device
 from edgepipe.emulated import why_emulated
 from edgepipe.errors import CommandFailed, RequestError
+from edgepipe.job import COMMAND_TIMEOUT_S
 from edgepipe.measurement import Measurement, single
 from edgepipe.profile import DeviceProfile
 
@@ -80,7 +81,9 @@ def parse_benchmark_model(text: str) -> Report:
         count = int(counts[-1][1])
         told = dict(re.findall(rf"(\w+)=({_NUMBER})", counts[-1][2]))
         # of a single inference only "curr" is told
-        low_s, high_s = (_seconds(told.get(key, told.get("curr", ""))) for key in ("min", "max"))
+        low_s, high_s = (
+            _seconds(str(told.get(key, told.get("curr", "")))) for key in ("min", "max")
+        )
         memory = _MEMORY.search(text)
         megabytes = None if memory is None else float(memory[2])  # of 2^20, memory_info.h
         if count < 1 or not low_s <= high_s:
@@ -147,7 +150,7 @@ def measure(
     graph = f"{board.work_dir}/models/{model.sha256}.tflite"
     device.push(binary, program)
     device.push(model.path, graph)
-    device.run(["chmod", "755", program], timeout_s=preflight.COMMAND_TIMEOUT_S)
+    device.run(["chmod", "755", program], timeout_s=COMMAND_TIMEOUT_S)
     threads = options.threads or profile.threads
     affinity = list(options.affinity or profile.affinity or android.fast_cpus(facts))
     mask = f"{sum(1 << cpu for cpu in affinity):x}"

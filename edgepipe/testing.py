@@ -46,7 +46,8 @@ class LoopbackSshd:
 
     Keys, configuration and the log lie in a temporary folder that goes with the server; nothing in
     ``~/.ssh`` is read or changed. What logs in finds ``$HOME`` set to ``home`` (a temporary folder
-    unless given) and the variables of ``device_environment``; only this user's key opens it.
+    unless given) and the variables of ``device_environment``; only this user's key opens it. A
+    ``force_command`` is run in place of every command (sshd_config(5), ForceCommand).
 
     ``address`` is ``ssh://user@127.0.0.1:port``, ``known_hosts`` and ``identity_file`` are what a
     client needs, ``log_path`` is the server's log. Raises NotReadyError where there is no sshd, or
@@ -58,8 +59,10 @@ class LoopbackSshd:
         *,
         home: Path | None = None,
         device_environment: Mapping[str, str] | None = None,
+        force_command: Path | None = None,
     ) -> None:
         self._given_home = home
+        self._force_command = force_command
         self._device_environment = dict(device_environment or {})
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -162,6 +165,7 @@ MaxStartups 100
 MaxSessions 100
 Subsystem sftp internal-sftp
 SetEnv {quoted}
+{f"ForceCommand {self._force_command}" if self._force_command else ""}
 """
 
     def _log(self) -> str:

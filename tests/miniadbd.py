@@ -18,8 +18,9 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-CNXN, OPEN, OKAY, WRTE, CLSE = (int.from_bytes(n, "little") for n in (b"CNXN", b"OPEN", b"OKAY", b"WRTE", b"CLSE"))  # fmt: skip
+CNXN, AUTH, OPEN, OKAY, WRTE, CLSE = (int.from_bytes(n, "little") for n in (b"CNXN", b"AUTH", b"OPEN", b"OKAY", b"WRTE", b"CLSE"))  # fmt: skip
 VERSION, MAX_PAYLOAD = 0x01000001, 256 * 1024
+TOKEN, RSA_PUBLIC_KEY = 1, 3  # of AUTH
 STDIN, STDOUT, STDERR, EXIT, CLOSE_STDIN = range(5)  # shell_protocol.h
 
 
@@ -27,14 +28,16 @@ class MiniAdbd:
     """Serves for as long as a ``with`` block lasts; ``serial`` is what ``adb connect`` takes.
 
     ``shell`` is the command that takes a line for the target's shell as its last word, ``root`` the
-    target's ``/`` as this process sees it, ``features`` what it offers.
+    target's ``/`` as this process sees it, ``features`` what it offers. One that ``is_authorized``
+    not accepts no key, as a phone before somebody taps "Allow".
     """
 
     def __init__(
         self, *, shell: Sequence[str], root: Path = Path("/"), environment: Mapping[str, str] | None = None,
-        features: str = "shell_v2,cmd",
+        features: str = "shell_v2,cmd", is_authorized: bool = True,
     ) -> None:  # fmt: skip
         self.shell, self.root, self.features = list(shell), root, features
+        self.is_authorized = is_authorized
         self.environment = dict(environment or os.environ)
         self._connections: list[_Connection] = []
 
@@ -80,7 +83,10 @@ class _Connection:
                 command, first, second, length = struct.unpack("<4I8x", self._read(24))
                 data = self._read(length)
                 stream = self._streams.get(second)
-                if command == CNXN:
+                if command in (CNXN, AUTH) and not self.daemon.is_authorized:
+                    if first != RSA_PUBLIC_KEY:
+                        self.send(AUTH, TOKEN, 0, bytes(20))
+                elif command == CNXN:
                     self.payload = min(MAX_PAYLOAD, second)
                     banner = f"device::ro.product.name=mini;ro.product.model=Mini_Phone;ro.product.device=mini;features={self.daemon.features}"
                     self.send(CNXN, VERSION, MAX_PAYLOAD, banner.encode())
