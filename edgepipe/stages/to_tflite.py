@@ -99,9 +99,9 @@ class ToTflite:
     produces: ClassVar[str] = "tflite"
     ops: ClassVar[tuple[str, ...]] = (
         "edgepipe.tflite_ops.convert", "edgepipe.tflite_ops.run", "edgepipe.tflite_ops.bisect",
-        "edgepipe.tflite_ops.onnx_model", "edgepipe.tflite_ops.sparse", "edgepipe.parity", "edgepipe.array_ops.compare",
+        "edgepipe.tflite_ops.onnx_model", "edgepipe.tflite_ops.onnx_rewrites", "edgepipe.tflite_ops.sparse", "edgepipe.parity", "edgepipe.array_ops.compare",
         "edgepipe.array_ops.noise", "edgepipe.toolchain", "edgepipe.toolchains", "edgepipe.routes",
-        "edgepipe.tflite_ops.candidates", "edgepipe.tflite_ops.stand_in", "edgepipe.torch_ops.export", "edgepipe.torch_ops.pt2",
+        "edgepipe.tflite_ops.candidates", "edgepipe.tflite_ops.stand_in", "edgepipe.tflite_ops.rewrite", "edgepipe.torch_ops.export", "edgepipe.torch_ops.pt2",
     )  # fmt: skip
     packages: ClassVar[tuple[str, ...]] = (
         "onnxruntime",
@@ -334,7 +334,8 @@ class _Job:
 
     def _export_torchscript(self) -> Path:
         """The program as ONNX by the older exporter, made once; its StageError each time."""
-        from edgepipe.tflite_ops.onnx_model import keep_pooled_axes, read_onnx, save_onnx
+        from edgepipe.tflite_ops.onnx_model import read_onnx, save_onnx
+        from edgepipe.tflite_ops.onnx_rewrites import rewrite_for_converters
         from edgepipe.torch_ops.export import export_torchscript
         from edgepipe.torch_ops.pt2 import load_pt2
 
@@ -347,7 +348,7 @@ class _Job:
                     input_names=[s.name for s in self.artifact.inputs], output_names=[s.name for s in self.artifact.outputs],
                 )  # fmt: skip
                 graph = read_onnx(path)
-                if keep_pooled_axes(graph):
+                if rewrite_for_converters(graph):
                     save_onnx(graph, path)
                 self._torchscript = path
             except StageError as exc:

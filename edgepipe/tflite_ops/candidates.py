@@ -18,6 +18,7 @@ from edgepipe.tflite_ops.flatbuffer import CONVERSIONS, Model
 from edgepipe.tflite_ops.inspect import describe
 from edgepipe.tflite_ops.onnx_model import read_onnx
 from edgepipe.tflite_ops.quantize import integer_operators
+from edgepipe.tflite_ops.rewrite import rewritten_operators
 from edgepipe.tflite_ops.run import invoke_once, open_tflite
 
 # Enough inferences for a median that ranks two files; at most this long for each.
@@ -42,7 +43,7 @@ def left_behind(path: Path) -> dict[str, Any]:
 
 
 def _loose(model: Model) -> dict[str, int]:
-    known = integer_operators() | CONVERSIONS
+    known = integer_operators() | rewritten_operators() | CONVERSIONS
     counts: Counter[str] = Counter()
     for graph in model.subgraphs:
         for operator in graph.operators:

@@ -281,7 +281,12 @@ def _scale(
 
 
 def check_unchanged(
-    before: bytes, after: bytes, batches: Iterable[Sequence[np.ndarray]], *, where: str
+    before: bytes,
+    after: bytes,
+    batches: Iterable[Sequence[np.ndarray]],
+    *,
+    where: str,
+    hint: str = "report it with the model; without max_drop no weights are rewritten",
 ) -> float:
     """The largest difference of any output, over that output's largest value.
 
@@ -295,10 +300,10 @@ def check_unchanged(
         error = max(error, float(np.abs(new - old).max(initial=0)) / largest)
     if not error <= TOLERANCE:
         raise StageError(
-            f"rewriting the weights of {where} changed its outputs by {error:.2g} of their largest"
+            f"rewriting {where} changed its outputs by {error:.2g} of their largest"
             f" value, allowed is {TOLERANCE:g}",
             stage=STAGE,
-            hint="report it with the model; without max_drop nothing is rewritten",
+            hint=hint,
             code="parity",
         )
     return error

@@ -11,7 +11,7 @@ import functools
 import inspect
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -207,6 +207,27 @@ def inline_buffers(content: bytes) -> bytes:
             data = content[buffer.offset : buffer.offset + buffer.size]
             buffer.data, buffer.offset, buffer.size = np.frombuffer(data, np.uint8), 0, 0
     return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
+
+
+def drop_tensors(model: Any, gone: set[int]) -> None:
+    """Remove tensors of the main graph that nothing uses, and renumber the rest."""
+    graph = model.subgraphs[0]
+    kept = [i for i in range(len(graph.tensors)) if i not in gone]
+    number = {old: new for new, old in enumerate(kept)} | {-1: -1}
+    graph.tensors = [graph.tensors[i] for i in kept]
+
+    def moved(indices: Iterable[int] | None) -> list[int]:
+        return [number[int(i)] for i in indices] if indices is not None else []
+
+    graph.inputs, graph.outputs = moved(graph.inputs), moved(graph.outputs)
+    for operator in graph.operators:
+        operator.inputs, operator.outputs = moved(operator.inputs), moved(operator.outputs)
+        if operator.intermediates is not None:
+            operator.intermediates = moved(operator.intermediates)
+    for signature in model.signatureDefs or []:
+        if signature.subgraphIndex == 0:
+            for entry in [*(signature.inputs or []), *(signature.outputs or [])]:
+                entry.tensorIndex = number[entry.tensorIndex]
 
 
 class _Damaged(Exception):

@@ -33,6 +33,7 @@ from edgepipe.tflite_ops.flatbuffer import (
     Operator,
     Subgraph,
     Tensor,
+    drop_tensors,
     inline_buffers,
     parse_model,
 )
@@ -185,7 +186,7 @@ def fuse_activations(content: bytes, *, where: str) -> tuple[bytes, tuple[str, .
         fused.append(f"{activation.name} {name!r} into {producer.name}")
     unused = {activation.inputs[0] for activation, _ in found if activation.index in gone}
     target.operators = [o for i, o in enumerate(target.operators) if i not in gone]
-    _drop_tensors(model, unused)
+    drop_tensors(model, unused)
     return bytes(flatbuffer_utils.convert_object_to_bytearray(model)), tuple(fused)
 
 
@@ -221,27 +222,6 @@ def _producers(activation: Operator, graph: Subgraph) -> list[Operator]:
         if maker.name not in _MOVING:
             return []
         tensor = maker.inputs[0]
-
-
-def _drop_tensors(model: Any, gone: set[int]) -> None:
-    """Remove tensors of the main graph that nothing uses, and renumber the rest."""
-    graph = model.subgraphs[0]
-    kept = [i for i in range(len(graph.tensors)) if i not in gone]
-    number = {old: new for new, old in enumerate(kept)} | {-1: -1}
-    graph.tensors = [graph.tensors[i] for i in kept]
-
-    def moved(indices: Iterable[int] | None) -> list[int]:
-        return [number[int(i)] for i in indices] if indices is not None else []
-
-    graph.inputs, graph.outputs = moved(graph.inputs), moved(graph.outputs)
-    for operator in graph.operators:
-        operator.inputs, operator.outputs = moved(operator.inputs), moved(operator.outputs)
-        if operator.intermediates is not None:
-            operator.intermediates = moved(operator.intermediates)
-    for signature in model.signatureDefs or []:
-        if signature.subgraphIndex == 0:
-            for entry in [*(signature.inputs or []), *(signature.outputs or [])]:
-                entry.tensorIndex = number[entry.tensorIndex]
 
 
 # --- ranges --------------------------------------------------------------------------------------
@@ -362,7 +342,7 @@ def quantize(
     with `float_reasons`. ``precision`` says for single operators, by the name of the first tensor
     they make, that they compute with 16-bit activations or in float. Raises StageError where litert-quantizer fails.
     """
-    content = _scalar_pad_values(content, where=where)
+    content = _scalar_limits(content, where=where)
     ranges = {**ranges, **fixed_ranges(content, where=where)}
     content, hidden = hide(content, where=where)
     graph = parse_model(content, where=where).subgraphs[0]
@@ -400,14 +380,16 @@ def quantize(
     return made
 
 
-def _scalar_pad_values(content: bytes, *, where: str) -> bytes:
-    """The value of every PADV2 with shape () instead of (1,), which litert-quantizer 0.11 cannot take.
+def _scalar_limits(content: bytes, *, where: str) -> bytes:
+    """The value of every PADV2, MAXIMUM and MINIMUM with shape () instead of (1,), which
+    litert-quantizer 0.11 cannot take.
 
     onnx2tf writes (1,) for the -inf before a MAX_POOL_2D with padding: the stem of every ResNet.
     """
     graph = parse_model(content, where=where).subgraphs[0]
-    values = {o.inputs[2] for o in graph.operators if o.name == "PADV2"}
-    others = {i for o in graph.operators if o.name != "PADV2" for i in o.inputs}
+    limited = {"PADV2": (2,), "MAXIMUM": (0, 1), "MINIMUM": (0, 1)}
+    values = {o.inputs[i] for o in graph.operators for i in limited.get(o.name, ())}
+    others = {i for o in graph.operators if o.name not in limited for i in o.inputs}
     wanted = [i for i in values - others if graph.tensors[i].is_constant and graph.tensors[i].shape == (1,)]  # fmt: skip
     if not wanted:
         return content

@@ -28,15 +28,19 @@ class StandIn:
     output: tuple[float, float] | None = None
 
 
-# One input, any scales: GELU. Two inputs, any scales: MUL. One scale for all: MAXIMUM, REDUCE_MIN, RESHAPE.
+# One input, any scales: GELU. Two inputs, any scales: MUL, EQUAL. One scale for all: MAXIMUM, REDUCE_MIN, RESHAPE.
 # NEG has an int8 kernel as well, which takes no zero point into account (off by up to 255 steps).
 STAND_INS = {
     "ABS": StandIn("GELU", 2),
     "DEPTH_TO_SPACE": StandIn("RESHAPE", 2),
     "ELU": StandIn("GELU", 1),
     "EXP": StandIn("GELU", 2),
+    "GREATER": StandIn("EQUAL", 2),
+    "GREATER_EQUAL": StandIn("EQUAL", 2),
     "L2_NORMALIZATION": StandIn("GELU", 2, (-1.0, 127 / 128)),
     "LEAKY_RELU": StandIn("GELU", 1),
+    "LESS": StandIn("EQUAL", 2),
+    "LESS_EQUAL": StandIn("EQUAL", 2),
     "LOG": StandIn("GELU", 2),
     "LOG_SOFTMAX": StandIn("GELU", 2, (-255 / 16, 0.0)),
     "MINIMUM": StandIn("MAXIMUM", 2),
@@ -98,7 +102,7 @@ def show(content: bytes, hidden: Mapping[int, _Hidden], *, where: str) -> bytes:
         # the first input may be another tensor now: behind a QUANTIZE to another scale
         table.inputs = [table.inputs[0], *table.inputs[1 : len(was.inputs)]]
         table.builtinOptions, table.builtinOptionsType = was.options, was.options_type
-        floats = main.tensors[table.outputs[0]].type == schema.TensorType.FLOAT32
+        floats = main.tensors[table.inputs[0]].type == schema.TensorType.FLOAT32
         version = 1 if floats else STAND_INS[was.name].version
         model.operatorCodes[table.opcodeIndex] = operator_code(was.name, version)
     detours = set()
@@ -111,7 +115,7 @@ def show(content: bytes, hidden: Mapping[int, _Hidden], *, where: str) -> bytes:
         if sum(reader.inputs[0] in o.inputs for o in graph.operators) == 1:
             detours.add(maker.index)
     main.operators = [o for i, o in enumerate(main.operators) if i not in detours]
-    _merge_codes(model)
+    merge_codes(model)
     return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
 
 
@@ -149,7 +153,7 @@ def add_constant(model: Any, values: np.ndarray, name: str) -> int:
 
 
 def _computes(operator: Operator, graph: Subgraph) -> bool:
-    return graph.tensors[operator.outputs[0]].dtype == "float32"
+    return graph.tensors[operator.inputs[0]].dtype == "float32"
 
 
 def _is_detour(reader: Operator, graph: Subgraph) -> bool:
@@ -158,7 +162,7 @@ def _is_detour(reader: Operator, graph: Subgraph) -> bool:
     return maker is not None and maker.name == "DEQUANTIZE" and graph.tensors[maker.inputs[0]].dtype == "int8"  # fmt: skip
 
 
-def _merge_codes(model: Any) -> None:
+def merge_codes(model: Any) -> None:
     """One entry for each kind and version of operator, none that nothing uses."""
     kept: dict[tuple[int, int, bytes | None], int] = {}
     codes: list[Any] = []

@@ -228,3 +228,16 @@ def test_calibration_data_of_the_wrong_layout_is_explained_on_the_command_line(t
     error = capsys.readouterr().err
     assert "(3, 6, 6) looks like CHW; the model wants HWC" in error
     assert not (tmp_path / "net_int8.tflite").exists()
+
+
+def test_operators_are_rewritten_for_int8_unless_that_is_turned_off(tmp_path, quantise):
+    g = Graph()
+    x = g.input("x", (1, 6, 6, 3))
+    y = g.op("NEG", [x], "y", (1, 6, 6, 3))
+    path = tmp_path / "float.tflite"
+    path.write_bytes(g.bytes([y]))
+    result = quantise(make(path))
+    assert result.facts["rewritten"] == ["NEG 'y': MUL by -1"]
+    assert describe(result.path).is_full_integer
+    with pytest.raises(StageError, match="no int8 form of NEG"):
+        quantise(make(path), rewrite=False)

@@ -47,6 +47,14 @@ OPTIONS = {
 }
 
 
+COMPARISONS = {
+    "GREATER": np.greater,
+    "GREATER_EQUAL": np.greater_equal,
+    "LESS": np.less,
+    "LESS_EQUAL": np.less_equal,
+}
+
+
 def one_operator(name, shape):
     g = Graph()
     x = g.input("x", shape)
@@ -65,7 +73,7 @@ def quantised(content, samples):
     return ops.quantize(content, table)
 
 
-@pytest.mark.parametrize("name", sorted(STAND_INS))
+@pytest.mark.parametrize("name", sorted(STAND_INS.keys() - COMPARISONS.keys()))
 @settings(max_examples=3, deadline=None)
 @given(side=st.integers(1, 5), spread=st.sampled_from([0.5, 3.0]), seed=st.integers(0, 99))
 def test_the_int8_operator_is_the_real_one_of_its_stored_input(name, side, spread, seed):
@@ -133,3 +141,23 @@ def test_an_operator_that_shall_stay_in_float_is_still_itself():
     table = ops.collect_ranges(content, [[x] for x in samples], where="m").table()
     made = ops.quantize(content, table, precision={"y": "float"})
     assert "LEAKY_RELU" in [o.name for o in parse_model(made, where="m").subgraphs[0].operators]
+
+
+@pytest.mark.parametrize("name", sorted(COMPARISONS))
+def test_a_comparison_is_made_of_integers(name):
+    g = Graph()
+    x = g.input("x", (1, 16))
+    twice = g.op("MUL", [x, g.const("two", np.array(2, np.float32))], "twice", (1, 16), "MulOptions")  # fmt: skip
+    made = g.op(name, [twice, g.const("limit", np.array(0.5, np.float32))], "y", (1, 16))
+    g.tensors[made].type = 6  # bool
+    samples = np.random.default_rng(0).normal(size=(9, 1, 16)).astype(np.float32)
+    int8 = quantised(g.bytes([made]), samples)
+    graph = parse_model(int8, where="m").subgraphs[0]
+    assert [o.name for o in graph.operators] == ["MUL", name]
+    door = graph.tensors[graph.inputs[0]]
+    for sample in samples:
+        stored = np.clip(np.rint(sample / door.scales[0]) + door.zero_points[0], -128, 127)
+        real = 2 * (stored - door.zero_points[0]) * door.scales[0]
+        clear = np.abs(real - 0.5) > 2 * 2 * door.scales[0]  # beyond rounding of both sides
+        got = run(int8, [stored.astype(np.int8)])[0]
+        np.testing.assert_array_equal(got[clear], COMPARISONS[name](real, 0.5)[clear])

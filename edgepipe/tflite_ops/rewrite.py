@@ -1,0 +1,363 @@
+"""Operators without an int8 form, written with ones that have it: float outputs stay what they were.
+
+Where LiteRT itself has an int8 kernel nothing needs rewriting: see stand_in.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.tools import flatbuffer_utils
+
+from edgepipe.tflite_ops.flatbuffer import Operator, Subgraph, constants, drop_tensors, parse_model
+from edgepipe.tflite_ops.scalar_functions import find_function
+from edgepipe.tflite_ops.stand_in import add_constant, merge_codes, operator_code
+
+# A TILE is written as one CONCATENATION for each axis, of at most this many copies.
+MAX_COPIES = 16
+
+
+def rewrite(content: bytes, *, where: str) -> tuple[bytes, tuple[str, ...]]:
+    """The float file without operators that quantisation would leave in float, as far as known.
+
+    Returns the file and, for each operator that was replaced, a line such as ``"NEG 'name': MUL by
+    -1"``. Each replacement is the same function in real numbers and gives its result the same name, so outputs
+    differ by float32 rounding; `equalise.check_unchanged` proves it for a model.
+    """
+    told: list[str] = []
+    content, lines = _one_pass(content, _functions, where=where)
+    told += lines
+    content, lines = _one_pass(content, _operators, where=where)
+    return content, (*told, *lines)
+
+
+def rewritten_operators() -> frozenset[str]:
+    """Names of the operators of which `rewrite` can replace all or most uses."""
+    return frozenset(_RULES) - {"DIV"}
+
+
+@dataclasses.dataclass
+class _Draft:
+    """One file while it is rewritten: ``graph`` as it was, ``model`` as it becomes.
+
+    ``new`` holds, by the number of an operator that goes, those that take its place.
+    """
+
+    graph: Subgraph
+    model: Any
+    constants: dict[int, np.ndarray]
+    new: dict[int, list[Any]] = dataclasses.field(default_factory=dict)
+    told: list[str] = dataclasses.field(default_factory=list)
+
+    def name(self, operator: Operator) -> str:
+        return self.graph.tensors[operator.outputs[0]].name
+
+    def shape(self, tensor: int) -> tuple[int, ...]:
+        return self.graph.tensors[tensor].shape
+
+    def value(self, operator: Operator, position: int) -> np.ndarray | None:
+        """A constant input, or None."""
+        return self.constants.get(operator.inputs[position]) if position < len(operator.inputs) else None  # fmt: skip
+
+    def maker(self, tensor: int) -> Operator | None:
+        return next((o for o in self.graph.operators if tensor in o.outputs), None)
+
+    def constant(self, values: Any, name: str, dtype: Any = np.float32) -> int:
+        return add_constant(self.model, np.array(values, dtype), name)
+
+    def tensor(self, shape: Sequence[int], name: str) -> int:
+        """A new activation, float32."""
+        tensor = schema.TensorT()
+        tensor.name, tensor.shape = name.encode(), np.array(shape, np.int32)
+        tensor.type, tensor.buffer = schema.TensorType.FLOAT32, 0
+        tensors = self.model.subgraphs[0].tensors
+        tensors.append(tensor)
+        return len(tensors) - 1
+
+    def operator(self, kind: str, inputs: Sequence[int], output: int, options: str = "", version: int = 1, **fields: Any) -> Any:  # fmt: skip
+        made = schema.OperatorT()
+        made.opcodeIndex = len(self.model.operatorCodes)
+        self.model.operatorCodes.append(operator_code(kind, version))
+        made.inputs, made.outputs = list(inputs), [output]
+        if options:
+            made.builtinOptionsType = getattr(schema.BuiltinOptions, options)
+            made.builtinOptions = getattr(schema, options + "T")()
+            for name, value in fields.items():
+                setattr(made.builtinOptions, name, value)
+        return made
+
+    def pointwise(self, kind: str, inputs: Sequence[int], output: int, activation: str = "NONE") -> Any:  # fmt: skip
+        """ADD, SUB, MUL or DIV, which may clamp, or an operator without options."""
+        options = {"ADD": "AddOptions", "SUB": "SubOptions", "MUL": "MulOptions", "DIV": "DivOptions"}.get(kind, "")  # fmt: skip
+        if not options:
+            return self.operator(kind, inputs, output)
+        clamp = getattr(schema.ActivationFunctionType, activation)
+        return self.operator(kind, inputs, output, options, fusedActivationFunction=clamp)
+
+    def replace(self, operator: Operator, by: list[Any], how: str) -> None:
+        self.new[operator.index] = by
+        self.told.append(f"{operator.name} {self.name(operator)!r}: {how}")
+
+
+def _one_pass(content: bytes, apply: Callable[[_Draft], None], *, where: str) -> tuple[bytes, list[str]]:  # fmt: skip
+    graph = parse_model(content, where=where).subgraphs[0]
+    model = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
+    draft = _Draft(graph, model, constants(content, graph))
+    apply(draft)
+    if not draft.told:
+        return content, []
+    main = model.subgraphs[0]
+    was: list[list[Any]] = [draft.new.get(i, [o]) for i, o in enumerate(main.operators)]
+    main.operators = [o for group in was for o in group]
+    _drop_unused(model)
+    merge_codes(model)
+    return bytes(flatbuffer_utils.convert_object_to_bytearray(model)), draft.told
+
+
+def _drop_unused(model: Any) -> None:
+    """Operators whose result nothing uses, then tensors that nothing uses."""
+    main = model.subgraphs[0]
+    needed = {int(i) for i in main.outputs}
+    kept = []
+    for operator in reversed(main.operators):
+        outputs = [] if operator.outputs is None else [int(i) for i in operator.outputs]
+        if not outputs or needed.intersection(outputs):
+            kept.append(operator)
+            needed.update(int(i) for i in operator.inputs)
+    main.operators = kept[::-1]
+    used = needed | {int(i) for i in main.inputs}
+    used |= {int(i) for o in main.operators for i in (*o.outputs, *(o.intermediates if o.intermediates is not None else ()))}  # fmt: skip
+    drop_tensors(model, set(range(len(main.tensors))) - used)
+
+
+# --- a function that was spelt out ----------------------------------------------------------------
+
+
+def _functions(draft: _Draft) -> None:
+    """GELU, hard swish, mish and softplus that an exporter wrote with other operators."""
+    taken: set[int] = set()
+    for operator in reversed(draft.graph.operators):
+        if operator.index in taken or len(operator.outputs) != 1:
+            continue
+        found = find_function(operator, draft.graph, draft.constants)
+        if found is None:
+            continue
+        taken.update(found.operators)
+        y, name, shape = operator.outputs[0], draft.name(operator), draft.shape(operator.outputs[0])
+        by = _SPELLINGS[found.name](draft, found.source, y, name, shape)
+        draft.new[operator.index] = by
+        draft.told.append(f"{found.name} {name!r}: found in {len(found.operators)} operators")
+
+
+Shape = tuple[int, ...]
+
+
+def _gelu(approximate: bool) -> Callable[..., list[Any]]:
+    def spell(draft: _Draft, x: int, y: int, name: str, shape: Shape) -> list[Any]:
+        return [draft.operator("GELU", [x], y, "GeluOptions", approximate=approximate)]
+
+    return spell
+
+
+def _hard_swish(draft: _Draft, x: int, y: int, name: str, shape: Shape) -> list[Any]:
+    return [draft.operator("HARD_SWISH", [x], y, "HardSwishOptions")]
+
+
+def _mish(draft: _Draft, x: int, y: int, name: str, shape: Shape) -> list[Any]:
+    """``x * tanh(log(1 + e^x)) = x * (1 - s^2) / (1 + s^2)`` with ``s = sigmoid(-x)``: all within 0 and 2,
+    where e^x would leave int8 no step for anything but its largest values."""
+    negative, s, squared, above, below, ratio = (
+        draft.tensor(shape, f"{name}/{part}") for part in ("neg", "s", "s2", "above", "below", "ratio")
+    )  # fmt: skip
+    one = draft.constant(1.0, f"{name}/one")
+    return [
+        draft.pointwise("MUL", [x, draft.constant(-1.0, f"{name}/minus")], negative),
+        draft.pointwise("LOGISTIC", [negative], s),
+        draft.pointwise("MUL", [s, s], squared),
+        draft.pointwise("SUB", [one, squared], above),
+        draft.pointwise("ADD", [squared, one], below),
+        draft.pointwise("DIV", [above, below], ratio),
+        draft.pointwise("MUL", [x, ratio], y),
+    ]
+
+
+def _softplus(draft: _Draft, x: int, y: int, name: str, shape: Shape) -> list[Any]:
+    """``log(1 + e^x) = relu(x) - log(sigmoid(|x|))``: the logarithm is of values from 0.5 to 1."""
+    size, s, log, positive = (draft.tensor(shape, f"{name}/{part}") for part in ("abs", "s", "log", "relu"))  # fmt: skip
+    return [
+        draft.operator("ABS", [x], size, "AbsOptions"),
+        draft.pointwise("LOGISTIC", [size], s),
+        draft.pointwise("LOG", [s], log),
+        draft.pointwise("RELU", [x], positive),
+        draft.pointwise("SUB", [positive, log], y),
+    ]
+
+
+_SPELLINGS: dict[str, Callable[[_Draft, int, int, str, Shape], list[Any]]] = {
+    "GELU": _gelu(False),
+    "GELU (tanh)": _gelu(True),
+    "HARD_SWISH": _hard_swish,
+    "mish": _mish,
+    "softplus": _softplus,
+}
+
+
+# --- one operator by others ------------------------------------------------------------------------
+
+
+def _operators(draft: _Draft) -> None:
+    for operator in draft.graph.operators:
+        rule = _RULES.get(operator.name)
+        if rule is not None and draft.graph.tensors[operator.inputs[0]].dtype in ("float32", "bool"):  # fmt: skip
+            rule(draft, operator)
+
+
+def _negate(draft: _Draft, o: Operator) -> None:
+    minus = draft.constant(-1.0, f"{draft.name(o)}/minus")
+    draft.replace(o, [draft.pointwise("MUL", [o.inputs[0], minus], o.outputs[0])], "MUL by -1")
+
+
+def _square(draft: _Draft, o: Operator) -> None:
+    draft.replace(o, [draft.pointwise("MUL", [o.inputs[0]] * 2, o.outputs[0])], "MUL by itself")
+
+
+def _power(draft: _Draft, o: Operator) -> None:
+    """Exponents of quarters up to 4, and -0.5: products and square roots. x^2.75 = x * x * x^0.5 * x^0.25."""
+    exponent = draft.value(o, 1)
+    if exponent is None or exponent.size != 1 or draft.shape(o.inputs[0]) != draft.shape(o.outputs[0]):  # fmt: skip
+        return
+    p, x, y = float(exponent.flat[0]), o.inputs[0], o.outputs[0]
+    if p == -0.5:
+        draft.replace(o, [draft.pointwise("RSQRT", [x], y)], "RSQRT")
+        return
+    if not 0 < p <= 4 or p == 1 or 4 * p != int(4 * p):
+        return
+    made: list[Any] = []
+    fraction, factors = p - int(p), [x] * int(p)
+
+    def another(kind: str, inputs: list[int]) -> int:
+        out = draft.tensor(draft.shape(y), f"{draft.name(o)}/{len(made)}")
+        made.append(draft.pointwise(kind, inputs, out))
+        return out
+
+    if fraction:
+        root = another("SQRT", [x])
+        fourth = another("SQRT", [root]) if fraction != 0.5 else None
+        factors += [root] * (fraction >= 0.5) + ([fourth] if fourth is not None else [])
+    total = factors[0]
+    for factor in factors[1:]:
+        total = another("MUL", [total, factor])
+    made[-1].outputs = [y]
+    draft.replace(o, made, "products and square roots")
+
+
+def _divide(draft: _Draft, o: Operator) -> None:
+    """By a constant: a product, which is faster; by a square root: its reciprocal, since a divisor
+    that int8 rounds to 0 has none."""
+    divisor = draft.value(o, 1)
+    activation = str(o.options.get("fused_activation_function", "NONE"))
+    if divisor is not None and draft.value(o, 0) is None:
+        if divisor.dtype == np.float32 and (np.abs(divisor) > 1e-30).all():
+            factor = draft.constant(1 / divisor.astype(np.float64), f"{draft.name(o)}/reciprocal")
+            made = draft.pointwise("MUL", [o.inputs[0], factor], o.outputs[0], activation)
+            draft.replace(o, [made], "MUL by the reciprocal")
+        return
+    root = draft.maker(o.inputs[1])
+    if root is None or root.name != "SQRT":
+        return
+    one = draft.value(o, 0)
+    if one is not None and (one == 1).all() and activation == "NONE" and draft.shape(o.inputs[1]) == draft.shape(o.outputs[0]):  # fmt: skip
+        draft.replace(o, [draft.pointwise("RSQRT", [root.inputs[0]], o.outputs[0])], "RSQRT")
+        return
+    reciprocal = draft.tensor(draft.shape(o.inputs[1]), f"{draft.name(o)}/rsqrt")
+    made = draft.pointwise("MUL", [o.inputs[0], reciprocal], o.outputs[0], activation)
+    draft.replace(o, [draft.pointwise("RSQRT", [root.inputs[0]], reciprocal), made], "MUL by RSQRT")
+
+
+def _reshape(draft: _Draft, o: Operator) -> None:
+    shape = draft.constant(draft.shape(o.outputs[0]), f"{draft.name(o)}/shape", np.int32)
+    draft.replace(o, [draft.operator("RESHAPE", [o.inputs[0], shape], o.outputs[0])], "RESHAPE")
+
+
+def _sum_of_all(draft: _Draft, o: Operator) -> None:
+    made: list[Any] = []
+    total = o.inputs[0]
+    for number, term in enumerate(o.inputs[1:]):
+        last = number == len(o.inputs) - 2
+        out = o.outputs[0] if last else draft.tensor(draft.shape(o.outputs[0]), f"{draft.name(o)}/{number}")  # fmt: skip
+        made.append(draft.pointwise("ADD", [total, term], out))
+        total = out
+    if made:
+        draft.replace(o, made, f"{len(made)} ADD")
+
+
+def _tile(draft: _Draft, o: Operator) -> None:
+    copies = draft.value(o, 1)
+    if copies is None or copies.max(initial=1) > MAX_COPIES or copies.min(initial=1) < 1 or copies.max(initial=1) == 1:  # fmt: skip
+        return
+    made: list[Any] = []
+    x, shape = o.inputs[0], list(draft.shape(o.inputs[0]))
+    for axis in np.flatnonzero(copies > 1).tolist():
+        shape[axis] *= int(copies[axis])
+        out = draft.tensor(shape, f"{draft.name(o)}/{axis}")
+        made.append(draft.operator("CONCATENATION", [x] * int(copies[axis]), out, "ConcatenationOptions", axis=axis))  # fmt: skip
+        x = out
+    made[-1].outputs = [o.outputs[0]]
+    draft.replace(o, made, "CONCATENATION of copies")
+
+
+def _split(draft: _Draft, o: Operator) -> None:
+    axis, made = draft.value(o, 2), []
+    if axis is None:
+        return
+    rank, start = len(draft.shape(o.inputs[0])), 0
+    along = int(axis.flat[0]) % rank
+    for output in o.outputs:
+        begin = [0] * rank
+        begin[along] = start
+        shape = draft.shape(output)
+        start += shape[along]
+        name = draft.graph.tensors[output].name
+        bounds = [draft.constant(v, f"{name}/{what}", np.int32) for what, v in (("begin", begin), ("size", shape))]  # fmt: skip
+        made.append(draft.operator("SLICE", [o.inputs[0], *bounds], output, "SliceOptions"))
+    draft.replace(o, made, f"{len(made)} SLICE")
+
+
+def _cast(draft: _Draft, o: Operator) -> None:
+    """A condition as a number: 1 where it holds, else 0."""
+    tensors = draft.graph.tensors
+    if (tensors[o.inputs[0]].dtype, tensors[o.outputs[0]].dtype) != ("bool", "float32"):
+        return
+    values = [draft.constant(v, f"{draft.name(o)}/{v:g}") for v in (1.0, 0.0)]
+    made = draft.operator("SELECT_V2", [o.inputs[0], *values], o.outputs[0], "SelectV2Options")
+    draft.replace(o, [made], "SELECT_V2 of 1 and 0")
+
+
+def _shape_of(draft: _Draft, o: Operator) -> None:
+    """The shape of a tensor never changes here: what reads it reads a constant."""
+    output = draft.model.subgraphs[0].tensors[o.outputs[0]]
+    if output.type != schema.TensorType.INT32 or o.outputs[0] in draft.graph.outputs:
+        return
+    known = draft.constant(draft.shape(o.inputs[0]), f"{draft.name(o)}/constant", np.int32)
+    for operator in draft.model.subgraphs[0].operators:
+        operator.inputs = [known if int(i) == o.outputs[0] else int(i) for i in operator.inputs]
+    draft.replace(o, [], "a constant")
+
+
+_RULES: dict[str, Callable[[_Draft, Operator], None]] = {
+    "ADD_N": _sum_of_all,
+    "CAST": _cast,
+    "DIV": _divide,
+    "EXPAND_DIMS": _reshape,
+    "NEG": _negate,
+    "POW": _power,
+    "SHAPE": _shape_of,
+    "SPLIT_V": _split,
+    "SQUARE": _square,
+    "SQUEEZE": _reshape,
+    "TILE": _tile,
+}
