@@ -19,7 +19,8 @@ import numpy as np
 from edgepipe.array_ops.layout import permute_shape, to_layout
 from edgepipe.artifact import TensorSpec
 from edgepipe.errors import ArtifactError, StageOptionError
-from edgepipe.tflite_ops.onnx_model import external_files, keep_pooled_axes, read_onnx
+from edgepipe.tflite_ops.onnx_model import external_files, read_onnx
+from edgepipe.tflite_ops.onnx_rewrites import rewrite_for_converters
 from edgepipe.tflite_ops.run import QDQ_OPS, invoke_once, open_tflite, run_onnx
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,8 @@ MAX_ASSIGNMENTS = 120
 
 
 def prepare_onnx(path: Path, specs: Sequence[TensorSpec], *, batch: int | None) -> bytes:
-    """The bytes of a model a converter can take: one file, every input dimension fixed, means over
-    height and width as converters follow them (`keep_pooled_axes`).
+    """The bytes of a model a converter can take: one file, every input dimension fixed, and what
+    converters are known to get wrong rewritten (`onnx_rewrites`).
 
     A free batch becomes ``batch`` (1 if None), other free dimensions what ``specs`` say. Raises
     ArtifactError for a broken file and for quantised ONNX (``qdq-onnx``), StageOptionError where
@@ -70,15 +71,14 @@ def prepare_onnx(path: Path, specs: Sequence[TensorSpec], *, batch: int | None) 
             if free:
                 dimension.dim_value = size
                 changed = True
-    if keep_pooled_axes(model) and not changed:
+    if changed:
+        del model.graph.value_info[:]  # intermediate shapes still name the free dimensions
+        for value in model.graph.output:
+            if any(not d.HasField("dim_value") for d in value.type.tensor_type.shape.dim):
+                value.type.tensor_type.ClearField("shape")
+    if rewrite_for_converters(model) or changed:
         return bytes(model.SerializeToString())
-    if not changed:
-        return path.read_bytes()
-    del model.graph.value_info[:]  # intermediate shapes still name the free dimensions
-    for value in model.graph.output:
-        if any(not d.HasField("dim_value") for d in value.type.tensor_type.shape.dim):
-            value.type.tensor_type.ClearField("shape")
-    return bytes(model.SerializeToString())
+    return path.read_bytes()
 
 
 def channels_last(layout: str) -> str:

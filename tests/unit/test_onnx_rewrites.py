@@ -1,0 +1,90 @@
+"""What converters get wrong is rewritten, and computes what it did: onnxruntime is the judge."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from edgepipe.tflite_ops.onnx_rewrites import rewrite_for_converters
+
+
+def model_of(node: onnx.NodeProto, shape: tuple[int, ...], *, opset: int = 18) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        [node], "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["?"] * len(shape))],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+
+def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    return np.asarray(session.run(["y"], {"x": x})[0])
+
+
+def rewritten(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    count = rewrite_for_converters(copy)
+    onnx.checker.check_model(copy, full_check=True)
+    return copy, count
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.7])
+def test_an_elu_keeps_its_alpha_in_operators_that_tflite_has(alpha: float) -> None:
+    model = model_of(helper.make_node("Elu", ["x"], ["y"], "elu", alpha=alpha), (1, 3, 4, 4))
+    new, count = rewritten(model)
+    assert count == 1
+    elu = next(node for node in new.graph.node if node.op_type == "Elu")
+    assert [a.f for a in elu.attribute] in ([], [1.0])
+    x = np.random.default_rng(0).normal(size=(1, 3, 4, 4), scale=3).astype(np.float32)
+    np.testing.assert_allclose(run(new, x), run(model, x), rtol=1e-6)
+
+
+def test_an_elu_of_alpha_1_and_an_old_model_are_left_as_they_are() -> None:
+    assert rewritten(model_of(helper.make_node("Elu", ["x"], ["y"]), (1, 2)))[1] == 0
+    old = model_of(helper.make_node("Elu", ["x"], ["y"], alpha=0.5), (1, 2), opset=10)
+    assert rewritten(old)[1] == 0
+
+
+@given(
+    size=st.tuples(st.integers(3, 9), st.integers(3, 9)),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    pads=st.tuples(*[st.integers(0, 1)] * 4),
+    include=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_an_average_pool_of_ceil_mode_counts_what_is_there(
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    pads: tuple[int, ...],
+    include: bool,
+) -> None:
+    assume(all(pads[i] < kernel[i % 2] for i in range(4)))
+    node = helper.make_node(
+        "AveragePool", ["x"], ["y"], "pool", kernel_shape=kernel, strides=stride, pads=pads,
+        ceil_mode=1, count_include_pad=int(include),
+    )  # fmt: skip
+    model = model_of(node, (1, 2, *size))
+    new, count = rewritten(model)
+    x = np.random.default_rng(1).normal(size=(1, 2, *size)).astype(np.float32)
+    expected = run(model, x)
+    assume(expected.shape[2:] == torch_shape(size, kernel, stride, pads))
+    np.testing.assert_allclose(run(new, x), expected, rtol=1e-5, atol=1e-6)
+    pools = [n for n in new.graph.node if n.op_type == "AveragePool"]
+    assert count == (not any(a.name == "ceil_mode" for a in pools[0].attribute))
+
+
+def torch_shape(size: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int], pads: tuple[int, ...]) -> tuple[int, ...]:  # fmt: skip
+    """PyTorch's rule (pooling_output_shape): the last window begins within the values or the left padding."""
+    shape = []
+    for i in range(2):
+        count = -(-(size[i] + pads[i] + pads[i + 2] - kernel[i]) // stride[i]) + 1
+        shape.append(count - ((count - 1) * stride[i] >= size[i] + pads[i]))
+    return tuple(shape)
