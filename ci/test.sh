@@ -10,6 +10,7 @@ have() { PATH="$PATH:/usr/sbin:/sbin" command -v "$1" >/dev/null; }
 have sshd || packages+=(openssh-server)
 have qemu-system-aarch64 || packages+=(qemu-system-arm)
 have qemu-img || packages+=(qemu-utils)
+have qemu-aarch64 || have qemu-aarch64-static || packages+=(qemu-user)
 if [ "${CI:-}" = true ] && [ ${#packages[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && have apt-get; then
   apt-get update -qq
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null

@@ -58,7 +58,7 @@ def _build(args: argparse.Namespace, names: list[str], out: Output) -> None:
     result = []
     for name in names:
         board = build(name)
-        out.text(f"{name:16} built, snapshot of {format_bytes(disk_bytes(board.folder))}; its address is virt://{name}")  # fmt: skip
+        out.text(f"{name:16} built, {format_bytes(disk_bytes(board.folder))} on disk; its address is virt://{name}")  # fmt: skip
         result.append({"name": name, "address": f"virt://{name}", "folder": str(board.folder)})
     out.json(result)
 
@@ -99,7 +99,7 @@ def _list(args: argparse.Namespace, names: list[str], out: Output) -> None:
             (
                 name,
                 emulation.cpu,
-                ram_text(emulation.memory),
+                ram_text(emulation.memory) if emulation.memory else "-",
                 "whole machine" if emulation.kind == "system" else "processes only",
                 emulation.userland,
                 format_bytes(size_bytes) if board else "not built",

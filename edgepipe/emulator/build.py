@@ -3,7 +3,8 @@
 ::
 
     <cache>/emulator/systems/<key>/         one for all boards of a userland
-    <cache>/emulator/boards/<name>/<key>/   the disk as the board changed it, with the snapshot "ready"
+    <cache>/emulator/boards/<name>/<key>/   the disk as the board changed it, with the snapshot "ready";
+                                            of one without a kernel its files (`user_mode`)
     <cache>/emulator/running/               one folder for each running board (`machine`)
 
 Keys are hashes of what was asked for; ``system.json`` records what it was built of: every Debian
@@ -101,7 +102,7 @@ class System:
 
 @dataclasses.dataclass(frozen=True)
 class Board:
-    """A built board: ``folder`` holds its snapshot."""
+    """A built board: ``folder`` holds its snapshot, or its files where it has no kernel."""
 
     name: str
     emulation: Emulation
@@ -111,6 +112,15 @@ class Board:
     @property
     def overlay(self) -> Path:
         return self.folder / "ready.qcow2"
+
+    @property
+    def is_user_mode(self) -> bool:
+        return self.emulation.kind == "user"
+
+    @property
+    def is_built(self) -> bool:
+        ready = self.folder / "home" if self.is_user_mode else self.overlay
+        return self.system.disk.is_file() and ready.exists()
 
 
 def emulator_dir() -> Path:
@@ -141,13 +151,6 @@ def find_emulation(name: str) -> Emulation:
             hint=f"there are {', '.join(boards)}",
             code="no-virtual-board",
         )
-    if emulation.kind != "system":
-        raise RequestError(
-            f"device profile {name!r} asks for the processes of a board without its kernel, which "
-            "edgepipe does not emulate",
-            hint='write kind = "system"',
-            code="no-virtual-board",
-        )
     return emulation
 
 
@@ -157,7 +160,7 @@ def find_board(name: str) -> Board | None:
     system = System(emulator_dir() / "systems" / _system_key(emulation.userland))
     folder = emulator_dir() / "boards" / name / _board_key(emulation, system)
     board = Board(name, emulation, system, folder)
-    return board if system.disk.is_file() and board.overlay.is_file() else None
+    return board if board.is_built else None
 
 
 def built_board(name: str) -> Board:
@@ -179,9 +182,7 @@ def build(name: str) -> Board:
     NotReadyError where packages cannot be fetched or the machine does not start.
     """
     emulation = find_emulation(name)
-    needs.check_programs(
-        (*needs.TO_BUILD_SYSTEM, *needs.TO_RUN_SYSTEM), doing=f"building the virtual board {name}"
-    )
+    needs.check_programs(needs.to_build(emulation), doing=f"building the virtual board {name}")
     with _build_lock():
         board = find_board(name)
         if board is not None:
@@ -238,7 +239,10 @@ def _system_key(userland: str) -> str:
 
 def _board_key(emulation: Emulation, system: System) -> str:
     from edgepipe.emulator.machine import machine_arguments, qemu_version
+    from edgepipe.emulator.user_mode import init_script
 
+    if emulation.kind == "user":
+        return _key(system.folder.name, emulation.cpu, emulation.cores, init_script().read_bytes())
     # a snapshot is bound to the very machine and version of QEMU that made it
     return _key(system.folder.name, machine_arguments(emulation), qemu_version())
 
@@ -374,16 +378,19 @@ def _write(path: Path, text: str, mode: int) -> None:
 
 
 def _build_board(name: str, emulation: Emulation, system: System) -> Board:
-    from edgepipe.emulator import machine
+    from edgepipe.emulator import machine, user_mode
 
     target = emulator_dir() / "boards" / name / _board_key(emulation, system)
     with _work_folder() as work:
         made = Board(name, emulation, system, work / "board")
         made.folder.mkdir()
-        debian.run_program(
-            ["qemu-img", "create", "-q", "-f", "qcow2", "-b", system.disk, "-F", "raw", made.overlay],
-            doing="making the overlay",
-        )  # fmt: skip
+        if made.is_user_mode:
+            user_mode.make_root(made)
+        else:
+            debian.run_program(
+                ["qemu-img", "create", "-q", "-f", "qcow2", "-b", system.disk, "-F", "raw", made.overlay],
+                doing="making the overlay",
+            )  # fmt: skip
         log.info("starting %s for the first time", name)
         machine.make_snapshot(made)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -24,8 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edgepipe.emulator import needs
-from edgepipe.emulator.build import SNAPSHOT, USER, Board, built_board, emulator_dir
+from edgepipe.emulator import needs, user_mode
+from edgepipe.emulator.build import SNAPSHOT, USER, Board, built_board, emulator_dir, find_emulation
 from edgepipe.emulator.debian import run_program
 from edgepipe.errors import NotReadyError
 from edgepipe.profile import Emulation
@@ -36,7 +36,7 @@ _START_TIMEOUT_S = 300.0  # 5 s when nothing else runs; a restored snapshot take
 _QMP_TIMEOUT_S = 60.0
 _LOGIN_TIMEOUT_S = 60.0  # key exchange is emulated too
 _PORT_ATTEMPTS = 5
-_DISK = "disk.qcow2"
+_DISK, _HOME = "disk.qcow2", "home"
 _NETWORK = "net0"  # the name of the network card for QMP's set_link
 
 # Runs "$@" until it ends or the standard input does: that of a board which lives no longer than the
@@ -280,14 +280,20 @@ def _run_folder(board: Board, name: str) -> Iterator[tuple[Path, int]]:
         lock = os.open(folder, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX)
     try:
-        # the snapshot lies in the overlay, so it is copied; holes stay holes
-        run_program(["cp", "--sparse=always", "--reflink=auto", board.overlay, folder / _DISK], doing="copying the disk")  # fmt: skip
+        _copy_state(board, folder)
         yield folder, lock
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:
         os.close(lock)
+
+
+def _copy_state(board: Board, folder: Path) -> None:
+    """What a board changes while it runs is a copy of its own; holes stay holes."""
+    # the snapshot lies in the overlay
+    source, name = (board.folder / _HOME, _HOME) if board.is_user_mode else (board.overlay, _DISK)
+    run_program(["cp", "-a", "--sparse=always", "--reflink=auto", source, folder / name], doing="copying the disk")  # fmt: skip
 
 
 def _await_start(name: str) -> Running:
@@ -338,7 +344,9 @@ def _read_running(folder: Path) -> Running | None:
 
 
 def _ready_board(name: str) -> Board:
-    needs.check_programs(needs.TO_RUN_SYSTEM, doing=f"starting the virtual board {name}")
+    needs.check_programs(
+        needs.to_run(find_emulation(name)), doing=f"starting the virtual board {name}"
+    )
     return built_board(name)
 
 
@@ -350,12 +358,13 @@ def _start(
         chosen = port or _free_port()
         process = _launch(board, folder, lock, chosen, restore=True, watched=watched)
         try:
-            _wait_for_banner(chosen, process, folder)
+            _wait_for_banner(board, chosen, process, folder)
             break
         except NotReadyError:
             _end_watched(process) if watched else _kill(process)
             # another process may have taken the port between our look and QEMU's bind
-            if port or attempt == _PORT_ATTEMPTS - 1 or "hostfwd" not in _said(folder):
+            taken = any(words in _said(folder) for words in ("hostfwd", "Bind to port"))
+            if port or attempt == _PORT_ATTEMPTS - 1 or not taken:
                 raise
         except BaseException:
             _end_watched(process) if watched else _kill(process)
@@ -374,23 +383,10 @@ def _start(
 def _launch(
     board: Board, folder: Path, lock: int, port: int, *, restore: bool, watched: bool
 ) -> subprocess.Popen[bytes]:
-    disk = ",".join(
-        (
-            "driver=qcow2",
-            f"file.filename={_escaped(folder / _DISK)}",
-            "backing.driver=raw",
-            f"backing.file.filename={_escaped(board.system.disk)}",
-        )
-    )
-    argv = [
-        needs.find_program("qemu-system-aarch64"), *machine_arguments(board.emulation),
-        "-kernel", str(board.system.kernel), "-initrd", str(board.system.initramfs),
-        "-serial", "file:console.log", "-qmp", "unix:qmp,server=on,wait=off",
-        "-drive", f"if=none,id=disk0,cache=unsafe,{disk}", "-device", "virtio-blk-device,drive=disk0",
-        "-netdev", f"user,id=user0,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:22",
-        "-device", f"virtio-net-device,id={_NETWORK},netdev=user0", "-device", "virtio-rng-device",
-        *(("-loadvm", SNAPSHOT) if restore else ()),
-    ]  # fmt: skip
+    if board.is_user_mode:
+        argv = user_mode.command(board, home=folder / _HOME, port=port)
+    else:
+        argv = _machine_command(board, folder, port, restore=restore)
     try:
         with (folder / "qemu.log").open("wb") as output:
             return subprocess.Popen(
@@ -404,6 +400,26 @@ def _launch(
             )
     except OSError as exc:
         raise NotReadyError(f"cannot start {argv[0]}: {exc}", code="emulator-failed") from exc
+
+
+def _machine_command(board: Board, folder: Path, port: int, *, restore: bool) -> list[str]:
+    disk = ",".join(
+        (
+            "driver=qcow2",
+            f"file.filename={_escaped(folder / _DISK)}",
+            "backing.driver=raw",
+            f"backing.file.filename={_escaped(board.system.disk)}",
+        )
+    )
+    return [
+        needs.find_program("qemu-system-aarch64"), *machine_arguments(board.emulation),
+        "-kernel", str(board.system.kernel), "-initrd", str(board.system.initramfs),
+        "-serial", "file:console.log", "-qmp", "unix:qmp,server=on,wait=off",
+        "-drive", f"if=none,id=disk0,cache=unsafe,{disk}", "-device", "virtio-blk-device,drive=disk0",
+        "-netdev", f"user,id=user0,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:22",
+        "-device", f"virtio-net-device,id={_NETWORK},netdev=user0", "-device", "virtio-rng-device",
+        *(("-loadvm", SNAPSHOT) if restore else ()),
+    ]  # fmt: skip
 
 
 def _escaped(path: Path) -> str:
@@ -437,14 +453,17 @@ def _said(folder: Path) -> str:
     return ""
 
 
-def _wait_for_banner(port: int, process: subprocess.Popen[bytes], folder: Path) -> None:
+def _wait_for_banner(
+    board: Board, port: int, process: subprocess.Popen[bytes], folder: Path
+) -> None:
     """Until sshd greets: QEMU itself accepts connections before anybody listens inside."""
     deadline_s = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline_s:
         if process.poll() is not None:
+            again = f"build the board again: edgepipe emulate build {board.name}"
             raise NotReadyError(
-                f"QEMU ended with {process.returncode} while starting: {_said(folder)[-500:]}",
-                hint="build the board again: edgepipe emulate build",
+                f"QEMU ended with {process.returncode} while starting {board.name}: {_said(folder)[-500:]}",
+                hint=user_mode.WHY_NOT if board.is_user_mode else again,
                 code="emulator-failed",
             )
         with (
@@ -462,15 +481,32 @@ def _wait_for_banner(port: int, process: subprocess.Popen[bytes], folder: Path) 
 
 
 def make_snapshot(board: Board) -> None:
-    """Start a board that was just made, log in once, and keep it as the snapshot "ready"."""
+    """Start a board that was just made, log in once, and keep it as the snapshot "ready".
+
+    Without a kernel there is no snapshot, but what its home holds afterwards is kept.
+    """
     folder = board.folder
+    if board.is_user_mode:
+        folder = folder / "first-start"
+        folder.mkdir()
+        _copy_state(board, folder)
+        with _folder_descriptor(folder) as lock:
+            running, process = _start(board, folder, lock, port=0, watched=True)
+        try:
+            _warm_up(running)
+            shutil.rmtree(board.folder / _HOME)
+            (folder / _HOME).rename(board.folder / _HOME)
+        finally:
+            _end_watched(process)
+            shutil.rmtree(folder, ignore_errors=True)
+        return
     overlay = folder / _DISK
     board.overlay.rename(overlay)
     port = _free_port()
     with _folder_descriptor(folder) as lock:
         process = _launch(board, folder, lock, port, restore=False, watched=True)
     try:
-        _wait_for_banner(port, process, folder)
+        _wait_for_banner(board, port, process, folder)
         (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {board.system.host_key}\n")
         running = Running(board.name, folder, port, process.pid, board.system.identity_file)
         _warm_up(running)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgepipe.errors import MissingExtra
+from edgepipe.profile import Emulation
 
 _SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")  # often not on an ordinary user's PATH
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -26,17 +27,27 @@ class Packages:
 
 PROGRAMS: dict[str, Packages] = {
     "qemu-system-aarch64": Packages("qemu-system-arm", "qemu-system-aarch64", "qemu-system-aarch64", "qemu"),
+    "qemu-aarch64": Packages("qemu-user", "qemu-user", "qemu-user-static"),
+    "unshare": Packages("util-linux", "util-linux", "util-linux"),
     "qemu-img": Packages("qemu-utils", "qemu-img", "qemu-img", "qemu"),
     "apt-get": Packages("apt", "apt", "apt"),
     "dpkg-deb": Packages("dpkg", "dpkg", "dpkg"),
     "tar": Packages("tar", "tar", "tar", "gnu-tar"),
     "mke2fs": Packages("e2fsprogs", "e2fsprogs", "e2fsprogs", "e2fsprogs"),
+    "debugfs": Packages("e2fsprogs", "e2fsprogs", "e2fsprogs", "e2fsprogs"),
     "ssh-keygen": Packages("openssh-client", "openssh", "openssh", "openssh"),
     str(KEYRING): Packages("debian-archive-keyring", "debian-keyring", "debian-archive-keyring"),
 }  # fmt: skip
-TO_BUILD = ("apt-get", "dpkg-deb", "tar", "ssh-keygen", str(KEYRING))
-TO_BUILD_SYSTEM = (*TO_BUILD, "mke2fs", "qemu-img")
-TO_RUN_SYSTEM = ("qemu-system-aarch64",)
+_TO_BUILD = ("apt-get", "dpkg-deb", "tar", "ssh-keygen", str(KEYRING))
+
+
+def to_run(emulation: Emulation) -> tuple[str, ...]:
+    return ("qemu-aarch64", "unshare") if emulation.kind == "user" else ("qemu-system-aarch64",)
+
+
+def to_build(emulation: Emulation) -> tuple[str, ...]:
+    disk = ("mke2fs", "debugfs" if emulation.kind == "user" else "qemu-img")
+    return (*_TO_BUILD, *disk, *to_run(emulation))
 
 
 def find_program(name: str) -> str:
@@ -46,8 +57,13 @@ def find_program(name: str) -> str:
     return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *_SBIN])) or ""
 
 
+def find_qemu_user() -> str:
+    """QEMU's user mode, the one that needs no libraries first; "" where there is none."""
+    return find_program("qemu-aarch64-static") or find_program("qemu-aarch64")
+
+
 def missing_programs(names: Sequence[str]) -> list[str]:
-    return [name for name in names if not find_program(name)]
+    return [name for name in names if not (find_qemu_user() if name == "qemu-aarch64" else find_program(name))]  # fmt: skip
 
 
 def check_programs(names: Sequence[str], *, doing: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import re
 import shutil
@@ -14,13 +15,14 @@ from hypothesis import strategies as st
 
 from edgepipe.device import open_device
 from edgepipe.emulator import needs
-from edgepipe.emulator.build import emulated_profiles, find_board
+from edgepipe.emulator.build import emulated_profiles, find_board, find_emulation
 from edgepipe.emulator.initramfs import Entry, initramfs, load_order, newc
 from edgepipe.emulator.machine import machine_arguments
+from edgepipe.emulator.user_mode import cpuinfo
 from edgepipe.errors import MissingExtra, NotReadyError, RequestError
 from edgepipe.inventory import resolve_targets
 
-VIRTUAL = ["virt-pi-4", "virt-pi-4-32bit", "virt-pi-5", "virt-pi-zero2w"]
+VIRTUAL = ["virt-pi-4", "virt-pi-4-32bit", "virt-pi-5", "virt-pi-user", "virt-pi-zero2w"]
 
 
 @pytest.fixture
@@ -67,14 +69,18 @@ def test_a_module_is_loaded_after_those_it_depends_on() -> None:
 
 def test_every_virtual_board_is_a_profile_with_an_address(empty_cache: Path) -> None:
     assert list(emulated_profiles()) == VIRTUAL
-    targets = resolve_targets(VIRTUAL, address=None, profile=None)
+    targets = resolve_targets(VIRTUAL)
     assert [target.address for target in targets] == [f"virt://{name}" for name in VIRTUAL]
-    (target,) = resolve_targets([], address="virt://virt-pi-5", profile=None)
+    (target,) = resolve_targets([], devices=["virt://virt-pi-5"])
     assert target.profile.name == "virt-pi-5"
 
 
 def test_a_board_counts_instructions_on_one_core() -> None:
-    for profile in emulated_profiles().values():
+    machines = [
+        p for p in emulated_profiles().values() if p.emulated and p.emulated.kind == "system"
+    ]
+    assert len(machines) == 4
+    for profile in machines:
         assert profile.emulated is not None
         arguments = " ".join(machine_arguments(profile.emulated))
         assert f"-cpu {profile.emulated.cpu} -smp 1" in arguments
@@ -82,20 +88,32 @@ def test_a_board_counts_instructions_on_one_core() -> None:
         assert f"-m {int(profile.ram_bytes) // 2**20}M" in arguments
 
 
-def test_a_board_that_was_not_built_says_how(empty_cache: Path) -> None:
-    if needs.missing_programs(needs.TO_RUN_SYSTEM):
+@pytest.mark.parametrize("name", ["virt-pi-4", "virt-pi-user"])
+def test_a_board_that_was_not_built_says_how(empty_cache: Path, name: str) -> None:
+    if needs.missing_programs(needs.to_run(find_emulation(name))):
         pytest.skip("no QEMU on this machine")
-    assert find_board("virt-pi-4") is None
+    assert find_board(name) is None
     with pytest.raises(NotReadyError) as caught:
-        open_device("virt://virt-pi-4")
-    assert caught.value.hint == "edgepipe emulate build virt-pi-4"
-    assert not list(empty_cache.rglob("virt-pi-4*"))
+        open_device(f"virt://{name}")
+    assert caught.value.hint == f"edgepipe emulate build {name}"
+    assert not list(empty_cache.rglob("virt-*"))
+
+
+def test_a_core_whose_identity_is_not_known_is_refused() -> None:
+    emulation = find_emulation("virt-pi-user")
+    assert "CPU part\t: 0xd08\nCPU revision\t: 3\n" in cpuinfo(emulation)
+    with pytest.raises(RequestError, match="max"):
+        cpuinfo(dataclasses.replace(emulation, cpu="max"))
 
 
 def test_missing_programs_are_one_error_with_the_packages_of_every_system(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(needs, "find_program", lambda name: "")
+    with pytest.raises(MissingExtra, match="which this machine does not have") as caught:
+        open_device("virt://virt-pi-user")
+    assert "qemu-aarch64, unshare" in caught.value.message
+    assert "macOS: virtual boards are built on Linux only" in caught.value.hint
     with pytest.raises(MissingExtra) as caught:
         open_device("virt://virt-pi-4")
     assert "qemu-system-aarch64" in caught.value.message
