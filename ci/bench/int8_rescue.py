@@ -1,28 +1,42 @@
 """What full int8 loses and what the rescue ladder brings back, on hostile and on trained networks.
 
-    EDGEPIPE_DATA=DIR python ci/bench/int8_rescue.py --work DIR [--only NAME ...] [--list] [--qat]
+    EDGEPIPE_DATA=DIR python ci/bench/int8_rescue.py --work DIR [--only NAME ...] [--list] [--qat] [--memory]
 
-Each network's float file is quantised three times on the same calibration data: by litert-quantizer
-alone with its own calibration (a moving average of ranges), by `quantize_int8` as it is, and by
-`quantize_int8` with ``max_drop = "1 point"``. Trained ones are judged on samples that neither
-calibration nor the ladder has seen (half of the test set; the ladder chooses by the other half), the
-hostile ones on those the ladder chose by. A row is kept as JSON in ``--work`` and not made again. At the end the tables are
-printed, and written to ``int8_rescue.md`` and ``int8_rescue.json``.
+Each network's float file is quantised on the same calibration data by `quantize_int8` as it is, by
+`quantize_int8` with ``max_drop = "1 point"``, and by litert-quantizer alone with its own calibration
+(a moving average of ranges); its ONNX file by onnx2tf's own int8 (2.6.9 and 1.29.24) and by
+TensorFlow's TFLiteConverter, on the SavedModel that onnx2tf 1.29.24 makes. Trained networks are judged
+on samples that neither calibration nor the ladder has seen, the hostile ones on those the ladder chose
+by. A row is kept as JSON in ``--work`` and not made again. At the end the tables are printed, and
+written to ``int8_rescue.md`` and ``int8_rescue.json``.
 
 hostile   the three of tests/unit/hostile_nets.py
 keyword   the published keyword spotter, no training
-fashion   students of `edgepipe.students`, trained for one epoch on 10,000 images of Fashion-MNIST
+fashion   students of `edgepipe.students` on Fashion-MNIST; the ladder chooses by half of the test set,
+          the other half judges
+signs     photographs of hands showing digits: every fifth file of a class judges, the one after it is
+          for the ladder to choose by, the others train
+
+The seconds are of CPU, the least of two runs: plain int8 with both models judged on the ladder's own
+data, which is what the first rung does, the ladder that ends at its first rung, and the whole ladder.
 
 ``--qat`` measures what `rescue.QAT_INFERENCES` claims: one batch of training in inferences.
+``--memory`` measures the peak memory of a process that calibrates on 500 and on 5,000 samples.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import logging
+import os
+import pickle
+import re
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -30,34 +44,70 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from compression import tflite_accuracy
 from litert_quantizer import quantizer, recipe
 from litert_quantizer.utils import tfl_interpreter_utils
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # tests/unit/hostile_nets.py is not installed
 
-from edgepipe import pipeline  # noqa: E402
+from edgepipe import pipeline, toolchain  # noqa: E402
 from edgepipe.array_ops.calibration import file_batches  # noqa: E402
 from edgepipe.array_ops.load import Samples, load_samples  # noqa: E402
-from edgepipe.artifact import Artifact, make_artifact  # noqa: E402
-from edgepipe.data import DataSource  # noqa: E402
+from edgepipe.array_ops.task_metrics import task_metric  # noqa: E402
+from edgepipe.artifact import Artifact, TensorSpec, make_artifact  # noqa: E402
+from edgepipe.data import DataSource, ImagePreprocess  # noqa: E402
 from edgepipe.errors import EdgepipeError, StageError  # noqa: E402
+from edgepipe.predict import predict  # noqa: E402
 from edgepipe.recipe import Recipe, load_recipe  # noqa: E402
 from edgepipe.stage import StageContext  # noqa: E402
 from edgepipe.stages import stage_class  # noqa: E402
 from edgepipe.stages.quantize_int8 import QuantizeInt8, source_specs  # noqa: E402
 from edgepipe.store import Store, write_json  # noqa: E402
 from edgepipe.tflite_ops.inspect import tensor_specs  # noqa: E402
-from edgepipe.tflite_ops.sensitivity import outputs_of  # noqa: E402
+from edgepipe.torch_ops.model import ModelDescription, build_model  # noqa: E402
+from edgepipe.torch_ops.train import ArraySet, train  # noqa: E402
+from edgepipe.training import Augmentation, TrainingOptions  # noqa: E402
 
 RECIPES = ROOT / "ci" / "recipes"
 MAX_DROP = 1.0
-EPOCHS, IMAGES = 1, 10_000
-TRAINING = {"batch_size": 64, "lr": 4e-3, "warmup": 0.3}
-STUDENTS = {
-    "ds_cnn": 0.5, "resnet8": 0.25, "mobilenet_v1": 0.25, "mobilenet_v2": 0.2, "mobilenet_v3_small": 0.2,
-    "tiny_vit": 0.25,
-}  # fmt: skip
+CALIBRATION = 256
+IMAGES = 30_000  # of Fashion-MNIST to train on
+STUDENTS = "edgepipe.torch_ops.students"
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """One to train: ``builder`` and ``args`` as in a recipe, ``size`` of its square images."""
+
+    builder: str
+    size: int
+    epochs: int
+    args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    lr: float = 4e-3
+
+
+def _student(name: str, width: float, channels: int, size: int, epochs: int, lr: float = 4e-3, **args: Any) -> Network:  # fmt: skip
+    options = {**args, "width": width, "in_channels": channels, "size": [size, size]}
+    return Network(f"{STUDENTS}.{name}:build", size, epochs, options, lr)
+
+
+NETWORKS: dict[str, Network] = {
+    "fashion/ds_cnn": _student("ds_cnn", 0.5, 1, 28, 2),
+    "fashion/resnet8": _student("resnet", 0.25, 1, 28, 2, blocks=1),
+    "fashion/mobilenet_v2": _student("mobilenet_v2", 0.2, 1, 28, 3),
+    "fashion/mobilenet_v3_small": _student("mobilenet_v3_small", 0.2, 1, 28, 5),
+    "fashion/tiny_vit": _student("tiny_vit", 0.25, 1, 28, 3),
+    "signs/mobilenet_v3_small": _student("mobilenet_v3_small", 0.35, 3, 64, 25),
+    "signs/efficientnet_b0": Network("zoo_models.mobile:efficientnet_b0", 64, 25),
+    "signs/vit": Network("zoo_models.transformer:vit", 32, 40, lr=1e-3),
+}
+TRAINING = TrainingOptions(
+    epochs=1, batch_size=64, lr=4e-3, warmup=1.0, label_smoothing=0.1,
+    augment=Augmentation(flip=True, shift=3), device="cpu",
+)  # fmt: skip
 HOSTILE = ("dead_batch_norm", "wide_swish", "detector_head")
 Row = dict[str, Any]
 
@@ -71,6 +121,7 @@ class Case:
     judge: Callable[[bytes], float]
     options: Mapping[str, Any]
     root: Path
+    onnx: Artifact | None = None
 
 
 # --- the networks -----------------------------------------------------------------------------------
@@ -101,66 +152,121 @@ def hostile(name: str, work: Path) -> Case:
     return Case(model, sources, net.accuracy, options, folder)
 
 
-def converted(made: Recipe, work: Path, test: DataSource) -> Case:
-    """A recipe without its quantize_int8; the test set in two halves."""
-    kept = tuple(s for s in made.stages if s.name != "quantize_int8")
-    model = pipeline.convert(dataclasses.replace(made, stages=kept), Store(work / "store"))
-    specs = source_specs(model.inputs)
-    everything = load_samples(test, specs)
+def converted(made: Recipe, work: Path) -> Case:
+    """A recipe with its data sets ``calibration``, ``validation`` and ``held_out``, in float."""
+    stages = (stage_class("export_onnx")(), stage_class("to_tflite")())
+    store = Store(work / "store")
+    onnx, model = (
+        pipeline.convert(dataclasses.replace(made, stages=stages[:n]), store) for n in (1, 2)
+    )
     folder = work / made.name
     folder.mkdir(exist_ok=True)
-    assert everything.labels is not None
-    for name, rows in (("validation", slice(0, None, 2)), ("held_out", slice(1, None, 2))):
-        arrays = {k: a[rows] for k, a in everything.inputs.items()}
-        np.savez(folder / f"{name}.npz", labels=everything.labels[rows], **arrays)
-    sources = {
-        n: DataSource(kind="npz", path=folder / f"{n}.npz", root=folder)
-        for n in ("validation", "held_out")
-    }
-    held_out = load_samples(sources["held_out"], specs)
-    batches = list(file_batches(held_out, model.inputs))
+    held_out = load_samples(made.data["held_out"], source_specs(model.inputs))
+    (images,) = held_out.inputs.values()
+    labels = held_out.labels
+    assert labels is not None
 
     def judge(content: bytes) -> float:
-        (found,) = outputs_of(content, batches, where=made.name)
-        assert held_out.labels is not None
-        return float((found.reshape(len(found), -1).argmax(axis=1) == held_out.labels).mean())
+        path = folder / "judged.tflite"
+        path.write_bytes(content)
+        return tflite_accuracy(path, images, labels)
 
-    return Case(model, {**sources, "calibration": made.data["calibration"]}, judge, {}, folder)
+    data = {n: made.data[n] for n in ("calibration", "validation", "held_out")}
+    return Case(model, data, judge, {}, folder, onnx)
+
+
+def kept(folder: Path, name: str, images: np.ndarray, labels: np.ndarray, *, key: str = "image") -> DataSource:  # fmt: skip
+    path = folder / f"{name}.npz"
+    np.savez(path, **{"labels": labels, key: images})  # type: ignore[arg-type]
+    return DataSource(kind="npz", path=path, root=folder)
 
 
 def keyword(name: str, work: Path) -> Case:
     made = load_recipe(RECIPES / "keyword_spotting.toml")
-    return converted(made, work, made.data["test"])
+    folder = work / "keyword-data"
+    folder.mkdir(exist_ok=True)
+    specs = [TensorSpec(o.name, o.shape, o.dtype, o.layout) for o in made.model.inputs]
+    test = load_samples(made.data["test"], specs)
+    assert test.labels is not None
+    halves = {
+        n: kept(folder, n, test.inputs["mfcc"][k::2], test.labels[k::2], key="mfcc")
+        for k, n in enumerate(("validation", "held_out"))
+    }
+    return converted(dataclasses.replace(made, data={**made.data, **halves}), work)
 
 
-def fashion(name: str, work: Path) -> Case:
+@functools.cache
+def fashion_data(folder: Path, size: int) -> dict[str, DataSource]:
     made = load_recipe(RECIPES / "fashion_mnist.toml")
-    student = name.partition("/")[2]
-    from edgepipe.students import STUDENTS as ZOO
-    from edgepipe.students import student_args
+    specs = [TensorSpec(o.name, o.shape, o.dtype, o.layout) for o in made.model.inputs]
+    found = {n: load_samples(dataclasses.replace(made.data[n], limit=0), specs) for n in ("train", "test")}  # fmt: skip
+    (train_x,), (test_x,) = found["train"].inputs.values(), found["test"].inputs.values()
+    train_y, test_y = found["train"].labels, found["test"].labels
+    assert train_y is not None
+    assert test_y is not None
+    return {
+        "train": kept(folder, "train", train_x[:IMAGES], train_y[:IMAGES]),
+        "calibration": kept(folder, "calibration", train_x[:CALIBRATION], train_y[:CALIBRATION]),
+        "validation": kept(folder, "validation", test_x[::2], test_y[::2]),
+        "held_out": kept(folder, "held_out", test_x[1::2], test_y[1::2]),
+    }
 
-    builder = f"edgepipe.torch_ops.students.{Path(ZOO[student].file).stem}:build"
-    args = student_args(student, (1, 1, 28, 28), 10, {"width": STUDENTS[student]})
-    steps = [("finetune", {**TRAINING, "epochs": EPOCHS}), ("export_onnx", {}), ("to_tflite", {})]
-    made = dataclasses.replace(
-        made, name=f"fashion-{student}", model=dataclasses.replace(made.model, builder=builder, args=args),
-        stages=tuple(stage_class(n)(**options) for n, options in steps),
-        data={**made.data, "train": dataclasses.replace(made.data["train"], limit=IMAGES)},
+
+@functools.cache
+def signs_data(folder: Path, size: int) -> dict[str, DataSource]:
+    path = Path(os.environ["EDGEPIPE_DATA"]) / "sign-language-digits" / "images.zip"
+    source = DataSource(
+        kind="images", path=path, image=ImagePreprocess(size=(size, size)),
+        scale=1 / 255, mean=(0.5,), std=(0.25,),
     )  # fmt: skip
-    return converted(made, work, dataclasses.replace(made.data["test"], limit=0))
+    found = load_samples(source, [TensorSpec("image", (1, 3, size, size), "float32", "NCHW")])
+    images, labels = found.inputs["image"], found.labels
+    assert labels is not None
+    place = np.array([(labels[:row] == label).sum() for row, label in enumerate(labels)]) % 5
+    rest = np.random.default_rng(0).permutation(np.flatnonzero(place > 1))
+    parts = {
+        "train": rest, "calibration": rest[:CALIBRATION],
+        "validation": np.flatnonzero(place == 1), "held_out": np.flatnonzero(place == 0),
+    }  # fmt: skip
+    return {n: kept(folder, n, images[rows], labels[rows]) for n, rows in parts.items()}
+
+
+def trained(name: str, work: Path) -> Case:
+    """Train once, convert. Training is ours with channels last, which suits a CPU twice as well."""
+    network, kind = NETWORKS[name], name.partition("/")[0]
+    folder = work / f"{kind}-{network.size}"
+    folder.mkdir(exist_ok=True)
+    data = (fashion_data if kind == "fashion" else signs_data)(folder, network.size)
+    made = load_recipe(RECIPES / "fashion_mnist.toml")
+    shape = (1, 1 if kind == "fashion" else 3, network.size, network.size)
+    specs = [TensorSpec("image", shape, "float32", "NCHW")]
+    weights = work / f"{name.replace('/', '-')}.safetensors"
+    if not weights.exists():
+        model = build_model(ModelDescription(network.builder, dict(network.args)), seed=0)
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        samples = load_samples(data["train"], specs)
+        assert samples.labels is not None
+        options = dataclasses.replace(TRAINING, epochs=network.epochs, lr=network.lr)
+        train(model, ArraySet([samples.inputs["image"]], samples.labels), options, seed=0, stage=name)  # fmt: skip
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, weights)
+    source = dataclasses.replace(
+        made.model, builder=network.builder, args=dict(network.args), weights=weights,
+        inputs=(dataclasses.replace(made.model.inputs[0], shape=shape),),
+    )  # fmt: skip
+    return converted(dataclasses.replace(made, name=name.replace("/", "-"), model=source, data=data), work)  # fmt: skip
 
 
 CASES: dict[str, Callable[[str, Path], Case]] = {
     **dict.fromkeys(HOSTILE, hostile),
     "keyword": keyword,
-    **{f"fashion/{name}": fashion for name in STUDENTS},
+    **dict.fromkeys(NETWORKS, trained),
 }
 
 
-# --- a row ------------------------------------------------------------------------------------------
+# --- other tools ------------------------------------------------------------------------------------
 
 
-def plain_quantizer(case: Case, samples: Samples) -> bytes:
+def litert_quantizer_alone(case: Case, samples: Samples) -> bytes:
     """litert-quantizer as its own documentation uses it."""
     content = case.model.path.read_bytes()
     rules = recipe.static_wi8_ai8()
@@ -175,13 +281,87 @@ def plain_quantizer(case: Case, samples: Samples) -> bytes:
     return bytes(made)
 
 
-def staged(case: Case, work: Path, **options: Any) -> tuple[Artifact, float]:
+# onnx2tf's -oiqt; with "saved_model" TensorFlow's converter on the SavedModel that it leaves, too.
+# A file of that name keeps onnx2tf 1.x from fetching it (toolchains/onnx_to_tflite_tf.py).
+ONNX2TF_INT8 = """
+import pathlib, sys
+import numpy, onnx2tf
+
+name, kind, wanted = sys.argv[1:]
+samples = numpy.load("samples.npy")
+numpy.save("calibration_image_sample_data_20x128x128x3_float32.npy", numpy.zeros((20, 128, 128, 3), "float32"))
+channels = samples.shape[-1]
+onnx2tf.convert(
+    input_onnx_file_path="model.onnx", output_folder_path="out", output_integer_quantized_tflite=True,
+    quant_type=kind, verbosity="warn", output_signaturedefs=True,
+    custom_input_op_name_np_data_path=[
+        [name, "samples.npy", numpy.zeros((1, 1, 1, channels)).tolist(), numpy.ones((1, 1, 1, channels)).tolist()]
+    ],
+)
+if wanted == "saved_model":
+    import tensorflow
+
+    converter = tensorflow.lite.TFLiteConverter.from_saved_model("out")
+    converter.optimizations = [tensorflow.lite.Optimize.DEFAULT]
+    converter.representative_dataset = lambda: ([sample[None]] for sample in samples)
+    converter.target_spec.supported_ops = [tensorflow.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    converter.inference_input_type = converter.inference_output_type = tensorflow.int8
+    pathlib.Path("tflite_converter.tflite").write_bytes(converter.convert())
+"""
+
+
+def onnx2tf_alone(case: Case, samples: Samples, work: Path) -> dict[str, Path | str]:
+    """Column -> an int8 file from the same ONNX and samples, or why there is none."""
+    found: dict[str, Path | str] = {}
+    assert case.onnx is not None
+    ((name, images),) = samples.inputs.items()
+    # 2.6.9's per-channel files of depthwise layers name an axis that LiteRT refuses to open
+    for tool, column, kind in (("onnx2tf", "onnx2tf_2", "per-tensor"), ("onnx2tf-tf", "onnx2tf_1", "per-channel")):  # fmt: skip
+        folder = work / "trial" / tool
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        shutil.copyfile(case.onnx.path, folder / "model.onnx")
+        np.save(folder / "samples.npy", images.transpose(0, 2, 3, 1))
+        python = toolchain.ensure(tool) / "bin/python"
+        environ = {"PATH": f"{python.parent}:{os.environ['PATH']}", "HOME": str(folder), "TF_USE_LEGACY_KERAS": "1"}  # fmt: skip
+        wanted = "saved_model" if tool == "onnx2tf-tf" else ""
+        with (folder / "log.txt").open("wb") as stream:
+            subprocess.run([python, "-c", ONNX2TF_INT8, name, kind, wanted], cwd=folder, env=environ, stdout=stream, stderr=stream, check=False)  # fmt: skip
+        said = (folder / "log.txt").read_text(errors="replace").splitlines()
+        why = next((line for line in said if re.match(r"[\w.]+Error: ", line)), "without a word")[:200]  # fmt: skip
+        patterns = {column: "out/*_full_integer_quant.tflite"}
+        if wanted:
+            patterns["tflite_converter"] = "tflite_converter.tflite"
+        for key, pattern in patterns.items():
+            found[key] = next(iter(sorted(folder.glob(pattern))), why)
+    return found
+
+
+# --- a row ------------------------------------------------------------------------------------------
+
+
+def staged(case: Case, work: Path, **options: Any) -> Artifact:
     folder = work / "trial"
     folder.mkdir(exist_ok=True)
     context = StageContext(folder, case.data, 0, work / "log", root=case.root)
-    began = time.perf_counter()
-    made = QuantizeInt8(**options).run(case.model, context)
-    return made, time.perf_counter() - began
+    return QuantizeInt8(**options).run(case.model, context)
+
+
+def judged(case: Case, made: Artifact) -> None:
+    """What a user does after plain int8 to know what it lost: the first rung does that as well."""
+    data = load_samples(case.data["validation"], source_specs(case.model.inputs))
+    assert data.labels is not None
+    for model in (case.model, made):
+        task_metric(case.options.get("metric", "top1"), predict(model, data.inputs), data.labels, root=case.root)  # fmt: skip
+
+
+def cpu_s(action: Callable[[], Any], *, runs: int = 2) -> float:
+    taken = []
+    for _ in range(runs):
+        began = time.process_time()
+        action()
+        taken.append(time.process_time() - began)
+    return min(taken)
 
 
 def make_row(name: str, work: Path) -> Row:
@@ -189,21 +369,30 @@ def make_row(name: str, work: Path) -> Row:
     samples = load_samples(dataclasses.replace(case.data["calibration"], limit=500), source_specs(case.model.inputs))  # fmt: skip
     row: Row = {"float": case.judge(case.model.path.read_bytes()), "bytes_float": case.model.size_bytes}  # fmt: skip
     try:
-        row["quantizer"] = case.judge(plain_quantizer(case, samples))
+        row["quantizer"] = case.judge(litert_quantizer_alone(case, samples))
     except Exception as exc:  # noqa: BLE001 - it raises whatever its parts raise
         row["quantizer"], row["quantizer_error"] = None, f"{type(exc).__name__}: {exc}"[:300]
+    if case.onnx is not None:
+        for key, file in onnx2tf_alone(case, samples, work).items():
+            if isinstance(file, str):
+                row[key], row[f"{key}_error"] = None, file
+            else:
+                row[key] = case.judge(file.read_bytes())
     given = {k: v for k, v in case.options.items() if k != "metric"}
-    plain, row["plain_s"] = staged(case, work, min_sqnr=-200.0, **given)
+    plain = staged(case, work, min_sqnr=-200.0, **given)
     row["plain"] = case.judge(plain.path.read_bytes())
+    row["plain_s"] = cpu_s(lambda: judged(case, staged(case, work, min_sqnr=-200.0, **given)))
     # a ladder that holds at once: its first rung and nothing else
-    _, row["first_rung_s"] = staged(case, work, max_drop=100.0, evaluate="validation", **case.options)  # fmt: skip
+    row["first_rung_s"] = cpu_s(lambda: staged(case, work, max_drop=100.0, evaluate="validation", **case.options))  # fmt: skip
+    began = time.process_time()
     try:
-        saved, row["ladder_s"] = staged(case, work, max_drop=MAX_DROP, evaluate="validation", **case.options)  # fmt: skip
+        saved = staged(case, work, max_drop=MAX_DROP, evaluate="validation", **case.options)
     except StageError as exc:
         row |= {"ladder": None, "rung": "none: refused", "why": exc.message}
         return row
     facts = saved.facts["rescue"]
     return row | {
+        "ladder_s": time.process_time() - began,
         "ladder": case.judge(saved.path.read_bytes()),
         "rung": facts["held"],
         "bytes": saved.size_bytes,
@@ -215,8 +404,6 @@ def make_row(name: str, work: Path) -> Row:
 
 def qat_inferences(work: Path) -> None:
     """Print how many inferences of the float file one sample of a QAT step takes, on one thread."""
-    import torch
-
     from edgepipe.tflite_ops.ladder import host_latencies
     from edgepipe.tflite_ops.quantize import collect_ranges
     from edgepipe.torch_ops.qat import QatModel, range_owners
@@ -239,24 +426,71 @@ def qat_inferences(work: Path) -> None:
     print(f"one sample of a QAT step: {statistics.median(taken) / latency:.0f} inferences of {latency * 1e6:.0f} us")  # fmt: skip
 
 
+CALIBRATE = """
+import pickle, sys, tempfile
+from pathlib import Path
+from edgepipe.stage import StageContext
+from edgepipe.stages.quantize_int8 import QuantizeInt8
+
+model, source, method = pickle.loads(Path(sys.argv[1]).read_bytes())
+with tempfile.TemporaryDirectory() as folder:
+    context = StageContext(Path(folder), {"calibration": source}, 0, Path(folder, "log"))
+    QuantizeInt8(method=method, samples=0, min_sqnr=-200.0).run(model, context)
+"""
+
+
+def memory(work: Path) -> None:
+    """Print the peak resident memory of processes that quantise with 500 and with 5,000 samples."""
+    case = trained("fashion/mobilenet_v2", work)
+    with np.load(work / "fashion-28" / "train.npz") as stored:
+        images, labels = stored["image"], stored["labels"]
+    for method in ("min_max", "kl"):
+        peaks = []
+        for count in (500, 5000):
+            source = kept(work, "memory", images[:count], labels[:count])
+            job = work / "memory.pickle"
+            job.write_bytes(pickle.dumps((case.model, source, method)))
+            process = subprocess.Popen([sys.executable, "-c", CALIBRATE, str(job)])
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode:
+                raise SystemExit(f"calibrating on {count} samples failed")
+            peaks.append(usage.ru_maxrss * 1024)
+        print(
+            f"{method}: {peaks[0] / 1e6:.1f} MB with 500 samples, {peaks[1] / 1e6:.1f} MB with 5,000:"
+            f" {(peaks[1] - peaks[0]) / 1e6:.1f} MB more, of which {images[500:5000].nbytes / 1e6:.1f} MB are samples"
+        )
+
+
 # --- tables -----------------------------------------------------------------------------------------
+
+
+TOOLS = {
+    "quantizer": "litert-quantizer", "tflite_converter": "TFLiteConverter", "onnx2tf_1": "onnx2tf 1.29.24",
+    "onnx2tf_2": "onnx2tf 2.6.9, per tensor", "plain": "quantize_int8", "ladder": "with the ladder",
+}  # fmt: skip
 
 
 def table(rows: Mapping[str, Row]) -> str:
     lines = [
-        "| network | float | litert-quantizer | plain | ladder | rung | plain / first rung / ladder |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| network | float | {' | '.join(TOOLS.values())} | rung | plain, first rung, ladder |",
+        "| --- | --- |" + " --- |" * (len(TOOLS) + 2),
     ]
     for name, row in rows.items():
-        cells = [_percent(row.get(key)) for key in ("float", "quantizer", "plain", "ladder")]
-        seconds = " / ".join(f"{row[k]:.1f}" for k in ("plain_s", "first_rung_s", "ladder_s") if k in row)  # fmt: skip
+        cells = [_percent(row.get(key)) for key in ("float", *TOOLS)]
+        seconds = ", ".join(f"{row[k]:.1f}" for k in ("plain_s", "first_rung_s", "ladder_s") if k in row)  # fmt: skip
         lines.append(f"| {name} | {' | '.join(cells)} | {row.get('rung', '')} | {seconds} s |")
     trained = [row for name, row in rows.items() if name not in HOSTILE]
-    lines.append("")
-    for key, label in (("quantizer", "litert-quantizer alone"), ("plain", "quantize_int8"), ("ladder", "with the ladder")):  # fmt: skip
+    lines += ["", "| trained networks | median loss | worst | networks |", "| --- | --- | --- | --- |"]  # fmt: skip
+    for key, label in TOOLS.items():
         losses = [100 * (r["float"] - r[key]) for r in trained if r.get(key) is not None]
         if losses:
-            lines.append(f"Trained networks, {label}: loss {statistics.median(losses):.2f} points in the median, {max(losses):.2f} at worst, of {len(losses)} (of {len(trained)} networks).  ")  # fmt: skip
+            lines.append(f"| {label} | {statistics.median(losses):.2f} points | {max(losses):.2f} points | {len(losses)} of {len(trained)} |")  # fmt: skip
+    ratios = [r["first_rung_s"] / r["plain_s"] for r in rows.values() if "first_rung_s" in r]
+    if ratios:
+        lines += ["", f"First rung over plain int8 and judging: {statistics.median(ratios):.2f} in the median, {max(ratios):.2f} at most."]  # fmt: skip
+    for name, row in rows.items():
+        lines += [f"- {name}, {TOOLS[key]}: {row[f'{key}_error']}" for key in TOOLS if f"{key}_error" in row]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
@@ -270,6 +504,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=list(CASES), help="these rows")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--qat", action="store_true")
+    parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
     if args.list:
         print("\n".join(CASES))
@@ -279,22 +514,22 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("absl").setLevel(logging.ERROR)
     args.work.mkdir(parents=True, exist_ok=True)
-    if args.qat:
-        qat_inferences(args.work)
+    if args.qat or args.memory:
+        (qat_inferences if args.qat else memory)(args.work)
         return 0
     for name in args.only:
-        kept = args.work / f"{name.replace('/', '-')}.json"
-        if kept.exists():
+        stored = args.work / f"{name.replace('/', '-')}.json"
+        if stored.exists():
             continue
         print(f"== {name}", file=sys.stderr)
         try:
-            write_json(kept, make_row(name, args.work))
+            write_json(stored, make_row(name, args.work))
         except EdgepipeError as exc:
             print(f"{name}: {exc.message}", file=sys.stderr)
     rows = {
-        name: json.loads(kept.read_text())
+        name: json.loads(stored.read_text())
         for name in CASES
-        if (kept := args.work / f"{name.replace('/', '-')}.json").exists()
+        if (stored := args.work / f"{name.replace('/', '-')}.json").exists()
     }
     text = table(rows)
     (args.work / "int8_rescue.md").write_text(text, encoding="utf-8")
