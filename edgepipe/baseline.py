@@ -195,12 +195,14 @@ def refuse_incomparable(
 ) -> tuple[Verdict, ...]:
     """Verdicts of `GATES_ON_BASELINE`, INCONCLUSIVE where their evidence does not bear on the baseline.
 
-    ``baselines`` are those on disk now, by profile; ``measured_against`` the sha256 of the model
-    that was really measured beside the candidate, by profile. A run that was promoted itself is
-    judged as it was then.
+    ``baselines`` are those on disk now, by the board's name; ``measured_against`` the sha256 of the
+    model that was really measured beside the candidate, by the same. A run that was promoted itself
+    is judged as it was then. Boards that were not measured keep their verdicts.
     """
     why: dict[str, tuple[str, str]] = {}
     for device in devices:
+        if device.missing:
+            continue
         found = baselines.get(device.device)
         context, beside = device_context(device.measurements), measured_against.get(device.device, "")  # fmt: skip
         if found is None:
@@ -264,6 +266,8 @@ def why_not_promotable(
         return "no device was measured"
     open_ = [v for v in verdicts if v.status is not Status.PASS and not _asks_for_missing(v, baselines)]  # fmt: skip
     for device in devices:
+        if device.missing:
+            return f"{device.device} was not measured: {device.missing}"
         measured = device.measurements.items()
         contexts = [m.context for name, m in measured if not name.endswith("_baseline")]
         if any(c.get("simulated") for c in contexts):
@@ -310,13 +314,13 @@ def promote(
     refuses the pair.
     """
     context = device_context(device.measurements)
-    path = baseline_path(folder, device.device, recipe)
+    path = baseline_path(folder, device.profile, recipe)
     kept = dataclasses.replace(shipped, path=path.with_suffix(".tflite"), facts={})
     measured = {**model.measurements, **device.measurements}
     data = {
         "schema": SCHEMA,
         "recipe": recipe,
-        "profile": device.device,
+        "profile": device.profile,
         "run": run_id,
         "promoted": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "edgepipe": edgepipe.__version__,

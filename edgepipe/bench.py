@@ -12,6 +12,7 @@ import os
 import secrets
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
@@ -184,6 +185,7 @@ def measure(
     evaluation: DeviceEvaluation | None = None,
     baseline: Artifact | None = None,
     keep: bool = False,
+    stop: threading.Event | None = None,
 ) -> BenchResult:
     """Measure ``model`` (kind ``tflite``) on ``device``, which ``profile`` describes.
 
@@ -194,7 +196,8 @@ def measure(
     slowdown is decided. ``keep`` leaves the job's files on the board. Models, runtimes and agents
     stay there anyway, named by their hash, so that the next measurement pushes nothing.
 
-    A broken link is waited for. After a host that died, the same call goes on with the sessions that
+    A broken link is waited for. Where ``stop`` is set from another thread, the board is given back
+    and KeyboardInterrupt raised. After a host that died, the same call goes on with the sessions that
     the board has finished since; the context says how many (``resumed_sessions``).
 
     On an emulated board nothing is timed; every record says what it was (``emulated``).
@@ -214,7 +217,8 @@ def measure(
 
         encoded = encode_samples(model.path, samples, model.inputs)
     budget_s = options.budget + options.sustained
-    link = RetryingDevice(device, deadline_s=time.monotonic() + budget_s + COMMAND_TIMEOUT_S)
+    deadline_s = time.monotonic() + budget_s + COMMAND_TIMEOUT_S
+    link = RetryingDevice(device, deadline_s=deadline_s, stop=stop)
     board = preflight.prepare(link, profile)
     facts = board.facts()
     preflight.check_board(facts["device"], profile, link.address)
@@ -246,7 +250,7 @@ def measure(
                 pull_outputs(link, s) for s in outcome.sessions if s["kind"] == "outputs"
             )
     finally:
-        link.patience_s = END_PATIENCE_S
+        link.patience_s, link.stop = END_PATIENCE_S, threading.Event()
         with contextlib.suppress(DeviceError):  # must not hide the result
             board_job.end(keep=keep)
     device_facts = {**facts["device"], "packages": facts["packages"]}

@@ -40,11 +40,20 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """The measurements a gate may look at: of one model file, on one device (or "" for the model)."""
+    """The measurements a gate may look at: of one model file, on one device (or "" for the model).
+
+    ``device`` is the board's name in a run, ``profile`` its kind (default: the same). A board that
+    could not be measured has no measurements, and says in ``missing`` why.
+    """
 
     model_sha256: str
     device: str
     measurements: Mapping[str, Measurement]
+    profile: str = ""
+    missing: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "profile", self.profile or self.device)
 
 
 class Gate(Protocol):
@@ -97,9 +106,9 @@ def _evidence(
         return inconclusive(f"{metric} was recorded without {', '.join(missing)}")
     if found.context["model_sha256"] != evidence.model_sha256:
         return inconclusive(f"{metric} was measured on another model file")
-    profile = found.context.get("profile", evidence.device)
-    if evidence.device and profile != evidence.device:
-        return inconclusive(f"{metric} was measured on {profile}, not on {evidence.device}")
+    profile = found.context.get("profile", evidence.profile)
+    if evidence.device and profile != evidence.profile:
+        return inconclusive(f"{metric} was measured on {profile}, not on {evidence.profile}")
     if found.context.get("emulated") and metric.startswith(OF_TIME):
         return inconclusive(f'{metric} was measured on {profile}, which is emulated: its wall time says nothing; use gate = "instructions"')  # fmt: skip
     if len(found.valid_sessions) * 2 < len(found.samples) or not found.valid_sessions:
@@ -785,6 +794,9 @@ def judge_all(
 
 
 def _judge(gate: Gate, evidence: Evidence) -> Verdict:
+    if evidence.missing:
+        reason = f"the board was not measured: {evidence.missing}"
+        return Verdict(gate.name, Status.INCONCLUSIVE, reason, evidence.device)
     verdict = gate.judge(evidence)
     if evidence.device and any(m.context.get("emulated") for m in evidence.measurements.values()):
         verdict = dataclasses.replace(verdict, reason=labelled(verdict.reason))

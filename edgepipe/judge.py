@@ -62,7 +62,7 @@ def judge(
 ) -> tuple[Verdict, ...]:
     """Every gate's verdict with its explanation; `RunsOnDeviceGate` is judged for every device.
 
-    ``baselines`` and ``measured_against`` are those of `refuse_incomparable`.
+    ``baselines`` and ``measured_against`` are those of `refuse_incomparable`, by the board's name.
     """
     verdicts = list(judge_all([], model, devices))
     for gate in gates:

@@ -11,7 +11,8 @@ import dataclasses
 import fnmatch
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 
 from edgepipe.errors import RequestError
 from edgepipe.profile import DeviceProfile
@@ -69,8 +70,11 @@ class Term:
     number: float = 0.0
 
 
-def parse_filter(expression: str) -> tuple[Term, ...]:
-    """The terms of an expression. Raises RequestError naming what is wrong and what is legal."""
+def parse_filter(expression: str, *, more: Collection[str] = ()) -> tuple[Term, ...]:
+    """The terms of an expression. Raises RequestError naming what is wrong and what is legal.
+
+    ``more`` are keys of text that are legal beside those of profiles.
+    """
     terms, end = [], 0
     while expression[end:].strip():
         match = _TERM.match(expression, end)
@@ -80,20 +84,20 @@ def parse_filter(expression: str) -> tuple[Term, ...]:
                 hint="write key=value, like soc=bcm2712 or 'isa=dotprod ram>=2GiB'",
                 code="bad-filter",
             )
-        terms.append(_term(*match.groups()))
+        terms.append(_term(*match.groups(), more=more))
         end = match.end()
     if not terms:
         raise RequestError("an empty filter would fit every profile", hint="write key=value, like soc=bcm2712", code="bad-filter")  # fmt: skip
     return tuple(terms)
 
 
-def _term(key: str, sign: str, value: str) -> Term:
+def _term(key: str, sign: str, value: str, *, more: Collection[str]) -> Term:
     key = key.lower()
-    if key not in TEXT_KEYS and key not in NUMBER_KEYS:
-        legal = [*TEXT_KEYS, *NUMBER_KEYS]
+    legal = [*more, *TEXT_KEYS, *NUMBER_KEYS]
+    if key not in legal:
         raise RequestError(
             f"unknown key {key!r}{near_miss(key, legal)}",
-            hint=f"profiles are chosen by {', '.join(legal)}",
+            hint=f"{'boards' if more else 'profiles'} are chosen by {', '.join(legal)}",
             code="bad-filter",
         )
     quoted = value[0] in "\"'"
@@ -113,16 +117,21 @@ def _number(key: str, text: str) -> float:
     return float(text)
 
 
-def matches(profile: DeviceProfile, expression: str) -> bool:
-    """Whether all terms of ``expression`` hold for a profile. Raises as `parse_filter` does."""
-    return all(_holds(profile, term) for term in parse_filter(expression))
+def matches(
+    profile: DeviceProfile, expression: str, *, more: Mapping[str, Texts] = MappingProxyType({})
+) -> bool:
+    """Whether all terms of ``expression`` hold for a profile. Raises as `parse_filter` does.
+
+    ``more`` holds the values of a board's own keys, like its tags.
+    """
+    return all(_holds(profile, term, more) for term in parse_filter(expression, more=more))
 
 
-def _holds(profile: DeviceProfile, term: Term) -> bool:
+def _holds(profile: DeviceProfile, term: Term, more: Mapping[str, Texts]) -> bool:
     if term.key in NUMBER_KEYS:
         number = NUMBER_KEYS[term.key](profile)
         return number != 0 and _OPERATORS[term.operator](number, term.number)
-    values = TEXT_KEYS[term.key](profile)
+    values = more[term.key] if term.key in more else TEXT_KEYS[term.key](profile)
     found = any(
         fnmatch.fnmatchcase(value.casefold(), pattern.casefold())
         for value in values

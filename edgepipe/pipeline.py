@@ -9,10 +9,11 @@ import importlib.metadata
 import json
 import logging
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import edgepipe
 from edgepipe import bench
@@ -27,11 +28,12 @@ from edgepipe.baseline import DEFAULT_FOLDER, Baseline, baseline_path, model_inp
 from edgepipe.calibration import quote_noise
 from edgepipe.data import fingerprint, named_files, source_hash, user_path
 from edgepipe.device import open_device
-from edgepipe.errors import EdgepipeError, NotReadyError, StageError
+from edgepipe.errors import ConnectError, EdgepipeError, NotReadyError, StageError
 from edgepipe.evaluate import DeviceEvaluation, choose_evaluation, evaluate
 from edgepipe.gate import Evidence, Gate, SlowdownGate, Status, Verdict, overall
 from edgepipe.inventory import Target
 from edgepipe.judge import check_budgets, judge, load_baselines
+from edgepipe.lab import on_boards
 from edgepipe.measurement import (
     Measurement,
     measurement_from_dict,
@@ -54,6 +56,7 @@ from edgepipe.stages.load import LoadModel
 from edgepipe.store import Run, Store, write_json
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Below it no number of sessions decides, and they would all be measured.
 MIN_TOLERANCE = 0.001
@@ -82,12 +85,17 @@ def run(
     the baseline, the baseline's model is measured beside the new one; ``baselines`` is the folder
     they lie in (default: the recipe's, else ``ci/baselines`` in the working folder).
 
-    Raises EdgepipeError where a step could not be done; a failed gate is a result, not an error.
+    Several boards are measured at once. One that cannot be measured does not stop the others: its
+    gates are INCONCLUSIVE and say why, so that the run is.
+
+    Raises EdgepipeError where a step could not be done, the measurement on the only board included;
+    a failed gate is a result, not an error.
     """
     check_budgets(recipe.gates, [target.profile for target in targets])
     folder = (baselines or recipe.baselines or DEFAULT_FOLDER).resolve()
     # before any long work: a damaged baseline is refused
-    found = load_baselines(recipe.gates, folder, [t.profile.name for t in targets], recipe.name)
+    profiles = sorted({target.profile.name for target in targets})
+    found = load_baselines(recipe.gates, folder, profiles, recipe.name)
     record = store.new_run(recipe.name)
     record.update(
         edgepipe=edgepipe.__version__,
@@ -135,20 +143,16 @@ def _run(
     measured = _model_measurements(recipe, steps, models)
     record.save_measurements("model", measured)
     record.update(shipped=artifact_to_dict(shipped))
-    evidence, measured_against = [], {}
-    for target in targets:
-        profile = target.profile.name
-        beside = _measurable(baselines.get(profile), shipped)
-        found = _measure(recipe, steps, models, target, remeasure, beside)
-        record.save_measurements(profile, found)
-        evidence.append(Evidence(shipped.sha256, profile, found))
-        if beside:
-            measured_against[profile] = beside.sha256
+    by_board = {t.name: baselines.get(t.profile.name) for t in targets} if baselines else {}
+    beside = {name: _measurable(baseline, shipped) for name, baseline in by_board.items()}
+    outcomes = _measure_all(recipe, steps, models, targets, remeasure, beside, record)
+    evidence = [_evidence_of(shipped, target, outcome) for target, outcome in outcomes]
+    measured_against = {name: model.sha256 for name, model in beside.items() if model}
     verdicts = judge(
         recipe.gates,
         Evidence(shipped.sha256, "", measured),
         evidence,
-        baselines=baselines,
+        baselines=by_board,
         measured_against=measured_against,
         run_id=record.id,
     )
@@ -157,28 +161,49 @@ def _run(
         status="complete",
         verdict=status.value,
         verdicts=[dataclasses.asdict(v) for v in verdicts],
-        devices=[{"profile": t.profile.name, "address": t.address} for t in targets],
+        devices=[_device_entry(target, outcome) for target, outcome in outcomes],
         measured_against=measured_against,
     )
     return RunResult(record, shipped, status, verdicts)
 
 
+def _device_entry(
+    target: Target, outcome: Mapping[str, Measurement] | EdgepipeError
+) -> dict[str, Any]:
+    """What a run's record says of a board."""
+    entry: dict[str, Any] = {"name": target.name, "profile": target.profile.name, "address": target.address}  # fmt: skip
+    if isinstance(outcome, EdgepipeError):
+        entry["error"] = outcome.as_dict()
+    return entry
+
+
+def _evidence_of(
+    shipped: Artifact, target: Target, outcome: Mapping[str, Measurement] | EdgepipeError
+) -> Evidence:
+    profile = target.profile.name
+    if isinstance(outcome, EdgepipeError):
+        return Evidence(shipped.sha256, target.name, {}, profile=profile, missing=outcome.message)
+    return Evidence(shipped.sha256, target.name, outcome, profile=profile)
+
+
 class _Steps:
-    """Builds steps through the cache, logs progress, records lineage."""
+    """Builds steps through the cache, logs progress, records lineage. Measuring threads share it."""
 
     def __init__(self, store: Store, record: Run | None, total: int) -> None:
         self.store, self.record, self.total, self.number = store, record, total, 0
         self.lineage: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
 
     @contextlib.contextmanager
     def step(self, name: str, key: str, is_good: Callable[[Path], bool]) -> Iterator[Path | None]:
         """Yields the folder to build the step in, or None where the cache has a good one."""
-        self.number += 1
         started = time.monotonic()
         kept = self.store.entry(key)
         entry = {"step": name, "key": key, "cached": kept is not None and is_good(kept)}
-        self.lineage.append(entry)
-        label = f"[{self.number}/{self.total}] {name}"
+        with self._lock:
+            self.number += 1
+            self.lineage.append(entry)
+            label = f"[{self.number}/{self.total}] {name}"
         if kept and not entry["cached"]:
             log.info("%s: what is kept is too old, or was changed", label)
         if entry["cached"]:
@@ -191,7 +216,8 @@ class _Steps:
             entry["seconds"] = round(time.monotonic() - started, 2)
             log.info("%s: done in %.1f s", label, time.monotonic() - started)
         if self.record:
-            self.record.update(steps=self.lineage)
+            with self._lock:
+                self.record.update(steps=self.lineage)
 
     def log_path(self, name: str) -> Path:
         if self.record:
@@ -484,6 +510,58 @@ def _measurable(baseline: Baseline | None, shipped: Artifact) -> Artifact | None
     return baseline.model
 
 
+def _measure_all(
+    recipe: Recipe,
+    steps: _Steps,
+    models: Sequence[Artifact],
+    targets: Sequence[Target],
+    remeasure: bool,
+    baselines: Mapping[str, Artifact | None],
+    record: Run,
+) -> list[tuple[Target, Mapping[str, Measurement] | EdgepipeError]]:
+    """Measure the shipped file on every board; what came of each, kept in ``record`` as it comes.
+
+    ``baselines`` are the models to measure beside it, by the board's name. The error of the only
+    board is raised, that of one of several is its outcome.
+    """
+    evaluation = _once(lambda: _device_evaluation(recipe, models))
+
+    def work(target: Target, stop: threading.Event) -> Mapping[str, Measurement]:
+        beside = baselines.get(target.name)
+        return _measure(recipe, steps, models, target, remeasure, beside, evaluation, stop)
+
+    def finished(target: Target, outcome: Mapping[str, Measurement] | EdgepipeError) -> None:
+        if isinstance(outcome, EdgepipeError):
+            log.warning("%s was not measured: %s", target.name, outcome.message)
+            if outcome.hint:
+                log.warning("hint: %s", outcome.hint)
+            if isinstance(outcome, ConnectError) and target.power:
+                log.warning("its power is switched by: %s", target.power)
+        else:
+            record.save_measurements(target.name, outcome)
+
+    if len(targets) == 1:  # in this thread, where Ctrl-C interrupts whatever it is doing
+        (target,) = targets
+        found = work(target, threading.Event())
+        finished(target, found)
+        return [(target, found)]
+    return list(zip(targets, on_boards(targets, work, finished=finished), strict=True))
+
+
+def _once(make: Callable[[], T]) -> Callable[[], T]:
+    """The result of ``make``, which is called at the first use, by one of the threads."""
+    lock = threading.Lock()
+    made: list[T] = []
+
+    def get() -> T:
+        with lock:
+            if not made:
+                made.append(make())
+        return made[0]
+
+    return get
+
+
 def _measure(
     recipe: Recipe,
     steps: _Steps,
@@ -491,6 +569,8 @@ def _measure(
     target: Target,
     remeasure: bool,
     baseline: Artifact | None,
+    evaluation: Callable[[], DeviceEvaluation | None],
+    stop: threading.Event,
 ) -> dict[str, Measurement]:
     """Measure the shipped file on one device, or use a measurement that is still good.
 
@@ -529,15 +609,16 @@ def _measure(
                 device,
                 target.profile,
                 options,
-                evaluation=_device_evaluation(recipe, models),
+                evaluation=evaluation(),
                 baseline=baseline,
+                stop=stop,
             )
         finally:
             device.close()
         write_json(work_dir / "raw.json", result.raw)
         return result.measurements
 
-    name = f"measure on {target.profile.name} ({target.address})"
+    name = f"measure on {target.name} ({target.address})"
     found = _measuring_step(steps, name, key, make, is_fresh)
     return {m.metric: m for m in quote_noise(steps.store.root, tuple(found.values()))}
 
@@ -581,7 +662,8 @@ def _gates_to_list(gates: Sequence[Gate]) -> list[dict[str, Any]]:
 def _log_to(path: Path) -> Iterator[None]:
     """Everything edgepipe logs also goes to a run's log.txt."""
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    # threads are called after the boards they measure on
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s [%(threadName)s]: %(message)s"))  # fmt: skip
     logger = logging.getLogger("edgepipe")
     logger.addHandler(handler)
     if logger.level in (logging.NOTSET,) or logger.level > logging.INFO:

@@ -17,7 +17,7 @@ from edgepipe.layer_report import (
 from edgepipe.measurement import Measurement, measurement_to_dict
 from edgepipe.metrics import METRICS
 from edgepipe.routes import attempts_table
-from edgepipe.store import Run
+from edgepipe.store import Run, device_name
 from edgepipe.table import Table as Table
 from edgepipe.units import format_value
 
@@ -31,7 +31,7 @@ GATES_TITLE = "Gates"
 def report_data(run: Run) -> dict[str, Any]:
     """Everything about a run as plain data: its record and all its measurements with raw samples."""
     record = run.read()
-    names = ["model", *(d["profile"] for d in record.get("devices", []))]
+    names = ["model", *(device_name(d) for d in record.get("devices", []))]
     return {
         **record,
         "measurements": {
@@ -114,9 +114,11 @@ def _tables(run: Run, record: Mapping[str, Any], *, layers: bool) -> list[Table]
     tables += layer_tables(steps) if layers else []
     tables.append(measurement_table("Model", run.load_measurements("model")))
     for device in record.get("devices", []):
-        measured = run.load_measurements(device["profile"])
+        name = device_name(device)
+        measured = run.load_measurements(name)
         emulated = any(m.context.get("emulated") for m in measured.values())
-        title = f"{device['profile']} at {device['address']}{' (emulated)' * emulated}"
+        kind = f" ({device['profile']})" if name != device["profile"] else ""
+        title = f"{name}{kind} at {device['address']}{' (emulated)' * emulated}"
         tables.append(measurement_table(title, measured))
         tables.append(context_table(measured))
     return [t for t in tables if t.rows]
@@ -219,7 +221,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
                 record["recipe"],
                 record.get("verdict") or record["status"],
                 shipped.get("sha256", "")[:12],
-                ", ".join(d["profile"] for d in record.get("devices", [])),
+                ", ".join(device_name(d) for d in record.get("devices", [])),
             )
         )
     return Table("Runs", ("id", "recipe", "verdict", "model", "devices"), tuple(rows))

@@ -190,6 +190,11 @@ class Store:
         return matches[0]
 
 
+def device_name(entry: Mapping[str, Any]) -> str:
+    """What a board is called in a run, of its entry in ``devices`` (long ago it was its profile's)."""
+    return str(entry.get("name") or entry["profile"])
+
+
 class Run:
     """One run's folder. ``run.json`` is rewritten whole at every step, so it is always readable."""
 

@@ -10,15 +10,21 @@ from edgepipe.cli import Output
 from edgepipe.commands.on_device import (
     add_device_arguments,
     add_samples_argument,
-    find_target,
+    asks_for_many,
+    find_targets,
     measure_options,
-    opened,
+    on_each,
     read_samples,
     tflite_model,
 )
 
 if TYPE_CHECKING:
+    import threading
+
     from edgepipe.bench import BenchResult
+    from edgepipe.device.base import Device
+    from edgepipe.errors import EdgepipeError
+    from edgepipe.inventory import Target
     from edgepipe.measurement import Measurement
     from edgepipe.report import Table
 
@@ -37,8 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Measure latency, load time, memory, operators and (where the board can tell) instructions and\n"
         "energy of a TFLite file on a device; of an emulated one nothing is timed. Nothing is judged.\n\n"
         "  edgepipe bench model.tflite\n"
-        "  edgepipe bench model.tflite --device ssh://pi@raspberrypi --profile rpi4b_4gb --sessions 5\n\n"
-        "exit code 1: the model crashes or cannot be loaded there"
+        "  edgepipe bench model.tflite --device ssh://pi@raspberrypi --profile rpi4b_4gb --sessions 5\n"
+        "  edgepipe bench model.tflite --lab lab.toml --match soc=bcm2712\n\n"
+        "exit code 1: the model crashes or cannot be loaded there; 3: a board could not be measured"
     )
     parser.add_argument("model", type=Path, help="the model, a .tflite file")
     add_device_arguments(parser)
@@ -46,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup", metavar="TIME", help='warm-up before each session (default: "0.5 s")')  # fmt: skip
     parser.add_argument("--memory-sessions", type=int, metavar="N", help="memory sessions (default: 2)")  # fmt: skip
     parser.add_argument("--backend", choices=BACKENDS, help="demand one way of running the model (default: auto, the first that works)")  # fmt: skip
+    parser.add_argument("--benchmark-model", type=Path, metavar="FILE", help="measure with this program, Google's benchmark_model built for the device, in place of our own runner; its figures have names of their own")  # fmt: skip
     parser.add_argument("--kernel", choices=KERNELS, help="demand one kind of kernels (default: the runtime's own choice)")  # fmt: skip
     parser.add_argument("--weight-cache", action="store_true", help="keep XNNPACK's packed weights in a file: less memory, faster loads")  # fmt: skip
     parser.add_argument("--sustained", metavar="TIME", help='then run for this long, like "10 min", and report the steady state; not part of the budget')  # fmt: skip
@@ -58,31 +66,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Output) -> int:
     from edgepipe import bench
-    from edgepipe.errors import EXIT_FAIL, EXIT_PASS
-    from edgepipe.measurement import measurement_to_dict
+    from edgepipe.errors import EXIT_FAIL, EXIT_NOT_READY, EXIT_PASS, EdgepipeError
 
     options = measure_options(args, command="bench", affinity=_affinity(args.affinity))
-    model, target = tflite_model(args.model), find_target(args)
+    model, targets = tflite_model(args.model), find_targets(args)
     samples = read_samples(args, args.model)
-    with opened(target) as device:
-        result = bench.measure(
-            model, device, target.profile, options, samples=samples, keep=args.keep
+
+    def work(device: Device, target: Target, stop: threading.Event) -> BenchResult:
+        if args.benchmark_model is not None:
+            from edgepipe import benchmark_model
+
+            return benchmark_model.measure(
+                model, device, target.profile, options, binary=args.benchmark_model
+            )
+        return bench.measure(
+            model, device, target.profile, options, samples=samples, keep=args.keep, stop=stop
         )
-    emulated = any(m.context["emulated"] for m in result.measurements)
-    title = f"{args.model} on {target.profile.name} ({target.address}){' (emulated)' * emulated}"
-    out.text(render(result, title))
-    out.json(
-        {
-            "model": str(args.model),
-            "model_sha256": model.sha256,
-            "profile": target.profile.name,
-            "device": target.address,
-            "device_facts": result.device_facts,
-            "measurements": [measurement_to_dict(m) for m in result.measurements],
-        }
-    )
+
+    def show(target: Target, result: BenchResult) -> str:
+        emulated = any(m.context["emulated"] for m in result.measurements)
+        title = f"{args.model} on {target.name} ({target.address}){' (emulated)' * emulated}"
+        return render(result, title)
+
+    measured = on_each(targets, work, show, out)
+    named = {"model": str(args.model), "model_sha256": model.sha256}
+    boards = [_board(target, outcome) for target, outcome in measured]
+    many = len(targets) > 1 or asks_for_many(args)
+    out.json({**named, "boards": boards} if many else {**named, **boards[0]})
+    if not all(isinstance(outcome, EdgepipeError) or _runs(outcome) for _, outcome in measured):
+        return EXIT_FAIL
+    failed = any(isinstance(outcome, EdgepipeError) for _, outcome in measured)
+    return EXIT_NOT_READY if failed else EXIT_PASS
+
+
+def _board(target: Target, outcome: BenchResult | EdgepipeError) -> dict[str, Any]:
+    """One board's entry in the JSON document."""
+    from edgepipe.errors import EdgepipeError
+    from edgepipe.measurement import measurement_to_dict
+
+    named = {"name": target.name, "profile": target.profile.name, "device": target.address}
+    if isinstance(outcome, EdgepipeError):
+        return {**named, **outcome.as_dict()}
+    measurements = [measurement_to_dict(m) for m in outcome.measurements]
+    return {**named, "device_facts": outcome.device_facts, "measurements": measurements}
+
+
+def _runs(result: BenchResult) -> bool:
     runs = next(m for m in result.measurements if m.metric == "runs_on_device")
-    return EXIT_PASS if runs.samples[0][0] else EXIT_FAIL
+    return bool(runs.samples[0][0])
 
 
 def _affinity(text: str | None) -> list[int] | None:

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgepipe.cli import Output
 from edgepipe.commands.on_device import (
     add_device_arguments,
     add_samples_argument,
-    find_target,
+    asks_for_many,
+    find_targets,
     measure_options,
-    opened,
+    on_each,
     read_samples,
     tflite_model,
 )
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Mapping, Sequence
 
     from edgepipe.artifact import Artifact
+    from edgepipe.device.base import Device
+    from edgepipe.errors import EdgepipeError
     from edgepipe.gate import Verdict
+    from edgepipe.inventory import Target
     from edgepipe.measurement import Measurement
 
 
@@ -32,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "clear, or their number is used up. On an emulated board instructions decide (0.1 %).\n\n"
         "  edgepipe compare released.tflite new.tflite\n"
         "  edgepipe compare released.tflite new.tflite --device ssh://pi@raspberrypi --profile rpi4b_4gb\n\n"
+        "On several boards at once it must be so on each.\n\n"
         "exit codes: 0 neither slower nor larger, 1 slower or larger, 3 cannot tell"
     )
     parser.add_argument("base", type=Path, help="the model to compare with, a .tflite file")
@@ -43,42 +49,85 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    import dataclasses
-
     from edgepipe import bench
     from edgepipe.calibration import quote_noise
-    from edgepipe.gate import EXIT_CODES, overall
-    from edgepipe.measurement import measurement_to_dict
+    from edgepipe.errors import EdgepipeError
+    from edgepipe.gate import EXIT_CODES, Status, Verdict, overall
 
     options = measure_options(args, command="compare")
     base, candidate = tflite_model(args.base), tflite_model(args.candidate)
-    target = find_target(args)
+    targets = find_targets(args)
     samples = read_samples(args, args.candidate)
-    with opened(target) as device:
+
+    def work(device: Device, target: Target, stop: threading.Event) -> Compared:
         result = bench.measure(
-            candidate, device, target.profile, options, samples=samples, baseline=base
+            candidate, device, target.profile, options, samples=samples, baseline=base, stop=stop
         )
-    measured = {m.metric: m for m in quote_noise(Path(args.store), result.measurements)}
-    verdicts = judge(measured, candidate, options.tolerance, device=target.profile.name)
-    out.text(render(verdicts, measured))
+        measured = {m.metric: m for m in quote_noise(Path(args.store), result.measurements)}
+        verdicts = judge(measured, candidate, options.tolerance, device=target.name, profile=target.profile.name)  # fmt: skip
+        return Compared(verdicts, measured, result.device_facts)
+
+    def show(target: Target, found: Compared) -> str:
+        text = render(found.verdicts, found.measured)
+        return text if len(targets) == 1 else f"{target.name} ({target.address})\n{text}\n"
+
+    compared = on_each(targets, work, show, out)
+    verdicts = [
+        verdict
+        for target, found in compared
+        for verdict in (
+            [Verdict("runs_on_device", Status.INCONCLUSIVE, found.message, target.name)]
+            if isinstance(found, EdgepipeError)
+            else found.verdicts
+        )
+    ]
     status = overall(verdicts)
-    out.json(
-        {
-            "base": {"path": str(args.base), "sha256": base.sha256},
-            "candidate": {"path": str(args.candidate), "sha256": candidate.sha256},
-            "profile": target.profile.name,
-            "device": target.address,
-            "device_facts": result.device_facts,
-            "verdict": status.value,
-            "verdicts": [dataclasses.asdict(v) for v in verdicts],
-            "measurements": [measurement_to_dict(m) for m in measured.values()],
-        }
-    )
+    named = {
+        "base": {"path": str(args.base), "sha256": base.sha256},
+        "candidate": {"path": str(args.candidate), "sha256": candidate.sha256},
+        "verdict": status.value,
+    }
+    boards = [_board(target, found) for target, found in compared]
+    many = len(targets) > 1 or asks_for_many(args)
+    out.json({**named, "boards": boards} if many else {**named, **boards[0]})
     return EXIT_CODES[status]
 
 
+class Compared(NamedTuple):
+    """What came of two models on one board."""
+
+    verdicts: tuple[Verdict, ...]
+    measured: Mapping[str, Measurement]
+    device_facts: Mapping[str, Any]
+
+
+def _board(target: Target, found: Compared | EdgepipeError) -> dict[str, Any]:
+    """One board's entry in the JSON document."""
+    import dataclasses
+
+    from edgepipe.errors import EdgepipeError
+    from edgepipe.gate import overall
+    from edgepipe.measurement import measurement_to_dict
+
+    named = {"name": target.name, "profile": target.profile.name, "device": target.address}
+    if isinstance(found, EdgepipeError):
+        return {**named, **found.as_dict()}
+    return {
+        **named,
+        "device_facts": found.device_facts,
+        "verdict": overall(found.verdicts).value,
+        "verdicts": [dataclasses.asdict(v) for v in found.verdicts],
+        "measurements": [measurement_to_dict(m) for m in found.measured.values()],
+    }
+
+
 def judge(
-    measured: Mapping[str, Measurement], candidate: Artifact, tolerance: float, *, device: str
+    measured: Mapping[str, Measurement],
+    candidate: Artifact,
+    tolerance: float,
+    *,
+    device: str,
+    profile: str = "",
 ) -> tuple[Verdict, ...]:
     """Slowdown (of an emulated board: instructions), and growth of memory and file, each explained."""
     import dataclasses
@@ -86,7 +135,7 @@ def judge(
     from edgepipe.explain import explain
     from edgepipe.gate import Evidence, Gate, GrowthGate, InstructionsGate, SlowdownGate, judge_all
 
-    evidence = Evidence(candidate.sha256, device, measured)
+    evidence = Evidence(candidate.sha256, device, measured, profile=profile)
     model = Evidence(candidate.sha256, "", {})
     (runs,) = judge_all([], model, [evidence])
     if runs.status == "FAIL":

@@ -52,7 +52,7 @@ def _run(args: argparse.Namespace, out: Output, ci: CiOutput) -> int:
     from edgepipe.judge import judge, needs_baseline
     from edgepipe.recipe import load_recipe
     from edgepipe.report import Table, details_text, render, text_table
-    from edgepipe.store import Store
+    from edgepipe.store import Store, device_name
 
     if args.promote and args.recipe:
         raise RequestError(
@@ -77,11 +77,17 @@ def _run(args: argparse.Namespace, out: Output, ci: CiOutput) -> int:
     folder = args.baselines or Path(record.get("baselines") or DEFAULT_FOLDER)
     baselines = {}
     if needs_baseline(gates) or args.promote:
-        baselines = {d["profile"]: load_baseline(folder, d["profile"], record["recipe"]) for d in record["devices"]}  # fmt: skip
+        baselines = {device_name(d): load_baseline(folder, d["profile"], record["recipe"]) for d in record["devices"]}  # fmt: skip
     sha = record["shipped"]["sha256"]
     model = Evidence(sha, "", found.load_measurements("model"))
     devices = [
-        Evidence(sha, d["profile"], found.load_measurements(d["profile"]))
+        Evidence(
+            sha,
+            device_name(d),
+            found.load_measurements(device_name(d)),
+            profile=d["profile"],
+            missing=(d.get("error") or {}).get("message", ""),
+        )
         for d in record["devices"]
     ]
     verdicts = judge(
@@ -134,11 +140,15 @@ def _promote(
         out.text(f"\nnot promoted: {refusal}")
         return [], refusal
     written = []
+    # boards of one profile share its baseline: the figures kept with it are those of the first
+    firsts: dict[str, Evidence] = {}
     for device in devices:
+        firsts.setdefault(device.profile, device)
+    for device in firsts.values():
         old = current[device.device]
         was = f"{old.model.sha256[:12]} of run {old.run}" if old else "none"
         label = " (emulated)" if device_context(device.measurements).get("emulated") else ""
-        title = f"\n{record['recipe']} on {device.device}{label}: baseline {was} -> {shipped.sha256[:12]} of run {record['id']}"  # fmt: skip
+        title = f"\n{record['recipe']} on {device.profile}{label}: baseline {was} -> {shipped.sha256[:12]} of run {record['id']}"  # fmt: skip
         header = ("metric", "old (p50)", "new (p50)", "change")
         out.text(text_table(Table(title, header, changes(old, model, device))))
         open_ = sorted({v.gate for v in verdicts if v.device == device.device and v.status.value != "PASS"})  # fmt: skip

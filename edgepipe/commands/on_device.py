@@ -6,24 +6,42 @@ import argparse
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import threading
+    from collections.abc import Callable, Iterator, Sequence
 
     from edgepipe.artifact import Artifact
     from edgepipe.bench import MeasureOptions
+    from edgepipe.cli import Output
     from edgepipe.device.base import Device
+    from edgepipe.errors import EdgepipeError
     from edgepipe.inventory import Target
+
+T = TypeVar("T")
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """Which device, and how to measure there."""
-    parser.add_argument("--device", metavar="ADDRESS", help="where to measure: local, ssh://user@host[:port], or null://quiet for a simulated board (default: local, or the profile's from edgepipe.local.toml)")  # fmt: skip
-    parser.add_argument("--profile", metavar="NAME", help="device profile that describes it (default: localhost)")  # fmt: skip
+    add_board_arguments(parser, default="local, or the profile's boards in the lab")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of the runtime (default: the profile's)")  # fmt: skip
     parser.add_argument("--session", metavar="TIME", help='how long one session measures (default: "2 s")')  # fmt: skip
     parser.add_argument("--budget", metavar="TIME", help='give up after this long (default: "10 min")')  # fmt: skip
+
+
+def add_board_arguments(parser: argparse.ArgumentParser, *, default: str) -> None:
+    """Which boards; see `inventory.resolve_targets`."""
+    group = parser.add_argument_group("boards")
+    group.add_argument("--device", metavar="ADDRESS", action="append", default=[], help=f"where to measure: local, ssh://user@host[:port], virt://virt-pi-4, null://quiet for a simulated board, or a board of the lab by name; may be given many times (default: {default})")  # fmt: skip
+    group.add_argument("--profile", metavar="NAME", help="device profile that describes them (default: the lab's, the recipe's, else localhost)")  # fmt: skip
+    group.add_argument("--lab", type=Path, metavar="FILE", help="your inventory of boards (default: edgepipe.local.toml)")  # fmt: skip
+    group.add_argument("--match", metavar="EXPR", help="the boards of the lab that fit, like 'soc=bcm2712 tag=upper' (keys: board, tag, and those of `edgepipe devices match`)")  # fmt: skip
+
+
+def asks_for_many(args: argparse.Namespace) -> bool:
+    """Whether the result is a list of boards, however many they turn out to be."""
+    return len(args.device) > 1 or args.lab is not None or args.match is not None
 
 
 def add_samples_argument(parser: argparse.ArgumentParser) -> None:
@@ -41,14 +59,62 @@ def measure_options(args: argparse.Namespace, *, command: str, **more: Any) -> M
     return build(MeasureOptions, given, where=f"edgepipe {command}", error=RequestError)
 
 
-def find_target(args: argparse.Namespace) -> Target:
-    """The device of ``--device`` and ``--profile``; this machine where neither is given."""
+def find_targets(args: argparse.Namespace) -> list[Target]:
+    """The boards of `add_board_arguments`; this machine where nothing is said."""
     from edgepipe.inventory import resolve_targets
 
     # a profile without an address is looked up
-    address = "local" if args.device is None and args.profile is None else args.device
-    (target,) = resolve_targets([], address=address, profile=args.profile)
-    return target
+    is_said = args.device or args.profile is not None or asks_for_many(args)
+    devices = args.device if is_said else ["local"]
+    return resolve_targets([], devices=devices, profile=args.profile, lab=args.lab, match=args.match)  # fmt: skip
+
+
+def find_target(args: argparse.Namespace) -> Target:
+    """The same for what is done on one board at a time."""
+    from edgepipe.errors import RequestError
+
+    targets = find_targets(args)
+    if len(targets) != 1:
+        raise RequestError(
+            f"one board at a time, not {', '.join(t.name for t in targets)}",
+            hint="name one with --device",
+        )
+    return targets[0]
+
+
+def on_each(
+    targets: Sequence[Target],
+    work: Callable[[Device, Target, threading.Event], T],
+    show: Callable[[Target, T], str],
+    out: Output,
+) -> list[tuple[Target, T | EdgepipeError]]:
+    """``work`` on every board, side by side; each result is shown when it is there.
+
+    The error of the only board is raised, that of one of several shown and returned.
+    """
+    import threading
+
+    from edgepipe.cli import error_text
+    from edgepipe.errors import ConnectError, EdgepipeError
+    from edgepipe.lab import on_boards
+
+    def on_board(target: Target, stop: threading.Event) -> T:
+        with opened(target) as device:
+            return work(device, target, stop)
+
+    def finished(target: Target, outcome: T | EdgepipeError) -> None:
+        if not isinstance(outcome, EdgepipeError):
+            out.text(show(target, outcome))
+            return
+        power = f"\nits power is switched by: {target.power}" if target.power and isinstance(outcome, ConnectError) else ""  # fmt: skip
+        out.text(f"{target.name} ({target.address}) was not measured\n{error_text(outcome)}{power}")
+
+    if len(targets) == 1:  # in this thread, where Ctrl-C interrupts whatever it is doing
+        result = on_board(targets[0], threading.Event())
+        out.text(show(targets[0], result))
+        return [(targets[0], result)]
+    outcomes = on_boards(targets, on_board, finished=finished)
+    return list(zip(targets, outcomes, strict=True))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgepipe.cli import Output
+from edgepipe.commands.on_device import add_board_arguments
 from edgepipe.gate import EXIT_CODES
 
 if TYPE_CHECKING:
@@ -20,11 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Run a recipe: stages (unchanged ones are kept), evaluation, measurement, gates.\n\n"
         "  edgepipe run recipe.toml\n"
-        "  edgepipe run recipe.toml --device ssh://pi@raspberrypi --profile rpi4b_4gb"
+        "  edgepipe run recipe.toml --device ssh://pi@raspberrypi --profile rpi4b_4gb\n"
+        "  edgepipe run recipe.toml --lab lab.toml           on all its boards of the recipe's profiles\n"
+        "  edgepipe run recipe.toml --lab lab.toml --match 'soc=bcm2712 tag=upper'"
     )
     parser.add_argument("recipe", type=Path, help="the recipe, a TOML file")
-    parser.add_argument("--device", metavar="ADDRESS", help="where to measure: local, ssh://user@host[:port], or null://quiet for a simulated board (default: from edgepipe.local.toml)")  # fmt: skip
-    parser.add_argument("--profile", metavar="NAME", help="device profile (default: the recipe's)")
+    add_board_arguments(parser, default="the lab's boards of the recipe's profiles")
     parser.add_argument("--no-devices", action="store_true", help="stop after evaluation; device gates become INCONCLUSIVE")  # fmt: skip
     parser.add_argument("--remeasure", action="store_true", help="measure again even if nothing changed")  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FILE", help="also copy the shipped model here if no gate failed")  # fmt: skip
@@ -55,7 +57,7 @@ def _run(args: argparse.Namespace, out: Output, ci: CiOutput) -> int:
             hint="add the stages export_onnx and to_tflite, or leave --output out",
         )
     targets = [] if args.no_devices else resolve_targets(
-        recipe.devices, address=args.device, profile=args.profile
+        recipe.devices, devices=args.device, profile=args.profile, lab=args.lab, match=args.match
     )  # fmt: skip
     result = pipeline.run(
         recipe,
@@ -64,7 +66,8 @@ def _run(args: argparse.Namespace, out: Output, ci: CiOutput) -> int:
         remeasure=args.remeasure,
         baselines=args.baselines,
     )
-    if marks := ci.write(result.run.read(), report.render(result.run, markdown=True)):
+    record = result.run.read()
+    if marks := ci.write(record, report.render(result.run, markdown=True)):
         out.text(marks)
     out.text(report.render(result.run, markdown=False).rstrip())
     out.text(f"model: {result.shipped.path}")
@@ -78,7 +81,8 @@ def _run(args: argparse.Namespace, out: Output, ci: CiOutput) -> int:
             "verdicts": [dataclasses.asdict(v) for v in result.verdicts],
             "model": str(result.shipped.path),
             "sha256": result.shipped.sha256,
-            "steps": result.run.read()["steps"],
+            "steps": record["steps"],
+            "devices": record.get("devices", []),
         }
     )
     return EXIT_CODES[result.status]

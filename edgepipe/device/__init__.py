@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from edgepipe.device.base import Completed, Device
 from edgepipe.errors import RequestError
 from edgepipe.schema import near_miss
 
-__all__ = ["SCHEMES", "Completed", "Device", "open_device"]
+__all__ = ["SCHEMES", "Completed", "Device", "check_address", "open_device"]
 
 # scheme -> (module, function); the function takes the whole address and the options of its scheme
 SCHEMES: dict[str, tuple[str, str]] = {
@@ -35,15 +35,25 @@ def open_device(address: str, **options: Any) -> Device:
     Raises RequestError for an address of no known scheme, and the ConnectError, HostKeyError or
     AuthError of the transport.
     """
-    scheme = address.split("://", 1)[0]
-    if scheme not in SCHEMES or ("://" in address) == (scheme == "local"):
-        legal = [name if name == "local" else f"{name}://" for name in SCHEMES]
-        near = near_miss(scheme, list(SCHEMES)) or near_miss(address, legal)
-        raise RequestError(
-            f"{address!r} is not the address of a device{near}",
-            hint=ADDRESS_HINT,
-            code="bad-address",
-        )
-    module, function = SCHEMES[scheme]
+    check_address(address)
+    module, function = SCHEMES[address.split("://", 1)[0]]
     opener: Callable[..., Device] = getattr(importlib.import_module(module), function)
     return opener(address, **options)
+
+
+def check_address(address: str, *, where: str = "", known: Sequence[str] = ()) -> None:
+    """Refuse what is of no known scheme; nothing is opened.
+
+    ``where`` is the file and key that say so, ``known`` are names that would have been legal, too.
+    """
+    scheme = address.split("://", 1)[0]
+    if scheme in SCHEMES and ("://" in address) != (scheme == "local"):
+        return
+    legal = [name if name == "local" else f"{name}://" for name in SCHEMES]
+    near = near_miss(scheme, list(SCHEMES)) or near_miss(address, [*legal, *known])
+    boards = f"; boards of the lab: {', '.join(known)}" if known else ""
+    raise RequestError(
+        f"{where}{': ' if where else ''}{address!r} is not the address of a device{near}",
+        hint=f"{ADDRESS_HINT}{boards}",
+        code="bad-address",
+    )

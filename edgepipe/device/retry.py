@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,12 +30,22 @@ class RetryingDevice:
     tell whether the board got the call. The last error is raised after ``patience_s`` without a
     call that got through, or past ``deadline_s`` (monotonic clock). A refused key, a changed host
     key, a full disk or a command that takes too long are raised at once.
+
+    While ``stop`` is set every call raises KeyboardInterrupt: Python raises it in the main thread
+    only, and a board may be measured in another. What must be done all the same first sets ``stop``
+    to an event that nobody sets.
     """
 
     def __init__(
-        self, device: Device, *, patience_s: float = PATIENCE_S, deadline_s: float = math.inf
+        self,
+        device: Device,
+        *,
+        patience_s: float = PATIENCE_S,
+        deadline_s: float = math.inf,
+        stop: threading.Event | None = None,
     ) -> None:
         self.address = device.address
+        self.stop = stop or threading.Event()
         self.patience_s, self.deadline_s = patience_s, deadline_s
         self.lost_links = 0
         self._device = device
@@ -57,6 +68,8 @@ class RetryingDevice:
     def _insist(self, call: Callable[[], T]) -> T:
         give_up_s, wait_s = math.inf, FIRST_WAIT_S
         while True:
+            if self.stop.is_set():
+                raise KeyboardInterrupt
             try:
                 return call()
             except DeviceError as exc:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from edgepipe.artifact import TensorSpec
 from edgepipe.errors import ArtifactError, DataError
 
 log = logging.getLogger(__name__)
+_stderr_lock = threading.RLock()
 
 # onnxruntime's wheels send usage events to its maker unless told not to; a user's models are theirs.
 onnxruntime.disable_telemetry_events()
@@ -217,8 +219,16 @@ def refuse_crashing(path: Path) -> None:
 
 @contextlib.contextmanager
 def native_messages_logged() -> Iterator[None]:
-    """What LiteRT's C++ prints on file descriptor 2 meanwhile becomes DEBUG records."""
-    with tempfile.TemporaryFile() as stream:
+    """What LiteRT's C++ prints on file descriptor 2 meanwhile becomes DEBUG records.
+
+    One thread at a time: the descriptor is the process's. Others that log wait, lest their lines go
+    where LiteRT's do.
+    """
+    with _stderr_lock, contextlib.ExitStack() as stack:
+        stream = stack.enter_context(tempfile.TemporaryFile())
+        for handler in logging.getLogger("edgepipe").handlers:
+            handler.acquire()
+            stack.callback(handler.release)
         saved = os.dup(2)
         os.dup2(stream.fileno(), 2)
         try:

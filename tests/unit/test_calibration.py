@@ -77,7 +77,7 @@ def test_too_few_sessions_are_no_noise_model(sessions: list[tuple[float, ...]], 
 
 
 def test_a_null_device_is_found_as_noisy_as_it_was_made(model: Artifact) -> None:
-    (target,) = resolve_targets([], address="null://quiet", profile=None)
+    (target,) = resolve_targets([], devices=["null://quiet"])
     device = open_device("null://noisy?sd=0.02")
     noise, _ = calibration.calibrate(model, device, target.profile, MeasureOptions(session=0.2))
     assert noise.sessions == max(stats.LOOKS)

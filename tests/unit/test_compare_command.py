@@ -30,7 +30,7 @@ def models(tmp_path: Path) -> tuple[Path, Path]:
 def on_a_board(address: str, models: tuple[Path, Path], **options: Any) -> tuple[tuple[Verdict, ...], dict[str, Measurement]]:  # fmt: skip
     """As the command judges what the null device measured, were it a real board."""
     base, candidate = (make_artifact("tflite", p, inputs=(), outputs=()) for p in models)
-    (target,) = resolve_targets([], address=address, profile=None)
+    (target,) = resolve_targets([], devices=[address])
     result = bench.measure(
         candidate, open_device(address), target.profile,
         MeasureOptions(session=0.2, **options), baseline=base,
