@@ -370,6 +370,8 @@ def _show_progress(args: argparse.Namespace, signals: StopSignals) -> Any:
                 return
             self.clear()
             prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+            if threading.current_thread() is not threading.main_thread():
+                prefix = f"[{record.threadName}] {prefix}"  # a board's name, see lab.on_boards
             _say(prefix + record.getMessage())
             self.last = time.monotonic()
 
