@@ -111,7 +111,7 @@ def make_all(
     made: dict[str, Artifact | StageError | ArtifactError] = {}
     for precision, (stage, options) in PRECISIONS.items():
         given = int8 if stage == "quantize_int8" else others
-        stages = [(name, {}) for name in to_float] + (
+        stages: list[tuple[str, Mapping[str, Any]]] = [(name, {}) for name in to_float] + (
             [(stage, {**options, **given})] if stage else []
         )
         try:

@@ -30,13 +30,13 @@ ALLOWED = {
 # Layers: a module imports only from its own layer or one further right.
 LAYERS = (
     ("edgepipe.cli", "edgepipe.commands", "edgepipe.__main__"),
-    ("edgepipe.pipeline", "edgepipe.judge", "edgepipe.report", "edgepipe.layer_report", "edgepipe.ci_output", "edgepipe.recipe", "edgepipe.adhoc", "edgepipe.frontier"),
-    ("edgepipe.bench", "edgepipe.benchmark_model", "edgepipe.evaluate", "edgepipe.inventory", "edgepipe.lab", "edgepipe.baseline", "edgepipe.explain", "edgepipe.calibration", "edgepipe.op_timing", "edgepipe.testing", "edgepipe.probe", "edgepipe.doctor"),
-    ("edgepipe.stages", "edgepipe.device", "edgepipe.store", "edgepipe.runtime", "edgepipe.parity", "edgepipe.routes", "edgepipe.payload", "edgepipe.preflight", "edgepipe.job", "edgepipe.crunner", "edgepipe.glibc", "edgepipe.android", "edgepipe.op_table", "edgepipe.emulator"),
+    ("edgepipe.pipeline", "edgepipe.judge", "edgepipe.report", "edgepipe.layer_report", "edgepipe.ci_output", "edgepipe.recipe", "edgepipe.adhoc", "edgepipe.frontier", "edgepipe.layer_html"),
+    ("edgepipe.bench", "edgepipe.benchmark_model", "edgepipe.evaluate", "edgepipe.inventory", "edgepipe.lab", "edgepipe.baseline", "edgepipe.explain", "edgepipe.layer_explain", "edgepipe.calibration", "edgepipe.op_timing", "edgepipe.testing", "edgepipe.probe", "edgepipe.doctor"),
+    ("edgepipe.stages", "edgepipe.device", "edgepipe.store", "edgepipe.runtime", "edgepipe.parity", "edgepipe.input_range", "edgepipe.routes", "edgepipe.payload", "edgepipe.preflight", "edgepipe.job", "edgepipe.crunner", "edgepipe.glibc", "edgepipe.android", "edgepipe.op_table", "edgepipe.emulator"),
     ("edgepipe.predict", "edgepipe.toolchain", "edgepipe.toolchains"),
     ("edgepipe.torch_ops", "edgepipe.tflite_ops"),
     ("edgepipe.array_ops",),
-    ("edgepipe.stage", "edgepipe.pruning", "edgepipe.range_table", "edgepipe.rescue", "edgepipe.training", "edgepipe.distillation", "edgepipe.students", "edgepipe.gate", "edgepipe.profile", "edgepipe.match", "edgepipe.emulated", "edgepipe.resources"),
+    ("edgepipe.stage", "edgepipe.pruning", "edgepipe.range_table", "edgepipe.rescue", "edgepipe.host_memory", "edgepipe.training", "edgepipe.distillation", "edgepipe.students", "edgepipe.gate", "edgepipe.profile", "edgepipe.match", "edgepipe.emulated", "edgepipe.resources"),
     ("edgepipe.data", "edgepipe.artifact", "edgepipe.measurement", "edgepipe.metrics", "edgepipe.sessions", "edgepipe.stats"),
     ("edgepipe.schema", "edgepipe.table"),
     ("edgepipe.units", "edgepipe.password"),

@@ -1,0 +1,376 @@
+"""Layer by layer, what an int8 file lost against its float file, why, and which rung of the ladder mends it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgepipe.artifact import Artifact, TensorSpec, make_artifact
+from edgepipe.data import DataSource, at_most
+from edgepipe.errors import StageError
+from edgepipe.measurement import Measurement
+from edgepipe.predict import predict
+from edgepipe.stages.quantize_int8 import source_specs
+from edgepipe.table import Table
+from edgepipe.units import format_seconds
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from edgepipe.tflite_ops.layer_noise import LayerNoise, Repairs
+
+log = logging.getLogger(__name__)
+
+# Samples that layers are compared on: ranges and channels are seen, and each layer's own file is run on them.
+SAMPLES = 32
+# Those that plain int8 takes its ranges from (as `quantize_int8`).
+PLAIN_SAMPLES = 500
+# A layer whose noise alone is above this, -20 dB on the outputs, is at fault (as `ladder.CULPRIT`).
+FAULT = 0.01
+# Of the layers at fault so many are made float, one by one, to see what that gives back.
+TRIED_IN_FLOAT = 5
+# Share of values outside the scale from which on clipping is a cause.
+CLIPPED = 0.001
+# A range that data uses a quarter of has lost two of its eight bits.
+HALF_USED = 0.25
+STEPS = 255
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """``noise`` as `LayerNoise`. ``noise_alone`` (0 to 1) is what the layer puts on the outputs if it
+    alone is int8; None where it was not tried. ``score_if_float`` is the task metric, and
+    ``noise_if_float`` the noise of the outputs, if it alone is float. ``why`` says what is wrong with it,
+    ``rung`` which rung of the ladder mends that; both "" for a layer that is not at fault.
+    """
+
+    noise: LayerNoise
+    noise_alone: float | None = None
+    noise_if_float: float | None = None
+    score_if_float: float | None = None
+    why: str = ""
+    rung: str = ""
+
+    @property
+    def is_at_fault(self) -> bool:
+        return self.noise_alone is not None and self.noise_alone > FAULT
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """``layers`` in order of execution. ``output_noise`` is from 0 to 1 (`noise_share`), like all noise here. ``score`` and ``float_score`` of the files as they are, None
+    without labels; ``made_noise`` and ``made_score`` of the int8 file that was made anew with the
+    given file's ranges, which what a layer in float gives back is compared with."""
+
+    layers: tuple[Layer, ...]
+    samples: int
+    data: str
+    sqnr_db: float
+    output_noise: float
+    score: float | None
+    float_score: float | None
+    made_noise: float | None
+    made_score: float | None
+    metric: str
+
+    @property
+    def at_fault(self) -> list[Layer]:
+        """The layers that would spoil the model alone, the worst first."""
+        return sorted(
+            (la for la in self.layers if la.is_at_fault), key=lambda la: -(la.noise_alone or 0)
+        )
+
+
+def explain_layers(
+    float_model: Artifact,
+    quantised: Artifact,
+    data: DataSource,
+    *,
+    evaluation: DataSource | None = None,
+    metric: str = "top1",
+    root: Path,
+) -> Explanation:
+    """Compare two TFLite files of one model on real samples, tensor by tensor.
+
+    ``data`` gives up to `SAMPLES` inputs. With an ``evaluation`` set with labels the task metric is
+    told too. Sensitivity is measured, by files made for it: each layer alone in int8, and for the
+    worst `TRIED_IN_FLOAT` the layer alone in float. Raises StageError and ArtifactError as
+    `comparable`, DataError where the samples do not fit.
+    """
+    from edgepipe.array_ops.calibration import file_batches
+    from edgepipe.array_ops.compare import compare
+    from edgepipe.array_ops.load import load_samples
+    from edgepipe.array_ops.task_metrics import task_metric
+    from edgepipe.tflite_ops import layer_noise as ops
+    from edgepipe.tflite_ops.sensitivity import noise_share
+
+    content, int8 = float_model.path.read_bytes(), quantised.path.read_bytes()
+    where = (float_model.path.name, quantised.path.name)
+    content = ops.comparable(content, int8, where=where)
+    specs = source_specs(float_model.inputs)
+    samples = load_samples(at_most(data, SAMPLES), specs)
+    judged = load_samples(evaluation, specs) if evaluation is not None else samples
+    labels = judged.labels
+    batches = list(file_batches(samples, float_model.inputs))
+    expected = predict(float_model, judged.inputs)
+
+    def judge(found: Mapping[str, np.ndarray]) -> tuple[float, float | None]:
+        noise = noise_share(list(expected.values()), [found[name] for name in expected])
+        return noise, None if labels is None else task_metric(metric, found, labels, root=root)
+
+    outputs = predict(quantised, judged.inputs)
+    errors = compare(expected, outputs)
+    output_noise, score = judge(outputs)
+    log.info("comparing layers on %d samples of %s", len(samples), samples.origin)
+    rows = ops.layer_noise(content, int8, batches)
+    repairs = ops.find_repairs(content, batches)
+    log.info("making one file for each layer, in which it alone is int8")
+    alone = ops.noise_alone(content, int8, batches)
+    inputs = _inputs_of(rows, int8)
+    layers = [_with_advice(Layer(row, alone.get(row.layer)), rows, repairs, inputs) for row in rows]
+    worst = [la for la in sorted(layers, key=lambda la: -(la.noise_alone or 0)) if la.is_at_fault]
+    given_back: dict[str, tuple[float, float | None]] = {}
+    with tempfile.TemporaryDirectory(prefix="edgepipe-") as folder:
+        for name in ("", *(la.noise.layer for la in worst[:TRIED_IN_FLOAT])) if worst else ():
+            log.info("making %s", f"{name!r} float" if name else "the int8 file anew, all layers")
+            path = Path(folder) / "trial.tflite"
+            try:
+                path.write_bytes(ops.without_layer(content, int8, name, batches))
+            except StageError as exc:  # the quantiser has no such mixture
+                log.warning("%s", exc.message)
+                continue
+            trial = make_artifact(
+                "tflite", path, inputs=float_model.inputs, outputs=float_model.outputs
+            )
+            given_back[name] = judge(predict(trial, judged.inputs))
+    made_noise, made_score = given_back.get("", (None, None))
+    return Explanation(
+        layers=tuple(_with_gain(la, given_back) for la in layers), samples=len(samples), data=samples.origin,
+        sqnr_db=min(e.sqnr_db for e in errors.values()), output_noise=output_noise, score=score, made_noise=made_noise, made_score=made_score, metric=metric,
+        float_score=None if labels is None else task_metric(metric, expected, labels, root=root),
+    )  # fmt: skip
+
+
+def _with_gain(layer: Layer, given_back: Mapping[str, tuple[float, float | None]]) -> Layer:
+    if layer.noise.layer not in given_back:
+        return layer
+    noise, score = given_back[layer.noise.layer]
+    return dataclasses.replace(layer, noise_if_float=noise, score_if_float=score)
+
+
+def _inputs_of(rows: Sequence[LayerNoise], content: bytes) -> dict[str, list[LayerNoise]]:
+    """The layers whose results each layer reads, by its name."""
+    from edgepipe.tflite_ops.flatbuffer import parse_model
+
+    graph = parse_model(content, where="the quantised model").subgraphs[0]
+    known = {row.layer: row for row in rows}
+    return {
+        graph.tensors[o.outputs[0]].name: [
+            known[name] for i in o.inputs if i >= 0 and (name := graph.tensors[i].name) in known
+        ]
+        for o in graph.operators
+        if o.outputs
+    }
+
+
+def _with_advice(
+    layer: Layer,
+    rows: Sequence[LayerNoise],
+    repairs: Repairs,
+    inputs: Mapping[str, Sequence[LayerNoise]],
+) -> Layer:
+    if not layer.is_at_fault:
+        return layer
+    why, rung = advise(layer.noise, repairs, inputs.get(layer.noise.layer, ()))
+    return dataclasses.replace(layer, why=why, rung=rung)
+
+
+def advise(noise: LayerNoise, repairs: Repairs, inputs: Sequence[LayerNoise]) -> tuple[str, str]:
+    """(what is wrong with a layer that is at fault, the rung of the ladder that mends it).
+
+    Told from what was measured of it and of the ``inputs`` it reads, in the order of the rungs; the
+    ladder itself (``quantize_int8`` with ``max_drop``) tries them all and judges the file.
+    """
+    if noise.layer in repairs.dead_gains:
+        return repairs.dead_gains[noise.layer], "equalise"
+    if not noise.scale:
+        return "it computes in float already: its noise comes from its inputs", "ranges"
+    if noise.clipped > CLIPPED:
+        return f"{noise.clipped:.2%} of its values lie outside {noise.scale_low:.3g} to {noise.scale_high:.3g}, what its scale can say", "ranges"  # fmt: skip
+    if noise.steps_used < HALF_USED * STEPS and noise.dtype == "int8":
+        return f"its values use {noise.steps_used:.0f} of {STEPS} steps: the range is far wider than this data", "ranges"  # fmt: skip
+    wide = max((n for n in (noise, *inputs) if n.outlier_channels), key=lambda n: n.spread, default=None)  # fmt: skip
+    if wide is not None:
+        which = "its" if wide is noise else f"of its input {wide.layer!r} the"
+        why = (
+            f"{which} largest channel is {wide.spread:.0f} times the median one, which is left"
+            f" {STEPS / wide.spread:.1f} of {STEPS} steps ({wide.outlier_channels} of {wide.channels} channels are so large)"
+        )
+        return why, "equalise" if wide.layer in repairs.equalisable else "mixed"
+    if noise.dense_share < HALF_USED:
+        return f"a few values far out: the rest would fit into {noise.dense_share:.0%} of its range", "ranges"  # fmt: skip
+    if noise.bias_share > 0.5:
+        return f"{noise.bias_share:.0%} of its noise is one and the same error in every value of a channel", "bias"  # fmt: skip
+    return "rounding, with nothing that stands out", "rounding"
+
+
+def plain_int8(float_model: Artifact, data: DataSource, path: Path) -> Artifact:
+    """Plain int8 of a float file, written to ``path``: ranges are the union of the samples', doors float32."""
+    from edgepipe.array_ops.calibration import file_batches
+    from edgepipe.array_ops.load import load_samples
+    from edgepipe.tflite_ops.flatbuffer import parse_model
+    from edgepipe.tflite_ops.quantize import (
+        check_quantizable,
+        collect_ranges,
+        fuse_activations,
+        quantize,
+    )
+
+    content, where = float_model.path.read_bytes(), float_model.path.name
+    check_quantizable(parse_model(content, where=where), where=where)
+    content, _ = fuse_activations(content, where=where)
+    samples = load_samples(at_most(data, PLAIN_SAMPLES), source_specs(float_model.inputs))
+    log.info("plain int8 by %d samples", len(samples))
+    ranges = collect_ranges(content, file_batches(samples, float_model.inputs), where=where).table()
+    path.write_bytes(quantize(content, ranges, input_dtype="float32", output_dtype="float32", where=where))  # fmt: skip
+    return make_artifact("tflite", path, inputs=float_model.inputs, outputs=float_model.outputs)
+
+
+# --- latency ------------------------------------------------------------------------------------------
+
+# Operators that XNNPACK's delegate has a case for (VisitNode in LiteRT's xnnpack_delegate.cc).
+IN_XNNPACK = frozenset(
+    {"ABS", "ADD", "AVERAGE_POOL_2D", "BATCH_MATMUL", "CEIL", "CONCATENATION", "CONV_2D", "COS", "DEPTH_TO_SPACE",
+     "DEPTHWISE_CONV_2D", "DEQUANTIZE", "DIV", "ELU", "EXP", "EXPAND_DIMS", "FLOOR", "FULLY_CONNECTED", "GELU",
+     "HARD_SWISH", "LEAKY_RELU", "LOG", "LOGISTIC", "MAX_POOL_2D", "MAXIMUM", "MEAN", "MINIMUM", "MUL", "NEG",
+     "PACK", "PAD", "PRELU", "QUANTIZE", "RELU", "RELU6", "RELU_N1_TO_1", "RESHAPE", "RESIZE_BILINEAR", "ROUND",
+     "RSQRT", "SIN", "SLICE", "SOFTMAX", "SPACE_TO_DEPTH", "SPLIT", "SQRT", "SQUARE", "SQUARED_DIFFERENCE",
+     "SQUEEZE", "STRIDED_SLICE", "SUB", "SUM", "TANH", "TRANSPOSE", "TRANSPOSE_CONV"}
+)  # fmt: skip
+
+
+def why_builtin(name: str, dtypes: frozenset[str]) -> str:
+    """Why an operator is not delegated to XNNPACK; ``dtypes`` are those of its activations."""
+    if "int16" in dtypes:
+        return "16-bit activations: XNNPACK has 8-bit and float kernels only"
+    if name not in IN_XNNPACK:
+        return f"XNNPACK has no kernel for {name}"
+    return "its types, shapes or options are not among those that XNNPACK takes"
+
+
+@dataclasses.dataclass(frozen=True)
+class OpTime:
+    """One operator of the int8 file on the device; ``why_not`` is "" where it is delegated."""
+
+    index: int
+    name: str
+    seconds: float
+    share: float
+    where: str
+    why_not: str
+
+
+def operator_times(measured: Mapping[str, Measurement], model: Path) -> list[OpTime]:
+    """The operators of a measured file, as the board timed them; empty where it did not."""
+    from edgepipe.tflite_ops.inspect import read_model
+
+    found = measured.get("op_time")
+    if found is None:
+        return []
+    graph = read_model(model).subgraphs[0]
+    dtypes: dict[str, set[str]] = {}
+    for operator in graph.operators:
+        tensors = [graph.tensors[i] for i in (*operator.inputs, *operator.outputs) if i >= 0]
+        dtypes.setdefault(operator.name, set()).update(
+            t.dtype for t in tensors if not t.is_constant
+        )
+    ops = found.context["ops"]
+    total_s = sum(op["seconds"] for op in ops) or 1.0
+    return [
+        OpTime(
+            op["index"], op["name"], op["seconds"], op["seconds"] / total_s, op["where"],
+            "" if op["where"] == "delegate" else why_builtin(op["name"], frozenset(dtypes.get(op["name"], ()))),
+        )
+        for op in ops
+    ]  # fmt: skip
+
+
+# --- text ------------------------------------------------------------------------------------------
+
+
+def summary(found: Explanation) -> list[str]:
+    """The files as a whole, then one line for each layer at fault, the worst first."""
+    lines = [f"outputs: {found.sqnr_db:.1f} dB SQNR against float, noise {found.output_noise:.2g}"]
+    if found.score is not None and found.float_score is not None:
+        lines[0] += f"; {found.metric} {found.score:.4f}, float {found.float_score:.4f}"
+    for layer in found.at_fault:
+        noise = f"{layer.noise.operator} {layer.noise.layer!r} alone puts {layer.noise_alone:.2g} of noise on the outputs"  # fmt: skip
+        lines.append(f"{noise}: {layer.why}; rung: {layer.rung}{_gain_text(layer, found)}")
+    if not found.at_fault:
+        lines.append("no layer alone spoils the outputs (noise above -20 dB)")
+    return lines
+
+
+def _gain_text(layer: Layer, found: Explanation) -> str:
+    if layer.score_if_float is not None and found.made_score is not None:
+        return f"; if it alone were float: {found.metric} {found.made_score:.4f} -> {layer.score_if_float:.4f}"  # fmt: skip
+    if layer.noise_if_float is not None and found.made_noise is not None:
+        return (
+            f"; if it alone were float: noise {found.made_noise:.2g} -> {layer.noise_if_float:.2g}"
+        )
+    return ""
+
+
+def layers_table(found: Explanation) -> Table:
+    """One line for each layer, in order of execution."""
+    header = ("layer", "operator", "SQNR", "adds", "noise alone", "seen", "scale says", "clipped", "scale", "zero", "dead", "outliers", "rung")  # fmt: skip
+    rows = []
+    for layer in found.layers:
+        n = layer.noise
+        rows.append((
+            n.layer, n.operator, f"{n.sqnr_db:.1f} dB", f"{n.added:.2g}",
+            "" if layer.noise_alone is None else f"{layer.noise_alone:.2g}",
+            f"{n.low:.3g} to {n.high:.3g}", f"{n.scale_low:.3g} to {n.scale_high:.3g}" if n.scale else "float",
+            f"{n.clipped:.2%}" if n.clipped else "", f"{n.scale:.3g}" if n.scale else "", str(n.zero_point) if n.scale else "",
+            f"{n.dead_channels}/{n.channels}" if n.dead_channels else "",
+            f"{n.outlier_channels}/{n.channels}" if n.outlier_channels else "", layer.rung,
+        ))  # fmt: skip
+    return Table(f"Layers on {found.samples} samples of {found.data} (noise alone: measured, this layer int8, all others float)", header, tuple(rows))  # fmt: skip
+
+
+def ops_table(ops: Sequence[OpTime], *, device: str) -> Table:
+    """The operators of the int8 file on a device, the slowest first."""
+    ranked = sorted(ops, key=lambda op: -op.seconds)
+    rows = [
+        (
+            str(op.index),
+            op.name,
+            format_seconds(op.seconds),
+            f"{op.share:.1%}",
+            op.where,
+            op.why_not,
+        )
+        for op in ranked
+    ]
+    header = ("op", "name", "median", "share", "where", "why not delegated")
+    return Table(f"Operators on {device}", header, tuple(rows))
+
+
+def as_dict(found: Explanation) -> dict[str, Any]:
+    """Plain data for ``--json``."""
+    data = dataclasses.asdict(found)
+    for entry, layer in zip(data["layers"], found.layers, strict=True):
+        entry |= {**entry.pop("noise"), "steps_used": layer.noise.steps_used}
+    return {"schema": 1, **data, "at_fault": [la.noise.layer for la in found.at_fault]}
+
+
+def with_layout(specs: Sequence[TensorSpec], layout: str) -> tuple[TensorSpec, ...]:
+    """Input specs whose samples come in another order of axes, like ``NCHW``."""
+    return tuple(
+        dataclasses.replace(s, source_layout=layout) if sorted(s.layout) == sorted(layout) else s
+        for s in specs
+    )

@@ -1,0 +1,314 @@
+"""Layer by layer, what quantisation did to a model: noise, ranges, clipping, channels, and what each layer alone spoils."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from edgepipe.array_ops.compare import sqnr_db
+from edgepipe.array_ops.ranges import METHODS, Range
+from edgepipe.errors import ArtifactError
+from edgepipe.tflite_ops.calibrate import collect_histograms
+from edgepipe.tflite_ops.channels import ChannelStatistics, channel_statistics
+from edgepipe.tflite_ops.equalise import equalise, repair_dead_channels
+from edgepipe.tflite_ops.flatbuffer import CONVERSIONS, Subgraph, Tensor, parse_model
+from edgepipe.tflite_ops.quantize import (
+    Precision,
+    check_quantizable,
+    collect_ranges,
+    fuse_activations,
+    quantize,
+)
+from edgepipe.tflite_ops.run import invoke_once, open_tflite
+from edgepipe.tflite_ops.run import quantize as stored
+from edgepipe.tflite_ops.sensitivity import layer_sensitivity, layers_of
+
+log = logging.getLogger(__name__)
+
+Batches = Sequence[Sequence[np.ndarray]]
+# A channel so many times the median one is an outlier (as `ladder.WIDE_SPREAD`: 4 of 255 steps are
+# left for the median one).
+OUTLIER = 64.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerNoise:
+    """One tensor that both files have, in order of execution.
+
+    ``sqnr_db`` is against the float file, with all that came before; ``added`` the noise-to-signal
+    power ratio that this layer adds to its inputs'. ``low`` and ``high`` were seen in the float file,
+    ``scale_low`` and ``scale_high`` are what the integers can say; ``clipped`` is the share of values
+    outside. ``dense_share`` is how much of the seen range the least squared error would keep: a small
+    one means a few values far out. ``bias_share`` is the part of the noise that is one and the same
+    error for all values of a channel. Channels are the last axis; ``spread`` is the largest one over
+    the median. ``scale`` 0: the layer computes in float, and what needs a scale is 0 as well.
+    """
+
+    layer: str
+    operator: str
+    dtype: str
+    sqnr_db: float
+    added: float
+    low: float
+    high: float
+    scale: float
+    zero_point: int
+    scale_low: float
+    scale_high: float
+    clipped: float
+    dense_share: float
+    bias_share: float
+    channels: int
+    dead_channels: int
+    outlier_channels: int
+    spread: float
+
+    @property
+    def steps_used(self) -> float:
+        """How many of the integer steps lie between the least and the largest value seen."""
+        return (self.high - self.low) / self.scale if self.scale else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Repairs:
+    """Layers that equalisation could even out, and sentences about dead channels with absurd weights,
+    by the layer that reads them."""
+
+    equalisable: frozenset[str]
+    dead_gains: Mapping[str, str]
+
+
+def comparable(float_content: bytes, quantised: bytes, *, where: tuple[str, str]) -> bytes:
+    """The float file with activations fused as before quantisation. Refuses what cannot be compared.
+
+    Raises StageError where the first file is no float file, ArtifactError where the second one is not
+    quantised or they share no tensor.
+    """
+    check_quantizable(parse_model(float_content, where=where[0]), where=where[0])
+    graph = parse_model(quantised, where=where[1]).subgraphs[0]
+    if not any(t.scales and not t.is_constant for t in graph.tensors):
+        raise ArtifactError(
+            f"no activation of {where[1]} is quantised: there is no range to explain",
+            hint="give the float file first and the int8 file second",
+            code="not-quantised",
+        )
+    fused, _ = fuse_activations(float_content, where=where[0])
+    names = layers_of(parse_model(fused, where=where[0]).subgraphs[0])
+    if not any(t.name in names for t in graph.tensors):
+        raise ArtifactError(
+            f"{where[0]} and {where[1]} have no tensor in common: one was not made from the other",
+            hint="give the very float file that was quantised; converters name tensors anew each time",
+            code="not-comparable",
+        )
+    return fused
+
+
+def layer_noise(float_content: bytes, quantised: bytes, batches: Batches) -> list[LayerNoise]:
+    """What `LayerNoise` says, for every layer whose result both files name.
+
+    ``float_content`` as `comparable` gives it; ``batches`` are real inputs of it. Three passes over
+    them. Both files run on builtin kernels, which keep all tensors.
+    """
+    where = "the float model"
+    graph = parse_model(quantised, where="the quantised model").subgraphs[0]
+    statistics = channel_statistics(float_content, batches, where=where)
+    limits = collect_ranges(float_content, batches, where=where).table()
+    histograms = collect_histograms(float_content, batches, limits, where=where)
+    made = [
+        (o.name, graph.tensors[i])
+        for o in graph.operators
+        if o.name not in CONVERSIONS
+        for i in o.outputs
+        if i >= 0 and graph.tensors[i].name in limits and not graph.tensors[i].is_constant
+    ]
+    sums = {tensor.name: _Sums() for _, tensor in made}
+    for expected, found in _both(float_content, quantised, [t for _, t in made], batches):
+        for (_, tensor), e, f in zip(made, expected, found, strict=True):
+            sums[tensor.name].add(e, f, _span(tensor))
+    ratio = {t.name: s.noise / s.signal if s.signal else float(s.noise > 0) for t, s in ((t, sums[t.name]) for _, t in made)}  # fmt: skip
+    added = _added(graph, ratio)
+    rows = []
+    for operator, tensor in made:
+        low, high = limits[tensor.name]
+        kept = METHODS["mse"](histograms[tensor.name])
+        width = max(high, 0.0) - min(low, 0.0)
+        channels = statistics.get(tensor.name)
+        span = _span(tensor)
+        total = sums[tensor.name]
+        rows.append(
+            LayerNoise(
+                layer=tensor.name,
+                operator=operator,
+                dtype=tensor.dtype,
+                sqnr_db=sqnr_db(total.signal, total.noise),
+                added=max(added[tensor.name], 0.0),
+                low=low,
+                high=high,
+                scale=tensor.scales[0] if tensor.scales else 0.0,
+                zero_point=tensor.zero_points[0] if tensor.scales else 0,
+                scale_low=span[0] if span else 0.0,
+                scale_high=span[1] if span else 0.0,
+                clipped=total.clipped / max(total.count, 1),
+                dense_share=(kept[1] - kept[0]) / width if width else 1.0,
+                bias_share=total.bias_share(),
+                channels=len(channels.low) if channels else 0,
+                dead_channels=int(channels.is_constant.sum()) if channels else 0,
+                outlier_channels=_outliers(channels),
+                spread=channels.spread if channels else 1.0,
+            )
+        )
+    return rows
+
+
+class _Sums:
+    """Powers of signal and noise of one tensor, its errors by channel, and what was clipped."""
+
+    def __init__(self) -> None:
+        self.signal = self.noise = 0.0
+        self.clipped = self.count = self.rows = 0
+        self.errors = np.zeros(0)
+
+    def add(self, expected: np.ndarray, found: np.ndarray, span: Range | None) -> None:
+        if expected.shape != found.shape or not expected.size:
+            return
+        error = found - expected
+        self.signal += float((expected**2).sum())
+        self.noise += float((error**2).sum())
+        self.count += expected.size
+        by_channel = error.reshape(-1, error.shape[-1] if error.ndim else 1)
+        self.rows += len(by_channel)
+        self.errors = (
+            self.errors + by_channel.sum(axis=0) if self.errors.size else by_channel.sum(axis=0)
+        )
+        if span is not None:
+            # half a step beyond the ends still rounds to them
+            slack = (span[1] - span[0]) / 510
+            self.clipped += int(((expected < span[0] - slack) | (expected > span[1] + slack)).sum())
+
+    def bias_share(self) -> float:
+        """Power of the mean error of each channel over that of all errors."""
+        if not self.noise:
+            return 0.0
+        return float((self.errors**2).sum() / self.rows / self.noise)
+
+
+def _both(
+    float_content: bytes, quantised: bytes, tensors: Sequence[Tensor], batches: Batches
+) -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
+    """For each batch the real values (float64) of these tensors in the float and the other file."""
+    reference = open_tflite(float_content, preserve_all_tensors=True)
+    candidate = open_tflite(quantised, preserve_all_tensors=True)
+    index = {d["name"]: d["index"] for d in reference.get_tensor_details()}
+    for batch in batches:
+        for model, name in ((reference, "the float model"), (candidate, "the quantised model")):
+            for detail, array in zip(model.get_input_details(), batch, strict=True):
+                model.set_tensor(detail["index"], stored(array, detail))
+            invoke_once(model, where=name)
+        expected = [reference.get_tensor(index[t.name]).astype(np.float64) for t in tensors]
+        found = [candidate.get_tensor(t.index).astype(np.float64) for t in tensors]
+        yield expected, [(f - t.zero_points[0]) * t.scales[0] if t.scales else f for f, t in zip(found, tensors, strict=True)]  # fmt: skip
+
+
+def _added(graph: Subgraph, ratio: Mapping[str, float]) -> dict[str, float]:
+    """Noise-to-signal ratio of each tensor less the largest of its inputs' (as `noisiest_layers`)."""
+    carried: dict[int, float] = {}
+    added: dict[str, float] = {}
+    for operator in graph.operators:
+        inherited = max((carried.get(i, 0.0) for i in operator.inputs), default=0.0)
+        for index in operator.outputs:
+            name = graph.tensors[index].name if index >= 0 else ""
+            carried[index] = ratio.get(name, inherited)
+            added[name] = carried[index] - inherited
+    return added
+
+
+def _span(tensor: Tensor) -> Range | None:
+    """The least and the largest real value that an integer tensor holds; None for a float one.
+
+    int8 with scale 0.1 and zero point -28: (-128 + 28) * 0.1 = -10 to (127 + 28) * 0.1 = 15.5.
+    """
+    if not tensor.scales:
+        return None
+    limits = np.iinfo(tensor.dtype)
+    zero, scale = tensor.zero_points[0], tensor.scales[0]
+    return (float(limits.min) - zero) * scale, (float(limits.max) - zero) * scale
+
+
+def _outliers(channels: ChannelStatistics | None) -> int:
+    if channels is None or not (channels.reach > 0).any():
+        return 0
+    median = float(np.median(channels.reach[channels.reach > 0]))
+    return int((channels.reach > OUTLIER * median).sum())
+
+
+# --- what each layer alone spoils, and what could mend it ---------------------------------------------
+
+
+def ranges_in(quantised: bytes, seen: Mapping[str, Range]) -> dict[str, Range]:
+    """The int8 ranges that a quantised file holds, by tensor; ``seen`` where it holds none or 16 bits."""
+    graph = parse_model(quantised, where="the quantised model").subgraphs[0]
+    held = {t.name: span for t in graph.tensors if t.dtype == "int8" and not t.is_constant and (span := _span(t))}  # fmt: skip
+    return {name: held.get(name, limits) for name, limits in seen.items()}
+
+
+def noise_alone(float_content: bytes, quantised: bytes, batches: Batches) -> dict[str, float]:
+    """Noise on the outputs (0 to 1, `noise_share`) if one layer alone were int8, with the file's ranges.
+
+    Measured: a file is made and run for each (of more than 64, for those that add most noise). Only
+    layers that are int8 in ``quantised`` are told of. Weights are the float file's, so what a ladder
+    did to them does not show.
+    """
+    where = "the float model"
+    ranges = ranges_in(quantised, collect_ranges(float_content, batches, where=where).table())
+    found = layer_sensitivity(float_content, ranges, batches, where=where)
+    other = _other_precision(float_content, quantised)
+    return {s.layer: s.noise for s in found if s.layer not in other}
+
+
+def _other_precision(float_content: bytes, quantised: bytes) -> dict[str, Precision]:
+    """The layers of the float file that are 16-bit or float in the other one."""
+    layers = layers_of(parse_model(float_content, where="the float model").subgraphs[0])
+    graph = parse_model(quantised, where="the quantised model").subgraphs[0]
+    kinds: dict[str, Precision] = {"int16": "int16", "float32": "float"}
+    doors = {o.outputs[0] for o in graph.operators if o.name in CONVERSIONS}
+    return {t.name: kinds[t.dtype] for t in graph.tensors if t.name in layers and t.dtype in kinds and t.index not in doors}  # fmt: skip
+
+
+def without_layer(float_content: bytes, quantised: bytes, layer: str, batches: Batches) -> bytes:
+    """A file with the ranges and precisions of ``quantised``, in which ``layer`` alone is float as well.
+
+    ``layer`` "" adds none. Its doors are float32, its weights the float file's.
+    """
+    where = "the float model"
+    ranges = ranges_in(quantised, collect_ranges(float_content, batches, where=where).table())
+    precision = _other_precision(float_content, quantised)
+    if layer:
+        precision[layer] = "float"
+    return quantize(
+        float_content, ranges, input_dtype="float32", output_dtype="float32",
+        precision=precision, where=where,
+    )  # fmt: skip
+
+
+def find_repairs(float_content: bytes, batches: Batches) -> Repairs:
+    """What the third rung of the ladder could do to this float file."""
+    where = "the float model"
+    statistics = channel_statistics(float_content, batches, where=where)
+    layers = layers_of(parse_model(float_content, where=where).subgraphs[0])
+    _, repaired = repair_dead_channels(float_content, statistics, where=where)
+    _, equalised = equalise(float_content, statistics, strength=1.0, where=where)
+
+    def about(sentence: str) -> tuple[str, str]:
+        """(layer, the sentence without its subject)"""
+        name, operator = next(
+            (n, o) for n, o in layers.items() if sentence.startswith(f"{o} {n!r}")
+        )
+        return name, sentence.removeprefix(f"{operator} {name!r}")
+
+    return Repairs(
+        equalisable=frozenset(about(s)[0] for s in equalised),
+        dead_gains={n: f"it{what.removesuffix(': set to 0')}" for n, what in map(about, repaired)},
+    )

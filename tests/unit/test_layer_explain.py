@@ -1,0 +1,274 @@
+"""What explain says of layers: figures against numpy, causes, the page, and operators on a board."""
+
+import dataclasses
+import html.parser
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgepipe.artifact import make_artifact
+from edgepipe.data import DataSource
+from edgepipe.errors import ArtifactError, StageError
+from edgepipe.layer_explain import (
+    Explanation,
+    Layer,
+    advise,
+    as_dict,
+    explain_layers,
+    plain_int8,
+    summary,
+    why_builtin,
+)
+from edgepipe.layer_html import html_report
+from edgepipe.table import Table
+from edgepipe.tflite_ops.inspect import tensor_specs
+from edgepipe.tflite_ops.layer_noise import (
+    LayerNoise,
+    Repairs,
+    comparable,
+    layer_noise,
+    noise_alone,
+)
+from edgepipe.tflite_ops.quantize import collect_ranges, departures, quantize
+from edgepipe.tflite_ops.sensitivity import noise_share, outputs_of
+
+from .hostile_nets import NETS, detector_head
+from .tflite_builder import Graph
+
+NOTHING = Repairs(frozenset(), {})
+
+
+def noise(layer="conv", **more):
+    usual = LayerNoise(
+        layer=layer, operator="CONV_2D", dtype="int8", sqnr_db=30.0, added=0.001, low=-1.0, high=1.0,
+        scale=2 / 255, zero_point=0, scale_low=-1.0, scale_high=1.0, clipped=0.0, dense_share=1.0,
+        bias_share=0.1, channels=8, dead_channels=0, outlier_channels=0, spread=2.0,
+    )  # fmt: skip
+    return dataclasses.replace(usual, **more)
+
+
+def one_sigmoid():
+    graph = Graph()
+    x = graph.input("x", (1, 4, 8))
+    return graph.bytes([graph.op("LOGISTIC", [x], "y", (1, 4, 8))])
+
+
+# --- figures
+
+
+def test_noise_and_clipping_are_what_numpy_finds_in_the_same_values():
+    graph = Graph()
+    x = graph.input("x", (1, 6, 6, 1))
+    weights = np.array([1.0, -2.0], np.float32).reshape(2, 1, 1, 1)
+    y = graph.conv(x, weights, np.zeros(2, np.float32), "y", (1, 6, 6, 2))
+    content = graph.bytes([y])
+    batches = [[a[None]] for a in np.random.default_rng(0).normal(0, 1, (20, 6, 6, 1)).astype(np.float32)]  # fmt: skip
+    narrow = {**collect_ranges(content, batches, where="f").table(), "y": (-1.5, 1.5)}
+    int8 = quantize(content, narrow, output_dtype="float32")
+    (row,) = layer_noise(content, int8, batches)
+
+    expected = np.concatenate([b[0] * weights.reshape(2) for b in batches])
+    (found,) = outputs_of(int8, batches, where="q")
+    found = found.reshape(expected.shape)
+    assert row.sqnr_db == pytest.approx(10 * np.log10((expected**2).sum() / ((expected - found) ** 2).sum()), abs=0.05)  # fmt: skip
+    low, high = row.scale_low, row.scale_high
+    assert (low, high) == pytest.approx((-1.5, 1.5), abs=row.scale)
+    assert row.clipped == pytest.approx(((expected < low) | (expected > high)).mean(), abs=0.01)
+    assert row.clipped > 0.25
+    assert (row.low, row.high) == pytest.approx((expected.min(), expected.max()), rel=1e-5)
+    assert row.steps_used == pytest.approx((expected.max() - expected.min()) / row.scale, rel=1e-5)
+    assert row.channels == 2
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_sqnr_of_layers_is_that_of_the_stages_own_search_for_departures(name):
+    net = NETS[name]()
+    batches = [[x[None]] for x in net.calibration[:10]]
+    ranges = collect_ranges(net.content, batches, where="f").table()
+    int8 = quantize(net.content, ranges)
+    found = {r.layer: r.sqnr_db for r in layer_noise(net.content, int8, batches)}
+    wanted = {tensor: db for tensor, operator, db in departures(net.content, int8, batches) if operator != "QUANTIZE"}  # fmt: skip
+    assert found == pytest.approx(wanted, abs=1e-6)
+
+
+def test_an_error_that_is_one_and_the_same_is_bias_and_one_that_changes_sign_is_not():
+    from edgepipe.tflite_ops.layer_noise import _Sums
+
+    zeros = np.zeros((4, 5, 3))
+    shifted, mixed = _Sums(), _Sums()
+    shifted.add(zeros, zeros + np.array([0.5, -1.0, 2.0]), None)
+    signs = np.where(np.arange(20) % 2, 1.0, -1.0).reshape(4, 5, 1)
+    mixed.add(zeros, zeros + signs, None)
+    assert shifted.bias_share() == pytest.approx(1.0)
+    assert mixed.bias_share() == pytest.approx(0.0)
+
+
+def test_noise_alone_is_told_of_layers_that_are_int8_and_of_no_others():
+    net = detector_head()
+    batches = [[x[None]] for x in net.calibration[:8]]
+    ranges = collect_ranges(net.content, batches, where="f").table()
+    plain = quantize(net.content, ranges, output_dtype="float32")
+    mixed = quantize(net.content, ranges, output_dtype="float32", precision={"both": "int16"})
+    alone = noise_alone(net.content, plain, batches)
+    assert max(alone, key=alone.get) == "both"
+    # one layer in int8 and nothing else: the whole noise of this net is nearly all of it
+    whole = noise_share(outputs_of(net.content, batches, where="f"), outputs_of(plain, batches, where="q"))  # fmt: skip
+    assert alone["both"] == pytest.approx(whole, rel=0.3)
+    rest = noise_alone(net.content, mixed, batches)
+    assert "both" not in rest
+    assert max(rest.values()) < 0.01
+
+
+# --- causes
+
+
+CAUSES = {
+    "dead_batch_norm": ("second", "equalise", "dead channel"),
+    "wide_swish": ("first", "mixed", "its largest channel is"),
+    "detector_head": ("both", "mixed", "times the median one"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETS)
+def test_explain_names_the_cause_of_each_network_that_int8_ruins(name, tmp_path):
+    net = NETS[name]()
+    path = tmp_path / "float.tflite"
+    path.write_bytes(net.content)
+    np.savez(tmp_path / "x.npz", image=net.calibration)
+    np.savez(tmp_path / "labelled.npz", image=net.samples, labels=net.labels)
+    (tmp_path / "metric.py").write_text(
+        "def scores(outputs, labels):\n"
+        "    found = next(iter(outputs.values()))\n"
+        "    return float((found[:, -10:].argmax(axis=1) == labels).mean())\n"
+    )
+    inputs, outputs = tensor_specs(path)
+    model = make_artifact("tflite", path, inputs=inputs, outputs=outputs)
+    data, labelled = (DataSource(kind="npz", path=tmp_path / f"{n}.npz", root=tmp_path) for n in ("x", "labelled"))  # fmt: skip
+    int8 = plain_int8(model, data, tmp_path / "int8.tflite")
+    found = explain_layers(model, int8, data, evaluation=labelled, metric="metric.py:scores", root=tmp_path)  # fmt: skip
+    layer, rung, why = CAUSES[name]
+    worst = found.at_fault[0]
+    assert (worst.noise.layer, worst.rung) == (layer, rung)
+    assert why in worst.why
+    assert why in summary(found)[1]
+    assert found.float_score - found.score > 0.04
+    assert found.score == pytest.approx(net.accuracy(int8.path.read_bytes()))
+    assert found.made_score == pytest.approx(found.score, abs=0.02)
+    if name != "wide_swish":  # of several culprits one in float gives nothing back
+        assert worst.score_if_float > found.float_score - 0.02
+        assert worst.noise_if_float < 0.1
+    harmless = {la.noise.layer for la in found.layers} - {la.noise.layer for la in found.at_fault}
+    assert {"pool", "flat"} <= harmless
+    assert as_dict(found)["at_fault"][0] == layer
+
+
+@pytest.mark.parametrize(
+    ("change", "rung", "word"),
+    [
+        ({"clipped": 0.02}, "ranges", "outside -1 to 1"),
+        ({"low": -0.1, "high": 0.1}, "ranges", "use 26 of 255 steps"),
+        ({"outlier_channels": 2, "spread": 100.0}, "mixed", "100 times the median"),
+        ({"dense_share": 0.1}, "ranges", "far out"),
+        ({"bias_share": 0.8}, "bias", "80%"),
+        ({}, "rounding", "nothing that stands out"),
+    ],
+)
+def test_each_cause_has_its_rung(change, rung, word):
+    why, found = advise(noise(**change), NOTHING, ())
+    assert found == rung
+    assert word in why
+
+
+def test_a_wide_tensor_is_blamed_on_its_reader_too_and_equalised_where_that_can_be():
+    wide = noise("swish", outlier_channels=3, spread=150.0)
+    why, rung = advise(noise(), NOTHING, [wide])
+    assert "of its input 'swish'" in why
+    assert rung == "mixed"
+    assert advise(noise(), Repairs(frozenset({"swish"}), {}), [wide])[1] == "equalise"
+    assert advise(noise(), Repairs(frozenset(), {"conv": "it multiplies"}), [wide]) == ("it multiplies", "equalise")  # fmt: skip
+
+
+def test_files_that_cannot_be_compared_are_refused_by_name():
+    net = detector_head()
+    batches = [[x[None]] for x in net.calibration[:4]]
+    int8 = quantize(net.content, collect_ranges(net.content, batches, where="f").table())
+    with pytest.raises(StageError, match=r"a\.tflite is quantized already"):
+        comparable(int8, net.content, where=("a.tflite", "b.tflite"))
+    with pytest.raises(ArtifactError, match=r"no activation of b\.tflite is quantised"):
+        comparable(net.content, net.content, where=("a.tflite", "b.tflite"))
+    with pytest.raises(ArtifactError, match="no tensor in common"):
+        comparable(one_sigmoid(), int8, where=("a.tflite", "b.tflite"))
+
+
+# --- the page
+
+
+def explanation(*layers):
+    return Explanation(tuple(layers), 32, "npz x", 20.0, 0.1, 0.8, 0.9, 0.1, 0.8, "top1")
+
+
+class Reader(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.words, self.attributes = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def read(page):
+    reader = Reader()
+    reader.feed(page)
+    reader.close()
+    return reader
+
+
+names = st.text(alphabet=st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=30)
+
+
+@given(names, st.floats(-200, 200), st.floats(0, 1))
+def test_no_name_of_a_layer_gets_out_of_its_text(name, sqnr_db, alone):
+    hostile = f"<script>alert('{name}')</script>\"&"
+    layer = Layer(noise(hostile, sqnr_db=sqnr_db), alone, why=hostile, rung="bias")
+    plain = Layer(noise("plain", sqnr_db=sqnr_db), alone, why="plain", rung="bias")
+    table = Table(hostile, ("h",), ((hostile,),))
+    page = read(html_report(explanation(layer), title=hostile, tables=[table]))
+    like = read(html_report(explanation(plain), title="t", tables=[Table("t", ("h",), (("c",),))]))
+    assert page.tags == like.tags
+    assert "script" not in page.tags
+    assert any(hostile in words for words in page.words)
+
+
+def test_the_page_loads_nothing_and_shows_every_layer():
+    layers = [Layer(noise(f"layer{i}"), 0.5 if i == 3 else 1e-4, why="w", rung="bias") for i in range(60)]  # fmt: skip
+    page = html_report(explanation(*layers), title="net")
+    assert len(page) < 100_000
+    reader = read(page)
+    assert not {"script", "link", "img", "iframe", "object"} & set(reader.tags)
+    assert not [v for k, v in reader.attributes if k in ("src", "href", "style", "onload")]
+    assert not re.search(r"https?:|url\(|@import", page)
+    assert reader.tags.count("svg") == 2
+    assert all(f"layer{i}" in reader.words for i in range(60))
+    assert 'class="bad"' in page
+
+
+def test_a_layer_in_float_has_no_range_and_no_scale():
+    page = html_report(explanation(Layer(noise(scale=0.0, dtype="float32"))), title="net")
+    assert "float" in read(page).words
+
+
+# --- operators
+
+
+def test_an_operator_that_is_not_delegated_has_a_reason():
+    assert "16-bit" in why_builtin("CONV_2D", frozenset({"int16"}))
+    assert "no kernel for GATHER" in why_builtin("GATHER", frozenset({"int8"}))
+    assert "types, shapes or options" in why_builtin("CONV_2D", frozenset({"int8"}))
