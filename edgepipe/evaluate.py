@@ -15,8 +15,10 @@ from edgepipe import stats
 from edgepipe.artifact import Artifact, TensorSpec
 from edgepipe.data import DataSource
 from edgepipe.errors import ArtifactError, TransferError
+from edgepipe.input_range import check_input_range
 from edgepipe.measurement import Measurement, single
 from edgepipe.predict import predict
+from edgepipe.rescue import sample_hashes
 from edgepipe.units import format_bytes
 
 if TYPE_CHECKING:
@@ -73,6 +75,15 @@ def evaluate(
         "metric": metric,
         "seconds": round(time.monotonic() - started, 2),
     }
+    known = set(shipped.facts.get("calibration_samples", ()))
+    if known:
+        common = sum(digest in known for digest in sample_hashes(samples))
+        context["calibration_samples_in_common"] = common
+        if common:
+            log.warning(
+                "%d of the %d evaluation samples (%s) are calibration samples: the int8 file fits them",
+                common, len(samples), samples.origin,
+            )  # fmt: skip
     layers = {"layers": _noisiest_layers(shipped, float_model, samples)}
     measured = []
     errors = compare(outputs[float_model.sha256], outputs[shipped.sha256])
@@ -86,6 +97,7 @@ def evaluate(
     def value(model: Artifact) -> float:
         return task_metric(metric, outputs[model.sha256], samples.labels, root=root)
 
+    check_input_range(reference, samples, metric=metric, score=value(reference), root=root)
     measured.append(single("task_metric", "", value(shipped), context))
     measured.append(single("task_metric_float", "", value(float_model), context))
     measured.append(single("task_metric_reference", "", value(reference), context))

@@ -320,6 +320,13 @@ def _check_evaluation(
         if needed:
             problems.append(f"[evaluate]: is missing; gate {needed[0]} needs data and metric")
         return
+    for number, stage in enumerate(stages, 1):
+        calibrates = stage is not None and stage.name.startswith("quantize")
+        if calibrates and getattr(stage, "data", "") == evaluate.data:
+            problems.append(
+                f"[evaluate] data = {evaluate.data!r} is the calibration set of [[stages]] {number}: a"
+                " model fits the data that its ranges were taken from; name a set of its own"
+            )
     if evaluate.data not in known_data:
         problems.append(f"[evaluate] data: no [data.{evaluate.data}]{near_miss(evaluate.data, sorted(known_data))}")  # fmt: skip
     if ":" in evaluate.metric:

@@ -36,7 +36,7 @@ def check_evaluation_data(
     the other. Fewer common samples are a warning.
     """
     bare = [dataclasses.replace(s, limit=0, seed=0) for s in sources]
-    ours, theirs = _hashes(calibration), _hashes(evaluation)
+    ours, theirs = set(sample_hashes(calibration)), set(sample_hashes(evaluation))
     common = len(ours & theirs)
     share = max(common / len(ours), common / len(theirs)) if ours and theirs else 0.0
     if bare[0] == bare[1] or share >= SAME_DATA:
@@ -56,15 +56,15 @@ def check_evaluation_data(
         )  # fmt: skip
 
 
-def _hashes(samples: Samples) -> set[bytes]:
-    """A hash of each sample, over all its inputs."""
-    found = set()
+def sample_hashes(samples: Samples) -> tuple[str, ...]:
+    """A short hash of each sample, over all its inputs as the source model gets them."""
+    found = []
     for row in range(len(samples)):
-        digest = hashlib.blake2b(digest_size=16)
+        digest = hashlib.blake2b(digest_size=8)
         for name in sorted(samples.inputs):
             digest.update(samples.inputs[name][row].tobytes())
-        found.add(digest.digest())
-    return found
+        found.append(digest.hexdigest())
+    return tuple(found)
 
 
 def rescue_facts(rescue: Rescue, **context: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from edgepipe.artifact import Artifact, TensorSpec, hash_path, make_artifact
 from edgepipe.data import user_path
 from edgepipe.errors import ArtifactError
+from edgepipe.host_memory import check_fits
 from edgepipe.schema import record
 from edgepipe.stage import StageContext
 
@@ -72,6 +73,9 @@ class LoadModel:
         """The source model as an artifact. Raises ArtifactError where it is not a working model."""
         source = self.source
         check_source(source)
+        given = source.file or source.weights
+        if given is not None:
+            check_fits([source.resolve(given)])
         if source.file is None:
             return _load_builder(source, context)
         path = source.resolve(source.file)

@@ -14,9 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from edgepipe.artifact import Artifact, TensorSpec, make_artifact
 from edgepipe.data import DataSource, at_most, user_path
 from edgepipe.errors import ArtifactError, StageError, StageOptionError
+from edgepipe.input_range import check_input_range
 from edgepipe.predict import predict
 from edgepipe.range_table import RangeTable, read_table, table_text
-from edgepipe.rescue import check_evaluation_data, qat_advice, rescue_facts, rung_lines
+from edgepipe.rescue import (
+    check_evaluation_data,
+    qat_advice,
+    rescue_facts,
+    rung_lines,
+    sample_hashes,
+)
 from edgepipe.schema import Unit, near_miss, record
 from edgepipe.stage import StageContext
 from edgepipe.stats import paired_difference_interval
@@ -220,6 +227,8 @@ class QuantizeInt8:
             **rescued,
             "fused_activations": list(fused),
             "rewritten": list(rewritten),
+            # so that an evaluation on the same samples can say so
+            "calibration_samples": list(sample_hashes(samples)),
             **sparsity_facts(quantized, where=path.name),
             "quantizer": f"litert-quantizer {version('litert-quantizer')}",
             "runtime": f"ai-edge-litert {version('ai-edge-litert')}",
@@ -276,6 +285,7 @@ class QuantizeInt8:
         expected = predict(artifact, evaluation.inputs)
         base = task_metric(metric, expected, labels, root=root)
         was_right = correct(metric, expected, labels, root=root)
+        check_input_range(artifact, evaluation, metric=metric, score=base, root=root)
         trial = context.work_dir / "trial.tflite"
 
         def judge(int8: bytes) -> Judgement:

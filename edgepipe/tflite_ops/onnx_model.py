@@ -13,6 +13,7 @@ from onnx import TensorProto, numpy_helper
 
 from edgepipe.artifact import TensorSpec
 from edgepipe.errors import ArtifactError
+from edgepipe.host_memory import check_fits
 
 # onnxruntime's wheels send usage events to its maker unless told not to; a user's models are theirs.
 onnxruntime.disable_telemetry_events()
@@ -34,6 +35,8 @@ def read_onnx(path: Path) -> onnx.ModelProto:
                 f"{path} is no ONNX model: it holds no graph",
                 hint="export it again, or copy it again whole",
             )
+        _check_opset(model, path)
+        check_fits([path, *(path.parent / name for name in external_files(model))])
         onnx.load_external_data_for_model(model, str(path.parent))
         onnx.checker.check_model(str(path))
     except ArtifactError:
@@ -56,6 +59,18 @@ def read_onnx(path: Path) -> onnx.ModelProto:
             f"{path} is not a valid ONNX model: {reason}", hint="export it again with torch.onnx.export(dynamo=True)"
         ) from exc  # fmt: skip
     return model
+
+
+def _check_opset(model: onnx.ModelProto, path: Path) -> None:
+    known = onnx.defs.onnx_opset_version()
+    newest = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
+    if newest > known or model.ir_version > onnx.IR_VERSION:
+        raise ArtifactError(
+            f"{path} is of ONNX opset {newest} (file format {model.ir_version}); this host's onnx"
+            f" {onnx.__version__} knows up to {known} ({onnx.IR_VERSION})",
+            hint="export it with opset 18, or upgrade onnx and onnxruntime",
+            code="opset-too-new",
+        )
 
 
 def external_files(model: onnx.ModelProto) -> list[str]:

@@ -117,6 +117,7 @@ def test_a_good_recipe_is_read(folder: Path) -> None:
         ('gate = "latency"\nmax = "20 ms"', 'gate = "task_metric"\nmin = nan', "min: input should be a finite number"),
         ('gate = "latency"\nmax = "20 ms"', 'gate = "device_agreement"\nmax_mismatch = -1.0', "max_mismatch = -1 should be a share"),
         ('gate = "latency"\nmax = "20 ms"', 'gate = "accuracy_drop"\nmax = "2 points"\nhard_max = "1 point"', "hard_max = 1 should be max or more"),
+        ('[evaluate]\ndata = "test"', '[evaluate]\ndata = "calibration"', "is the calibration set of [[stages]]"),
         ('[evaluate]\ndata = "test"\nmetric = "top1"\n', '[[gates]]\ngate = "device_agreement"\n', "gate device_agreement needs data"),
     ],
 )  # fmt: skip

@@ -1,0 +1,59 @@
+"""Is the data in the range that the model was trained on? By the task metric, tried on other ranges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgepipe.artifact import Artifact
+from edgepipe.errors import DataError
+from edgepipe.predict import predict
+
+if TYPE_CHECKING:
+    from edgepipe.array_ops.load import Samples
+
+# A model that is right more often than this has data that it knows.
+SUSPICIOUS = 0.5
+# Enough samples to see 20 points (their standard error is 3 points), few enough to cost little.
+TRIED = 256
+BETTER = 0.2
+LEAST = 10
+
+
+def check_input_range(
+    model: Artifact, samples: Samples, *, metric: str, score: float, root: Path
+) -> None:
+    """Raise DataError (``wrong-range``) where the model does far better on the same data in another range.
+
+    Such as pixels from 0 to 255 given to a network that wants -1 to 1: nothing fails, every answer is
+    made of saturated activations. Looked at only where ``score``, its metric on these samples, is
+    poor. A range is at fault if `BETTER` more of the samples, and at least `LEAST`, are right in another.
+    """
+    from edgepipe.array_ops.input_ranges import other_ranges
+    from edgepipe.array_ops.task_metrics import correct
+
+    if samples.labels is None or score >= SUSPICIOUS or samples.is_random:
+        return
+    step = max(1, len(samples) // TRIED)
+    few = {name: a[::step][:TRIED] for name, a in samples.inputs.items()}
+    labels = samples.labels[::step][:TRIED]
+    before = correct(metric, predict(model, few), labels, root=root)
+    if before is None:
+        return
+    best: tuple[int, str] = (0, "")
+    for what, changed in other_ranges(few):
+        after = correct(metric, predict(model, changed), labels, root=root)
+        if after is not None:
+            best = max(best, (int(after.sum()) - int(before.sum()), what))
+    gain, what = best
+    if gain < max(BETTER * len(labels), LEAST):
+        return
+    right = int(before.sum())
+    lowest = min(float(a.min()) for a in few.values())
+    highest = max(float(a.max()) for a in few.values())
+    raise DataError(
+        f"{samples.origin}: of {len(labels)} samples with values from {lowest:.4g} to {highest:.4g} the"
+        f" model gets {right} right, and {right + gain} if they are {what}: it was trained on another range",
+        hint="set scale, mean and std of the [data] table to what was used in training",
+        code="wrong-range",
+    )

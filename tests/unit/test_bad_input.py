@@ -1,0 +1,190 @@
+"""Input that would waste a long run, or give a wrong answer without an error: told at once."""
+
+import dataclasses
+import logging
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from edgepipe import host_memory
+from edgepipe.array_ops.load import Samples
+from edgepipe.artifact import make_artifact
+from edgepipe.data import DataSource
+from edgepipe.errors import ArtifactError, DataError
+from edgepipe.evaluate import evaluate
+from edgepipe.host_memory import available_bytes, check_fits
+from edgepipe.input_range import check_input_range
+from edgepipe.predict import predict
+from edgepipe.rescue import sample_hashes
+from edgepipe.stage import StageContext
+from edgepipe.stages.load import LoadModel, ModelSource
+from edgepipe.tflite_ops.inspect import tensor_specs
+from edgepipe.tflite_ops.onnx_model import read_onnx
+
+from .tflite_builder import Graph
+
+GIB = 1 << 30
+
+
+# --- a model that is too new, or too large
+
+
+@pytest.mark.parametrize(("opset", "ir_version"), [(99, 10), (18, 99)])
+def test_an_onnx_file_that_is_newer_than_this_host_says_so(tmp_path, opset, ir_version):
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])], "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 2])],
+    )  # fmt: skip
+    path = tmp_path / "new.onnx"
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)  # fmt: skip
+    onnx.save(model, path)
+    with pytest.raises(ArtifactError, match=r"new\.onnx is of ONNX opset") as caught:
+        read_onnx(path)
+    assert caught.value.code == "opset-too-new"
+
+
+def fake_host(root, *, free_kib, files):
+    """A /proc and /sys/fs/cgroup."""
+    texts = {"proc/meminfo": f"MemTotal: 99999999 kB\nMemAvailable:   {free_kib} kB\n", **files}
+    for name, text in texts.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+V2 = {
+    "proc/self/cgroup": "0::/job/step\n",
+    "sys/fs/cgroup/job/memory.max": f"{2 * GIB}\n",
+    "sys/fs/cgroup/job/memory.current": f"{GIB}\n",
+    "sys/fs/cgroup/job/memory.stat": f"anon 5\ninactive_file {GIB // 4}\n",
+    "sys/fs/cgroup/job/step/memory.max": "max\n",
+    "sys/fs/cgroup/job/step/memory.current": f"{GIB}\n",
+}
+V1 = {
+    "proc/self/cgroup": "5:cpu:/a\n4:memory:/a\n0::/\n",
+    "sys/fs/cgroup/memory/a/memory.limit_in_bytes": f"{GIB}",
+    "sys/fs/cgroup/memory/a/memory.usage_in_bytes": f"{GIB // 2}",
+    "sys/fs/cgroup/memory/a/memory.stat": f"inactive_file 7\ntotal_inactive_file {GIB // 4}\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [({}, 8 * GIB), (V2, GIB + GIB // 4), (V1, 3 * GIB // 4), ({"proc/self/cgroup": "odd"}, 8 * GIB)],
+)  # fmt: skip
+def test_free_memory_is_the_least_of_the_hosts_and_its_control_groups(tmp_path, files, expected):
+    assert available_bytes(fake_host(tmp_path, free_kib=8 * GIB // 1024, files=files)) == expected
+
+
+def test_a_host_that_does_not_tell_its_memory_refuses_nothing(tmp_path):
+    assert available_bytes(tmp_path) is None
+    (tmp_path / "model").write_bytes(b"x")
+    check_fits([tmp_path / "model"], root=tmp_path)
+
+
+def test_a_model_larger_than_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "large.onnx"
+    with path.open("wb") as stream:
+        stream.truncate(3 * GIB)  # takes no room on the disk; reading it would take 3 GiB
+    monkeypatch.setattr(host_memory, "available_bytes", lambda root: 8 * GIB)
+    work = tmp_path / "work"
+    work.mkdir()
+    context = StageContext(work_dir=work, data={}, seed=0, log_path=tmp_path / "log")
+    with pytest.raises(ArtifactError, match=r"takes about 9\.66 GB") as caught:
+        LoadModel(ModelSource(file=path)).run(context)
+    assert caught.value.code == "larger-than-memory"
+
+
+def test_weights_beside_an_onnx_file_count_as_well(tmp_path, monkeypatch):
+    weights = np.ones((256, 256), np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])], "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 256])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 256])],
+        [numpy_helper.from_array(weights, "w")],
+    )  # fmt: skip
+    path = tmp_path / "m.onnx"
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, path, save_as_external_data=True, location="m.data", size_threshold=0)
+    read_onnx(path)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda root: weights.nbytes)
+    with pytest.raises(ArtifactError) as caught:
+        read_onnx(path)
+    assert caught.value.code == "larger-than-memory"
+
+
+# --- data of another range, or seen before
+
+
+def classifier(tmp_path):
+    """Knows which of 4 values is the largest, of inputs from -1 to 1; beyond 1 it saturates."""
+    g = Graph()
+    x = g.input("x", (1, 4))
+    clamped = g.op("RELU_N1_TO_1", [x], "clamped", (1, 4))
+    path = tmp_path / "float.tflite"
+    eye, zeros = np.eye(4, dtype=np.float32), np.zeros(4, np.float32)
+    path.write_bytes(g.bytes([g.dense(clamped, eye, zeros, "y", (1, 4))]))
+    inputs, outputs = tensor_specs(path)
+    return make_artifact("tflite", path, inputs=inputs, outputs=outputs)
+
+
+def pixels(count=200):
+    """(count, 4) from 0 to 255, and which is the largest."""
+    values = np.random.default_rng(0).integers(0, 256, (count, 4)).astype(np.float32)
+    return values, values.argmax(axis=1)
+
+
+def accuracy(model, values, labels):
+    return float((predict(model, {"x": values})["y"].argmax(axis=1) == labels).mean())
+
+
+def check(model, values, labels, tmp_path):
+    samples = Samples({"x": values}, labels, (), origin="x.npz")
+    score = accuracy(model, values, labels)
+    check_input_range(model, samples, metric="top1", score=score, root=tmp_path)
+    return score
+
+
+def test_pixels_given_to_a_network_that_wants_minus_one_to_one_are_found_out(tmp_path):
+    model = classifier(tmp_path)
+    values, labels = pixels()
+    assert accuracy(model, values, labels) < 0.4
+    with pytest.raises(DataError, match=r"right, and \d+ if they are divided by (255|127\.5)") as caught:  # fmt: skip
+        check(model, values, labels, tmp_path)
+    assert caught.value.code == "wrong-range"
+    assert "from 0 to 255" in caught.value.message
+
+
+def test_data_in_the_right_range_and_a_model_that_knows_nothing_are_left_alone(tmp_path):
+    model = classifier(tmp_path)
+    values, labels = pixels()
+    assert check(model, values / 127.5 - 1, labels, tmp_path) > 0.95
+    assert check(model, values, np.random.default_rng(1).permutation(labels), tmp_path) < 0.4
+
+
+def test_an_evaluation_in_another_range_is_an_error_and_not_a_low_score(tmp_path):
+    model = classifier(tmp_path)
+    values, labels = pixels()
+    np.savez(tmp_path / "d.npz", x=values, labels=labels)
+    roles = dict.fromkeys(("shipped", "float_model", "reference"), model)
+    with pytest.raises(DataError) as caught:
+        evaluate(**roles, inputs=model.inputs, source=DataSource(kind="npz", path=tmp_path / "d.npz"), metric="top1", root=tmp_path)  # fmt: skip
+    assert caught.value.code == "wrong-range"
+
+
+def test_samples_that_the_ranges_were_taken_from_are_counted_and_told(tmp_path, caplog):
+    values, labels = pixels(60)
+    values = values / 127.5 - 1
+    np.savez(tmp_path / "d.npz", x=values, labels=labels)
+    seen = sample_hashes(Samples({"x": values[:20]}, None, (), origin=""))
+    model = classifier(tmp_path)
+    model = dataclasses.replace(model, facts={"calibration_samples": list(seen)})
+    roles = dict.fromkeys(("shipped", "float_model", "reference"), model)
+    with caplog.at_level(logging.WARNING, logger="edgepipe"):
+        found = evaluate(**roles, inputs=model.inputs, source=DataSource(kind="npz", path=tmp_path / "d.npz"), metric="top1", root=tmp_path)  # fmt: skip
+    assert found[0].context["calibration_samples_in_common"] == 20
+    assert "20 of the 60 evaluation samples" in caplog.text
