@@ -33,7 +33,7 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 def add_board_arguments(parser: argparse.ArgumentParser, *, default: str) -> None:
     """Which boards; see `inventory.resolve_targets`."""
     group = parser.add_argument_group("boards")
-    group.add_argument("--device", metavar="ADDRESS", action="append", default=[], help=f"where to measure: local, ssh://user@host[:port], virt://virt-pi-4, null://quiet for a simulated board, or a board of the lab by name; may be given many times (default: {default})")  # fmt: skip
+    group.add_argument("--device", metavar="ADDRESS", action="append", default=[], help=f"where to measure: local, ssh://user@host[:port], adb://SERIAL, virt://virt-pi-4, null://quiet for a simulated board, or a board of the lab by name; may be given many times (default: {default})")  # fmt: skip
     group.add_argument("--profile", metavar="NAME", help="device profile that describes them (default: the lab's, the recipe's, else localhost)")  # fmt: skip
     group.add_argument("--lab", type=Path, metavar="FILE", help="your inventory of boards (default: edgepipe.local.toml)")  # fmt: skip
     group.add_argument("--match", metavar="EXPR", help="the boards of the lab that fit, like 'soc=bcm2712 tag=upper' (keys: board, tag, and those of `edgepipe devices match`)")  # fmt: skip
