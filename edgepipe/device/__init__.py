@@ -15,6 +15,7 @@ __all__ = ["SCHEMES", "Completed", "Device", "check_address", "open_device"]
 # scheme -> (module, function); the function takes the whole address and the options of its scheme
 SCHEMES: dict[str, tuple[str, str]] = {
     "adb": ("edgepipe.device.adb", "open_adb"),
+    "labgrid": ("edgepipe.device.labgrid", "open_labgrid"),
     "local": ("edgepipe.device.local", "open_local"),
     "null": ("edgepipe.device.null", "open_null"),
     "ssh": ("edgepipe.device.ssh", "open_ssh"),
@@ -23,13 +24,13 @@ SCHEMES: dict[str, tuple[str, str]] = {
 
 ADDRESS_HINT = (
     "write `local` or `ssh://[user@]host[:port]`, `adb://SERIAL` for a phone, `virt://virt-pi-4` for a "
-    "virtual board, or `null://quiet` for a simulated one"
+    "virtual board, `labgrid://PLACE`, or `null://quiet` for a simulated one"
 )
 
 
 def open_device(address: str, **options: Any) -> Device:
     """Open the board at ``address``: ``local``, ``ssh://[user@]host[:port]``, ``adb://serial``,
-    ``virt://board`` or ``null://scenario``.
+    ``virt://board``, ``labgrid://place`` or ``null://scenario``.
 
     ``options`` are the keyword arguments of the scheme's own function (`edgepipe.device.ssh.open_ssh`).
     Raises RequestError for an address of no known scheme, and the ConnectError, HostKeyError or
