@@ -27,6 +27,7 @@ def test_what_is_worse_in_something_and_better_in_nothing_is_not_on_the_frontier
 
 def test_a_difference_that_two_measurements_of_one_model_have_decides_nothing():
     assert marked(row("float32"), row("same", ratio=1.02)) == {"float32", "same"}
+    assert marked(row("float32"), row("better", score=0.91, ratio=1.02)) == {"better"}
 
 
 def test_a_precision_that_failed_is_never_on_the_frontier_nor_in_its_way():
