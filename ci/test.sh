@@ -4,12 +4,14 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# The tests talk to a real OpenSSH server and to virtual boards; in CI their absence is an error.
+# The tests talk to a real OpenSSH server, to Android's client and to virtual boards; in CI their absence is an error.
 packages=()
 have() { PATH="$PATH:/usr/sbin:/sbin" command -v "$1" >/dev/null; }
 have sshd || packages+=(openssh-server)
 have qemu-system-aarch64 || packages+=(qemu-system-arm)
 have qemu-img || packages+=(qemu-utils)
+have adb || packages+=(adb)
+have mksh || packages+=(mksh)
 have qemu-aarch64 || have qemu-aarch64-static || packages+=(qemu-user)
 if [ "${CI:-}" = true ] && [ ${#packages[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && have apt-get; then
   apt-get update -qq

@@ -13,7 +13,7 @@ from pathlib import Path
 from edgepipe.device.base import Device
 from edgepipe.device.parse import Facts, parse_facts, parse_home
 from edgepipe.errors import CommandFailed, NotReadyError
-from edgepipe.payload import push_payload
+from edgepipe.payload import push_payload, runner_target
 from edgepipe.profile import (
     MACHINES,
     SCHEMA,
@@ -40,6 +40,12 @@ def probe(device: Device, *, target: str = "linux", work_dir: str = "~/.edgepipe
 
     Raises NotReadyError where the board has no python3, CommandFailed where the probe fails.
     """
+    if runner_target(target):
+        raise NotReadyError(
+            f"{device.address} cannot be probed: that needs python3 there, and target {target} has none",
+            hint=f"edgepipe doctor {device.address} --profile NAME shows what such a board says",
+            code="no-python",
+        )
     asked = device.run(["sh", "-c", 'printf %s "$HOME"'], timeout_s=PROBE_TIMEOUT_S)
     home = parse_home(os.fsdecode(asked.stdout), device.address)
     payload = push_payload(device, target, absolute_work_dir(work_dir, home))

@@ -9,6 +9,7 @@ this kernel, with this machine's times. It is not bionic, not SELinux, not a rea
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -40,9 +41,14 @@ TOOLS = (
     "cat", "chmod", "cut", "df", "find", "mkdir", "mv", "printf", "rm", "rmdir", "sha256sum", "sleep", "touch", "true", "wc",
     "uname",
 )  # fmt: skip
-TOOL = f"""#!/system/bin/sh
-exec /{HIDDEN}/ld-linux-aarch64.so.1 --library-path /{HIDDEN} --argv0 "${{0##*/}}" /{HIDDEN}/toybox "$@"
-"""
+# The loader that toybox names; ours is told where its own libraries lie, whatever the environment says.
+INTERPRETER, BIONIC = b"/lib/ld-linux-aarch64.so.1", b"/apex/linker".ljust(26, b"\0")
+# Termux's: an ordinary app's own folder, and nothing of the system's that asks for a permission.
+TERMUX = "data/data/com.termux/files"
+DENIED = (
+    "Permission Denial: can not dump BatteryService from pid=12345, uid=10123 due to missing "
+    "android.permission.DUMP permission"
+)
 CPUS = 2  # a slow and a fast one; as many as any machine has that runs the tests
 
 
@@ -64,9 +70,8 @@ def build_root(folder: Path) -> Path:
     (root / "etc").symlink_to("system/etc")
     for path, data in (
         ("system/bin/sh", read_member(_fetch(MKSH), "usr/lib/aarch64-linux-musl/bin/mksh")),
-        (f"{HIDDEN}/toybox", read_member(_fetch(TOYBOX), "bin/toybox")),
+        ("system/bin/toybox", read_member(_fetch(TOYBOX), "bin/toybox").replace(INTERPRETER, BIONIC)),
         (f"{HIDDEN}/libcrypt.so.1", read_member(_fetch(LIBCRYPT), "lib/aarch64-linux-gnu/libcrypt.so.1.1.0")),
-        ("system/bin/toybox", TOOL.encode()),
         ("system/bin/getprop", b"#!/system/bin/sh\ncat /system/etc/getprop\n"),
         ("system/bin/dumpsys", b'#!/system/bin/sh\ncat "/system/etc/dumpsys_$1"\n'),
     ):  # fmt: skip
@@ -76,12 +81,20 @@ def build_root(folder: Path) -> Path:
     assert bundle is not None
     for name in (bundle.loader, *bundle.libraries):
         shutil.copy(bundle.folder / name, root / HIDDEN / name)
+    (root / "apex/linker").symlink_to(f"/{HIDDEN}/{bundle.loader}")
     for name in TOOLS:
         (root / "system/bin" / name).symlink_to("toybox")
     shutil.copy(FIXTURES / "getprop", root / "system/etc/getprop")
     for name in ("dumpsys_battery", "dumpsys_thermalservice"):
         shutil.copy(FIXTURES / name, root / "system/etc" / name)
     (root / "etc/edgepipe-emulated").write_text("qemu-user, an Android-like root for tests\n")
+    prefix = root / TERMUX / "usr" / "bin"
+    prefix.mkdir(parents=True)
+    for name in ("sh", "getprop", *TOOLS):
+        (prefix / name).symlink_to(f"/system/bin/{name}")
+    (prefix / "dumpsys").write_text(f"#!/system/bin/sh\necho '{DENIED}'\n")
+    (prefix / "dumpsys").chmod(0o755)
+    (root / TERMUX / "home").mkdir()
     _make_sys(folder)
     return root
 
@@ -149,8 +162,36 @@ def environment(**more: str) -> dict[str, str]:
     """A phone's; the home is one that cannot be written, as / cannot by adb's user there."""
     return {
         "PATH": "/system/bin:/vendor/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/none", "ANDROID_ROOT": "/system",
-        "TMPDIR": "/data/local/tmp", "QEMU_CPU": "cortex-a76", **more,
+        "TMPDIR": "/data/local/tmp", "QEMU_CPU": "cortex-a76", "LD_LIBRARY_PATH": f"/{HIDDEN}", **more,
     }  # fmt: skip
+
+
+def termux_command(root: Path) -> Path:
+    """What sshd runs in place of every command of a user of Termux (ForceCommand of sshd_config(5)).
+
+    Files go through this machine's sftp-server, which sees the root as its own.
+    """
+    server = Path("/usr/lib/openssh/sftp-server")
+    if not server.is_file():
+        missing("no sftp-server on this machine (apt-get install openssh-sftp-server)")
+    inside = root / str(server).lstrip("/")
+    inside.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(server, inside)
+    (root / "etc/passwd").write_text("root:x:0:0::/:/system/bin/sh\n")  # it asks who it is
+    home, prefix = f"/{TERMUX}/home", f"/{TERMUX}/usr"
+    termux = environment(HOME=home, PREFIX=prefix, PATH=f"{prefix}/bin", SHELL=f"{prefix}/bin/sh")
+    words = [f"{name}={value}" for name, value in termux.items()]
+    enter = shlex.join([*shell(root)[:-2]])
+    line = f'export {shlex.join(words)}; cd; eval "$SSH_ORIGINAL_COMMAND"'
+    script = root.parent / "termux"
+    script.write_text(
+        "#!/bin/sh\n"
+        f'if [ "$SSH_ORIGINAL_COMMAND" = internal-sftp ]; then exec {enter} {server}; fi\n'
+        f"exec env QEMU_CPU=cortex-a76 {enter} /system/bin/sh -c "
+        f"{shlex.quote(line)}\n"
+    )
+    script.chmod(0o755)
+    return script
 
 
 def skip_unless_runs(root: Path) -> None:

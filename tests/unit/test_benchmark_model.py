@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from edgepipe.bench import MeasureOptions
 from edgepipe.benchmark_model import Op, measure, parse_benchmark_model
 from edgepipe.commands.on_device import tflite_model
 from edgepipe.device import open_device
-from edgepipe.errors import CommandFailed
+from edgepipe.errors import CommandFailed, RequestError
 from edgepipe.metrics import METRICS
-from edgepipe.profile import find_profile
+from edgepipe.profile import Emulation, find_profile
 from edgepipe.resources import profile_paths
 from edgepipe.tflite_ops.tiny import tiny_tflite
 
@@ -111,3 +112,13 @@ def test_a_program_that_fails_there_says_why(tmp_path: Path, monkeypatch: pytest
     profile = find_profile("localhost", profile_paths())
     with pytest.raises(CommandFailed, match="CANNOT LINK EXECUTABLE"):
         measure(tflite_model(model), open_device("local"), profile, MeasureOptions(), binary=binary)
+
+
+def test_on_an_emulated_board_it_is_refused_as_it_measures_nothing_but_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = tmp_path / "m.tflite"
+    model.write_bytes(tiny_tflite())
+    emulation = Emulation(kind="system", cpu="cortex-a72", memory=1e9)
+    profile = dataclasses.replace(find_profile("localhost", profile_paths()), emulated=emulation)
+    with pytest.raises(RequestError, match="emulated"):
+        measure(tflite_model(model), open_device("local"), profile, MeasureOptions(), binary=model)

@@ -421,3 +421,9 @@ def test_the_profile_of_a_board_with_tflite_runtime_asks_for_what_the_runner_rep
     text = profile_toml(dataclasses.replace(PI, runtimes={"tflite_runtime": "2.14.0"}), date="x")
     asked = tomllib.loads(text)
     assert (asked["runtime"], asked["runtime_version"]) == ("tflite-runtime", "2.14.0")
+
+
+def test_a_phone_is_not_probed_and_the_hint_says_what_shows_it() -> None:
+    with pytest.raises(NotReadyError, match="needs python3") as caught:
+        probe(open_device("local"), target="android")
+    assert "edgepipe doctor local" in caught.value.hint
