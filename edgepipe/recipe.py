@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from edgepipe.stages.load import ModelSource, check_source
 SCHEMA = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # part of a folder's name
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
-TABLES = ("schema", "name", "seed", "devices", "baselines", "model", "data", "stages", "evaluate", "measure", "gates")  # fmt: skip
+TABLES = ("schema", "name", "seed", "buckets", "devices", "baselines", "model", "data", "stages", "evaluate", "measure", "gates")  # fmt: skip
 NEEDS_EVALUATION = (
     "accuracy_drop", "task_metric", "parity", "device_agreement", "device_task_metric", "device_accuracy_drop",
 )  # fmt: skip
@@ -72,11 +72,17 @@ class Recipe:
         return 0 if self.model.file or self.model.weights else min(1, len(self.stages))
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read and check a recipe. Raises one RecipeError listing every mistake with its key."""
+def load_recipe(path: Path, bucket: Mapping[str, int] | None = None) -> Recipe:
+    """Read and check a recipe. Raises one RecipeError listing every mistake with its key.
+
+    ``bucket`` chooses one size for each free dimension that the recipe lists under ``[buckets]``:
+    ``${length}`` stands for it anywhere, and the recipe's name ends in ``-length32``, so that each
+    bucket is a model with its own file, ranges, measurements and baseline.
+    """
     path = path.resolve()
     raw = read_toml(path, error=RecipeError)
     problems: list[str] = []
+    sizes = _choose_bucket(raw.get("buckets", {}), bucket or {}, path)
 
     def attempt(function: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -85,7 +91,7 @@ def load_recipe(path: Path) -> Recipe:
             problems.append(exc.message)
             return None
 
-    raw = _expand(raw, "", problems)
+    raw = _expand(raw, "", problems, sizes)
     if isinstance(raw.get("schema"), int) and raw["schema"] > SCHEMA:
         raise RecipeError(f"{path}: schema {raw['schema']} is newer than {SCHEMA}", hint="upgrade edgepipe")  # fmt: skip
     if raw.get("schema") != SCHEMA:
@@ -96,6 +102,8 @@ def load_recipe(path: Path) -> Recipe:
     name = raw.get("name", path.stem)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         problems.append(f"name: {name!r} is not a plain name (at most 100 of A-Z a-z 0-9 . _ -)")
+    else:
+        name = "-".join((name, *(f"{key}{size}" for key, size in sizes.items())))
     seed = raw.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         problems.append(f"seed: {seed!r} is not a whole number from 0 to 2**63 - 1")
@@ -179,16 +187,66 @@ def resolve_source(source: DataSource, root: Path) -> DataSource:
     return dataclasses.replace(source, path=path, root=root)
 
 
-def _expand(value: Any, key: str, problems: list[str]) -> Any:
-    """Replace ``${NAME}`` in every string by that environment variable."""
+def parse_bucket(texts: Sequence[str]) -> dict[str, int]:
+    """``["length=32"]`` -> ``{"length": 32}``. Raises RecipeError for anything else."""
+    found = {}
+    for text in texts:
+        name, equals, size = text.partition("=")
+        if not (name and equals and size.isdecimal()):
+            raise RecipeError(f"--bucket {text!r} is not NAME=SIZE", hint="--bucket length=32")
+        found[name] = int(size)
+    return found
+
+
+def _choose_bucket(declared: Any, chosen: Mapping[str, int], path: Path) -> dict[str, int]:
+    """Bucket name -> the size that was chosen, in the recipe's order."""
+    legal = isinstance(declared, dict) and all(
+        re.fullmatch(r"[A-Za-z]\w*", name)
+        and isinstance(sizes, list)
+        and sizes
+        and all(type(size) is int and size > 0 for size in sizes)
+        for name, sizes in declared.items()
+    )
+    if not legal:
+        raise RecipeError(
+            f"{path}: [buckets] should give sizes for each free dimension, got {declared!r}",
+            hint="length = [16, 32, 64]",
+        )
+    choices = "; ".join(f"{n} = {', '.join(map(str, s))}" for n, s in declared.items()) or "none"
+    if unknown := sorted(chosen.keys() - declared.keys()):
+        raise RecipeError(
+            f"{path} has no bucket {unknown[0]!r}{near_miss(unknown[0], list(declared))} ([buckets]: {choices})",
+            hint="leave --bucket out, or declare it: [buckets] length = [16, 32, 64]",
+        )
+    for name, sizes in declared.items():
+        if chosen.get(name) not in sizes:
+            got = f"{name} = {chosen[name]} is none of them" if name in chosen else f"none was chosen of {name}"  # fmt: skip
+            raise RecipeError(
+                f"{path} is one recipe for each bucket ([buckets]: {choices}), and {got}",
+                hint=f"--bucket {name}={sizes[0]}",
+                code="no-bucket",
+            )
+    return {name: chosen[name] for name in declared}
+
+
+def _expand(value: Any, key: str, problems: list[str], sizes: Mapping[str, int]) -> Any:
+    """Replace ``${NAME}`` in every string by that bucket's size or else that environment variable.
+
+    A string that is nothing but a bucket becomes a number.
+    """
     if isinstance(value, dict):
-        return {k: _expand(v, f"{key}.{k}" if key else k, problems) for k, v in value.items()}
+        return {k: _expand(v, f"{key}.{k}" if key else k, problems, sizes) for k, v in value.items()}  # fmt: skip
     if isinstance(value, list):
-        return [_expand(v, f"{key}[{i}]", problems) for i, v in enumerate(value, 1)]
+        return [_expand(v, f"{key}[{i}]", problems, sizes) for i, v in enumerate(value, 1)]
     if not isinstance(value, str):
         return value
+    whole = _VARIABLE.fullmatch(value)
+    if whole and whole[1] in sizes:
+        return sizes[whole[1]]
 
     def look_up(match: re.Match[str]) -> str:
+        if match[1] in sizes:
+            return str(sizes[match[1]])
         found = os.environ.get(match[1])
         if not found:
             problems.append(f"{key}: the environment variable {match[1]} is not set")

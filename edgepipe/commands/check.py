@@ -14,12 +14,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  edgepipe check recipe.toml"
     )
     parser.add_argument("recipe", type=Path, help="the recipe, a TOML file")
+    parser.add_argument("--bucket", action="append", default=[], metavar="NAME=SIZE", help="which of the sizes under the recipe's [buckets]")  # fmt: skip
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    from edgepipe.recipe import load_recipe
+    from edgepipe.recipe import load_recipe, parse_bucket
 
-    recipe = load_recipe(args.recipe)
+    recipe = load_recipe(args.recipe, parse_bucket(args.bucket))
     stages = [stage.name for stage in recipe.stages]
     gates = [gate.name for gate in recipe.gates]
     out.text(

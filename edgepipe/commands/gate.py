@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("run", nargs="?", default="latest", help="run id, its start or end (default: latest)")  # fmt: skip
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="judge by the gates of this recipe")  # fmt: skip
+    parser.add_argument("--bucket", action="append", default=[], metavar="NAME=SIZE", help="which of the sizes under the recipe's [buckets]")  # fmt: skip
     parser.add_argument("--baselines", type=Path, metavar="DIR", help="where baselines lie (default: where the run looked)")  # fmt: skip
     parser.add_argument("--promote", action="store_true", help="make the run the baseline, if every gate passed")  # fmt: skip
     ci_output.add_arguments(parser)
@@ -50,7 +51,7 @@ def _run(args: argparse.Namespace, out: Output, ci: CiOutput) -> int:
     from edgepipe.errors import EXIT_NOT_READY, NotReadyError, RecipeError, RequestError
     from edgepipe.gate import EXIT_CODES, GATES, Evidence, Status, overall
     from edgepipe.judge import judge, needs_baseline
-    from edgepipe.recipe import load_recipe
+    from edgepipe.recipe import load_recipe, parse_bucket
     from edgepipe.report import Table, details_text, render, text_table
     from edgepipe.store import Store, device_name
 
@@ -67,7 +68,7 @@ def _run(args: argparse.Namespace, out: Output, ci: CiOutput) -> int:
             hint=f"run it to the end: edgepipe run {record.get('recipe_path', 'RECIPE')}",
         )
     if args.recipe:
-        recipe = load_recipe(args.recipe)
+        recipe = load_recipe(args.recipe, parse_bucket(args.bucket))
         _check_evaluation(recipe, found.load_measurements("model"))
         gates = list(recipe.gates)
     else:

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  edgepipe run recipe.toml --lab lab.toml --match 'soc=bcm2712 tag=upper'"
     )
     parser.add_argument("recipe", type=Path, help="the recipe, a TOML file")
+    parser.add_argument("--bucket", action="append", default=[], metavar="NAME=SIZE", help="which of the sizes under the recipe's [buckets]")  # fmt: skip
     add_board_arguments(parser, default="the lab's boards of the recipe's profiles")
     parser.add_argument("--no-devices", action="store_true", help="stop after evaluation; device gates become INCONCLUSIVE")  # fmt: skip
     parser.add_argument("--remeasure", action="store_true", help="measure again even if nothing changed")  # fmt: skip
@@ -46,10 +47,10 @@ def _run(args: argparse.Namespace, out: Output, ci: CiOutput) -> int:
     from edgepipe import adhoc, pipeline, report
     from edgepipe.errors import RequestError
     from edgepipe.inventory import resolve_targets
-    from edgepipe.recipe import load_recipe
+    from edgepipe.recipe import load_recipe, parse_bucket
     from edgepipe.store import Store, check_output
 
-    recipe = load_recipe(args.recipe)
+    recipe = load_recipe(args.recipe, parse_bucket(args.bucket))
     check_output(args.output)
     if args.output and recipe.model.builder and all(s.produces == "same" for s in recipe.stages):
         raise RequestError(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edgepipe.errors import RecipeError
-from edgepipe.recipe import load_recipe
+from edgepipe.recipe import load_recipe, parse_bucket
 
 GOOD = """\
 schema = 1
@@ -168,3 +168,58 @@ def test_the_accuracy_drop_counts_from_the_trained_model(folder: Path) -> None:
     (folder / "w.safetensors").write_bytes(b"")
     weighted = GOOD.replace("[[model.inputs]]", 'weights = "w.safetensors"\n[[model.inputs]]', 1)
     assert load_recipe(write(folder, weighted)).reference_stage == 0
+
+
+# --- buckets
+
+
+@pytest.fixture
+def buckets(folder: Path) -> Path:
+    text = GOOD.replace("shape = [1, 4]", 'shape = [1, "${length}", "${width}"]')
+    text = text.replace('path = "c.npz"', 'path = "c_${length}.npz"')
+    assert text.count("${") == 4
+    for length in (16, 32):
+        (folder / f"c_{length}.npz").write_bytes(b"")
+    path = folder / "buckets.toml"
+    path.write_text(f"{text}\n[buckets]\nlength = [16, 32]\nwidth = [4]\n")
+    return path
+
+
+def test_a_bucket_is_a_recipe_of_its_own(buckets: Path) -> None:
+    made = [load_recipe(buckets, {"length": n, "width": 4}) for n in (16, 32)]
+    assert [r.model.inputs[0].shape for r in made] == [(1, 16, 4), (1, 32, 4)]
+    assert [r.name for r in made] == ["tiny-length16-width4", "tiny-length32-width4"]
+    found = [r.data["calibration"].path for r in made]
+    assert [p.name for p in found if p] == ["c_16.npz", "c_32.npz"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "told"),
+    [
+        ({}, "none was chosen of length"),
+        ({"length": 16}, "none was chosen of width"),
+        ({"length": 17, "width": 4}, "length = 17 is none of them"),
+        ({"lenght": 16}, "has no bucket 'lenght'; did you mean 'length'"),
+    ],
+)
+def test_a_bucket_that_is_not_declared_or_not_chosen_is_told_with_the_choices(
+    buckets: Path, chosen: dict[str, int], told: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(buckets, chosen)
+    assert told in caught.value.message
+    assert "length = 16, 32" in caught.value.message
+
+
+@pytest.mark.parametrize("wrong", ["length = 16", "length = []", "length = [0]", "length = [1.5]", '"a b" = [1]'])  # fmt: skip
+def test_buckets_are_lists_of_sizes(folder: Path, wrong: str) -> None:
+    (folder / "r.toml").write_text(f"{GOOD}\n[buckets]\n{wrong}\n")
+    with pytest.raises(RecipeError, match=r"\[buckets\] should give sizes"):
+        load_recipe(folder / "r.toml")
+
+
+@pytest.mark.parametrize("text", ["length", "length=", "=3", "length=-3", "length=x"])
+def test_a_bucket_on_the_command_line_is_name_and_size(text: str) -> None:
+    assert parse_bucket(["a=1", "b=20"]) == {"a": 1, "b": 20}
+    with pytest.raises(RecipeError, match="is not NAME=SIZE"):
+        parse_bucket([text])
