@@ -74,6 +74,9 @@ _CHUNK_BYTES = 1 << 18
 # Two full SSH packets per write (OpenSSH takes 32 KiB, of which paramiko keeps 64 bytes for headers)
 # less the header of the write. paramiko's own 32 KiB make one full and one tiny packet each.
 _WRITE_BYTES = 2 * (2**15 - 64) - 64
+# Writes the file $0 to the disk, so that the name it is given next is that of the whole of it after a power
+# cut, too. busybox and toybox know `sync` of everything only.
+_SYNC = 'sync -- "$0" 2>/dev/null || sync; '
 # Prints the sha256 of the file $0 with the program $1, or with the other where there is only that.
 # Python takes longer to start, but its OpenSSL uses the processor's SHA instructions where sha256sum
 # often does not: a large push got a third faster (ci/bench/push.py).
@@ -123,6 +126,7 @@ def open_ssh(
     identity_file: Path | None = None,
     known_hosts: Path | None = None,
     connect_timeout_s: float = _CONNECT_TIMEOUT_S,
+    configured: bool = True,
 ) -> SshDevice:
     """Connect to ``ssh://[user@]host[:port]``, where ``host`` may be a name in ``~/.ssh/config``.
 
@@ -133,11 +137,13 @@ def open_ssh(
     password is taken from EDGEPIPE_SSH_PASSWORD, or asked for where somebody can be asked
     (`edgepipe.password`). Host keys are looked up in ``known_hosts``
     (or EDGEPIPE_KNOWN_HOSTS), otherwise in UserKnownHostsFile, ``~/.ssh/known_hosts`` and the
-    system's; the first file is where `trust_host_key` writes.
+    system's; the first file is where `trust_host_key` writes. Without ``configured`` no configuration
+    is read: all is in the address and the arguments.
 
     Raises RequestError for a bad address or configuration, ConnectError, HostKeyError, AuthError.
     """
     options = _Options(
+        configured=configured,
         identity_file=identity_file or _path_from_environment(ENV_IDENTITY),
         known_hosts=known_hosts or _path_from_environment(ENV_KNOWN_HOSTS),
         connect_timeout_s=connect_timeout_s,
@@ -207,7 +213,7 @@ class SshDevice:
         log.debug("pushing %s to %s on %s", local, path, self.address)
         try:
             sent = self._upload(local, part, mode)
-            if self._digest(part, size_bytes) != sent:
+            if self._digest(part, size_bytes, before=_SYNC) != sent:
                 raise OSError("what arrived differs from what was sent")
             self._sftp().posix_rename(part, path)
         except BaseException as exc:
@@ -379,12 +385,12 @@ class SshDevice:
         except FileNotFoundError:
             return None
 
-    def _digest(self, path: str, size_bytes: int) -> str:
-        """sha256 of a file on the board, computed there."""
+    def _digest(self, path: str, size_bytes: int, *, before: str = "") -> str:
+        """sha256 of a file on the board, computed there after the script ``before`` has run on it."""
         # a Pi Zero hashes 20 MB/s and more; 1 MB/s leaves room for a slow card
         timeout_s = _HELPER_S + size_bytes / 1e6
         first = "python3" if size_bytes >= _PYTHON_HASHES_FROM_BYTES else "sha256sum"
-        done = self.run(["sh", "-c", _HASH, path, first], timeout_s=timeout_s)
+        done = self.run(["sh", "-c", before + _HASH, path, first], timeout_s=timeout_s)
         if done.returncode != 0:
             raise OSError(f"cannot hash {path}: {os.fsdecode(done.stderr).strip()[-200:]}")
         return parse_sha256(os.fsdecode(done.stdout))
@@ -555,6 +561,7 @@ class _Options:
     identity_file: Path | None
     known_hosts: Path | None
     connect_timeout_s: float
+    configured: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -613,7 +620,11 @@ def _resolve(address: str, options: _Options) -> _Endpoint:
     # urlsplit lowers the case of host names, which are case-sensitive in ~/.ssh/config
     host = host[1 : host.index("]")] if host.startswith("[") else host.split(":")[0]
     this_user = _this_user()  # paramiko asks as well, whatever the address says
-    config = _read_config(host, user=parts.username, port=port)
+    if options.configured:
+        config = _read_config(host, user=parts.username, port=port)
+    else:
+        plain = {"hostname": host, "user": parts.username or "", "port": str(port or 22)}
+        config = paramiko.SSHConfigDict(plain)
     host = str(config["hostname"])
     configured = str(config.get("port", 22))
     if not configured.isdecimal() or not 0 < int(configured) < 2**16:

@@ -11,6 +11,7 @@ from edgepipe.device.base import Completed, Device
 from edgepipe.errors import RequestError
 
 if TYPE_CHECKING:
+    from edgepipe.device.ssh import SshDevice
     from edgepipe.emulator.machine import Running
 
 _CONNECT_TIMEOUT_S = 60.0  # key exchange is emulated too
@@ -23,7 +24,6 @@ def open_virtual(address: str) -> VirtualDevice:
     its snapshot, for as long as the device is open. Raises RequestError for an unknown board,
     MissingExtra without QEMU, NotReadyError (``not-built``) where it was not built.
     """
-    from edgepipe.device.ssh import open_ssh
     from edgepipe.emulator import machine
     from edgepipe.emulator.build import find_emulation
 
@@ -37,15 +37,23 @@ def open_virtual(address: str) -> VirtualDevice:
     find_emulation(name)
     with contextlib.ExitStack() as stack:
         running = machine.find_running(name) or stack.enter_context(machine.private_board(name))
-        device = open_ssh(
-            running.address,
-            identity_file=running.identity_file,
-            known_hosts=running.known_hosts,
-            connect_timeout_s=_CONNECT_TIMEOUT_S,
-        )
+        device = connect(running)
         device.address = f"virt://{name}"
         stack.callback(device.close)
         return VirtualDevice(device, running, stack.pop_all())
+
+
+def connect(running: Running) -> SshDevice:
+    """Log in to a running board, whatever the user's SSH configuration says of this machine."""
+    from edgepipe.device.ssh import open_ssh
+
+    return open_ssh(
+        running.address,
+        identity_file=running.identity_file,
+        known_hosts=running.known_hosts,
+        connect_timeout_s=_CONNECT_TIMEOUT_S,
+        configured=False,
+    )
 
 
 class VirtualDevice:

@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 300.0  # 5 s when nothing else runs; a restored snapshot takes 1 s
 _QMP_TIMEOUT_S = 60.0
-_LOGIN_TIMEOUT_S = 60.0  # key exchange is emulated too
 _PORT_ATTEMPTS = 5
 _DISK, _HOME = "disk.qcow2", "home"
 _NETWORK = "net0"  # the name of the network card for QMP's set_link
@@ -83,20 +82,7 @@ class Qmp:
     """
 
     def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(_QMP_TIMEOUT_S)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            # the path of a socket may have 107 bytes (unix(7)), and a cache folder's may be longer
-            short = Path(f"/proc/self/fd/{folder}/{path.name}")
-            self._socket.connect(str(short if short.parent.exists() else path))
-        except OSError as exc:
-            self._socket.close()
-            raise NotReadyError(
-                f"cannot reach QEMU at {path}: {exc}", code="emulator-gone"
-            ) from exc
-        finally:
-            os.close(folder)
+        self._socket = _connect_unix(path)
         self._stream = self._socket.makefile("rw", encoding="utf-8")
         self._read()  # the greeting
         self.execute("qmp_capabilities")
@@ -359,6 +345,8 @@ def _start(
         process = _launch(board, folder, lock, chosen, restore=True, watched=watched)
         try:
             _wait_for_banner(board, chosen, process, folder)
+            if not board.is_user_mode:
+                set_clock(folder, time.time())
             break
         except NotReadyError:
             _end_watched(process) if watched else _kill(process)
@@ -378,6 +366,39 @@ def _start(
     }
     (folder / "board.json").write_text(json.dumps(data) + "\n")
     return Running(board.name, folder, chosen, process.pid, board.system.identity_file), process
+
+
+def set_clock(folder: Path, unix_s: float) -> None:
+    """Tell the board that runs in ``folder`` what time it is; it believes its serial port."""
+    line, echo = b"clock %.3f" % unix_s, b""
+    try:
+        with _connect_unix(folder / "serial") as serial:
+            serial.sendall(line + b"\n")
+            # what it has not taken when the connection closes is lost; it echoes what it takes
+            while line not in echo or not echo.endswith(b"\n"):
+                said = serial.recv(4096)
+                if not said:
+                    raise OSError("it closed the connection")
+                echo += said
+    except OSError as exc:
+        raise NotReadyError(f"the board does not take the time: {exc}", code="emulator-failed") from exc  # fmt: skip
+
+
+def _connect_unix(path: Path) -> socket.socket:
+    """A connection to a socket of QEMU's. Raises NotReadyError."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(_QMP_TIMEOUT_S)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        # the path of a socket may have 107 bytes (unix(7)), and a cache folder's may be longer
+        short = Path(f"/proc/self/fd/{folder}/{path.name}")
+        connection.connect(str(short if short.parent.exists() else path))
+    except OSError as exc:
+        connection.close()
+        raise NotReadyError(f"cannot reach QEMU at {path}: {exc}", code="emulator-gone") from exc
+    finally:
+        os.close(folder)
+    return connection
 
 
 def _launch(
@@ -414,7 +435,8 @@ def _machine_command(board: Board, folder: Path, port: int, *, restore: bool) ->
     return [
         needs.find_program("qemu-system-aarch64"), *machine_arguments(board.emulation),
         "-kernel", str(board.system.kernel), "-initrd", str(board.system.initramfs),
-        "-serial", "file:console.log", "-qmp", "unix:qmp,server=on,wait=off",
+        "-chardev", "socket,id=serial0,path=serial,server=on,wait=off,logfile=console.log", "-serial", "chardev:serial0",
+        "-qmp", "unix:qmp,server=on,wait=off",
         "-drive", f"if=none,id=disk0,cache=unsafe,{disk}", "-device", "virtio-blk-device,drive=disk0",
         "-netdev", f"user,id=user0,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:22",
         "-device", f"virtio-net-device,id={_NETWORK},netdev=user0", "-device", "virtio-rng-device",
@@ -521,24 +543,19 @@ def make_snapshot(board: Board) -> None:
     finally:
         _end_watched(process)
     overlay.rename(board.overlay)
-    for name in ("qmp", "qemu.log", "console.log", "known_hosts"):
+    for name in ("qmp", "serial", "qemu.log", "console.log", "known_hosts"):
         (folder / name).unlink(missing_ok=True)
 
 
 def _warm_up(running: Running) -> None:
     """Do once what every measurement begins with: files are then in place and in memory."""
-    from edgepipe.device import open_device
+    from edgepipe.device.virtual import connect
     from edgepipe.preflight import prepare, push_runtime
     from edgepipe.profile import find_profile
     from edgepipe.resources import profile_paths
 
     profile = find_profile(running.name, profile_paths())
-    device = open_device(
-        running.address,
-        identity_file=running.identity_file,
-        known_hosts=running.known_hosts,
-        connect_timeout_s=_LOGIN_TIMEOUT_S,
-    )
+    device = connect(running)
     try:
         board = prepare(device, profile)
         push_runtime(board, profile, "auto", board.facts())

@@ -20,7 +20,7 @@ import pytest
 from edgepipe import password
 from edgepipe.cli import main
 from edgepipe.device import open_device
-from edgepipe.device.ssh import ENV_IDENTITY, ENV_KNOWN_HOSTS, ENV_PASSWORD, SshDevice
+from edgepipe.device.ssh import ENV_IDENTITY, ENV_KNOWN_HOSTS, ENV_PASSWORD, SshDevice, open_ssh
 from edgepipe.errors import AuthError, ConnectError, EdgepipeError, HostKeyError, RequestError
 from edgepipe.testing import LoopbackSshd, find_sshd
 
@@ -241,6 +241,15 @@ Host Board
   IdentitiesOnly yes
   UserKnownHostsFile {server.known_hosts}
 """
+
+
+def test_what_needs_no_configuration_reads_none(sshd: LoopbackSshd, tmp_path: Path) -> None:
+    write_ssh_config(
+        tmp_path, "Host *\n  HostName 192.0.2.1\n  User nobody\n  ProxyCommand false\n"
+    )
+    with pytest.raises(ConnectError):
+        open_ssh(sshd.address, **sshd.options(), connect_timeout_s=5)
+    open_ssh(sshd.address, **sshd.options(), configured=False).close()
 
 
 def test_a_name_in_the_ssh_configuration_is_enough(sshd: LoopbackSshd, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from edgepipe.artifact import Artifact, make_artifact
 from edgepipe.bench import BenchResult, MeasureOptions, measure
 from edgepipe.device import Completed, Device, open_device
 from edgepipe.device.virtual import VirtualDevice
-from edgepipe.emulator.machine import Qmp, list_running
+from edgepipe.emulator.machine import Qmp, list_running, set_clock
 from edgepipe.errors import DeviceError, TransferError
 from edgepipe.gate import Evidence, RunsOnDeviceGate, Status
 from edgepipe.profile import find_profile
@@ -210,6 +210,27 @@ def test_a_board_does_not_outlive_the_process_that_opened_it(virtual_pi4: str) -
         time.sleep(0.05)
     assert not Path(folder).exists()
     assert machines_in(folder) == []
+
+
+def test_a_board_starts_with_the_time_of_this_machine_and_without_its_ssh_configuration(
+    virtual_pi4: str, own_home: None
+) -> None:
+    folder = Path("~/.ssh").expanduser()
+    folder.mkdir()
+    (folder / "config").write_text("Host *\n  ProxyCommand false\n")
+    began_s = time.time()  # later than when the snapshot was made
+    device = open_device(virtual_pi4)
+    assert isinstance(device, VirtualDevice)
+    try:
+        assert now_of(device) > began_s - 1
+        set_clock(device.running.folder, 2e9)
+        assert 2e9 <= now_of(device) < 2e9 + 600
+    finally:
+        device.close()
+
+
+def now_of(device: Device) -> float:
+    return float(device.run(["date", "+%s.%N"], timeout_s=60).stdout)
 
 
 def machines_in(folder: str) -> list[int]:
