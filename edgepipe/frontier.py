@@ -18,7 +18,7 @@ from edgepipe.adhoc import recipe_for, write_model
 from edgepipe.artifact import Artifact
 from edgepipe.bench import MeasureOptions, measure
 from edgepipe.data import DataSource
-from edgepipe.errors import ArtifactError, NotReadyError, StageError
+from edgepipe.errors import ArtifactError, EdgepipeError, NotReadyError, StageError
 from edgepipe.inventory import Target
 from edgepipe.measurement import Measurement
 from edgepipe.predict import predict
@@ -99,17 +99,19 @@ def make_all(
     store: Store,
     folder: Path,
     *,
+    precisions: Sequence[str],
     int8: Mapping[str, Any],
     others: Mapping[str, Any],
     more: Mapping[str, DataSource],
-) -> dict[str, Artifact | StageError | ArtifactError]:
-    """Every precision as a file in ``folder``, or the error that kept it from being made.
+) -> dict[str, Artifact | EdgepipeError]:
+    """These ``precisions`` as files in ``folder``, or the error that kept it from being made.
 
     ``to_float`` are the stages that lead to a float file, ``int8`` options of ``quantize_int8`` and
     ``others`` of ``quantize``. An error on the way to the float file is raised: then there is none.
     """
-    made: dict[str, Artifact | StageError | ArtifactError] = {}
-    for precision, (stage, options) in PRECISIONS.items():
+    made: dict[str, Artifact | EdgepipeError] = {}
+    for precision in precisions:
+        stage, options = PRECISIONS[precision]
         given = int8 if stage == "quantize_int8" else others
         stages: list[tuple[str, Mapping[str, Any]]] = [(name, {}) for name in to_float] + (
             [(stage, {**options, **given})] if stage else []
@@ -129,15 +131,16 @@ def make_all(
 
 
 def compare_all(
-    made: Mapping[str, Artifact | StageError | ArtifactError],
+    made: Mapping[str, Artifact | EdgepipeError],
     samples_from: DataSource,
     *,
     metric: str,
     root: Path,
+    with_labels: bool,
 ) -> list[Row]:
-    """What each file keeps of the float file's answers on the same samples, and its task metric there.
+    """What each file keeps of the float file's answers on the same samples.
 
-    The metric needs labels; without them, agreement and SQNR are all there is.
+    ``with_labels``: its task metric there as well, where the samples have labels.
     """
     from edgepipe.array_ops.compare import compare
     from edgepipe.array_ops.load import load_samples
@@ -165,7 +168,7 @@ def compare_all(
             rows.append(dataclasses.replace(row, error=exc.message))
             continue
         ours, theirs = predictions(metric, found), predictions(metric, expected)
-        labels = samples.labels
+        labels = samples.labels if with_labels else None
         rows.append(
             dataclasses.replace(
                 row,
@@ -182,7 +185,7 @@ def compare_all(
 
 def measure_all(
     rows: Sequence[Row],
-    made: Mapping[str, Artifact | StageError | ArtifactError],
+    made: Mapping[str, Artifact | EdgepipeError],
     device: Device,
     target: Target,
     options: MeasureOptions,

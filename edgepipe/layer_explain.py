@@ -114,7 +114,7 @@ def explain_layers(
     specs = source_specs(float_model.inputs)
     samples = load_samples(at_most(data, SAMPLES), specs)
     judged = load_samples(evaluation, specs) if evaluation is not None else samples
-    labels = judged.labels
+    labels = judged.labels if evaluation is not None else None
     batches = list(file_batches(samples, float_model.inputs))
     expected = predict(float_model, judged.inputs)
 
@@ -229,10 +229,11 @@ def plain_int8(float_model: Artifact, data: DataSource, path: Path) -> Artifact:
         fuse_activations,
         quantize,
     )
+    from edgepipe.tflite_ops.rewrite import rewrite
 
     content, where = float_model.path.read_bytes(), float_model.path.name
     check_quantizable(parse_model(content, where=where), where=where)
-    content, _ = fuse_activations(content, where=where)
+    content, _ = rewrite(fuse_activations(content, where=where)[0], where=where)
     samples = load_samples(at_most(data, PLAIN_SAMPLES), source_specs(float_model.inputs))
     log.info("plain int8 by %d samples", len(samples))
     ranges = collect_ranges(content, file_batches(samples, float_model.inputs), where=where).table()

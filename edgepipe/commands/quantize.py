@@ -11,7 +11,9 @@ from edgepipe.cli import Output
 from edgepipe.commands.on_device import add_device_arguments
 
 if TYPE_CHECKING:
+    from edgepipe.artifact import Artifact
     from edgepipe.data import DataSource
+    from edgepipe.errors import EdgepipeError
     from edgepipe.inventory import Target
     from edgepipe.stages.load import ModelSource
 
@@ -110,12 +112,24 @@ def _run_all(
     target: Target | None = find_target(args) if _device_given(args) else None
     # the float file is measured beside each of the others: three sessions of both tell enough
     measuring = measure_options(args, command="quantize", sessions=3, max_sessions=3, memory_sessions=1, energy=False)  # fmt: skip
-    made = frontier.make_all(
-        source, adhoc.TO_FLOAT[adhoc.model_kind(source)], data, Store(Path(args.store)), folder,
-        int8=options, others={"allow_random": args.allow_random}, more=more,
-    )  # fmt: skip
     judged_by = more.get("validation", data)
-    rows = frontier.compare_all(made, judged_by, metric=args.metric, root=Path.cwd())
+
+    def make(*precisions: str) -> dict[str, Artifact | EdgepipeError]:
+        return frontier.make_all(
+            source, adhoc.TO_FLOAT[adhoc.model_kind(source)], data, Store(Path(args.store)), folder,
+            precisions=precisions, int8=options, others={"allow_random": args.allow_random}, more=more,
+        )  # fmt: skip
+
+    def compare(made: dict[str, Artifact | EdgepipeError]) -> list[frontier.Row]:
+        return frontier.compare_all(
+            made, judged_by, metric=args.metric, root=Path.cwd(), with_labels=bool(args.evaluate)
+        )
+
+    made = make(frontier.FLOAT)
+    # labels that do not fit the metric are found before anything is quantised
+    compare(made)
+    made |= make(*(name for name in frontier.PRECISIONS if name != frontier.FLOAT))
+    rows = compare(made)
     where, runtime, isa = "", None, None
     if target is not None:
         with opened(target) as device:

@@ -22,6 +22,7 @@ from edgepipe.tflite_ops.quantize import (
     fuse_activations,
     quantize,
 )
+from edgepipe.tflite_ops.rewrite import rewrite
 from edgepipe.tflite_ops.run import invoke_once, open_tflite
 from edgepipe.tflite_ops.run import quantize as stored
 from edgepipe.tflite_ops.sensitivity import layer_sensitivity, layers_of
@@ -82,7 +83,8 @@ class Repairs:
 
 
 def comparable(float_content: bytes, quantised: bytes, *, where: tuple[str, str]) -> bytes:
-    """The float file with activations fused as before quantisation. Refuses what cannot be compared.
+    """The float file as it was just before quantisation: activations fused, operators rewritten if the
+    other file holds what was rewritten. Refuses what cannot be compared.
 
     Raises StageError where the first file is no float file, ArtifactError where the second one is not
     quantised or they share no tensor.
@@ -96,14 +98,20 @@ def comparable(float_content: bytes, quantised: bytes, *, where: tuple[str, str]
             code="not-quantised",
         )
     fused, _ = fuse_activations(float_content, where=where[0])
-    names = layers_of(parse_model(fused, where=where[0]).subgraphs[0])
-    if not any(t.name in names for t in graph.tensors):
+    made = {t.name for t in graph.tensors}
+
+    def common(content: bytes) -> int:
+        return len(made & layers_of(parse_model(content, where=where[0]).subgraphs[0]).keys())
+
+    # without what was rewritten in vain: of two that share as many, the file as it is
+    best = max((fused, rewrite(fused, where=where[0])[0]), key=common)
+    if not common(best):
         raise ArtifactError(
             f"{where[0]} and {where[1]} have no tensor in common: one was not made from the other",
             hint="give the very float file that was quantised; converters name tensors anew each time",
             code="not-comparable",
         )
-    return fused
+    return best
 
 
 def layer_noise(float_content: bytes, quantised: bytes, batches: Batches) -> list[LayerNoise]:

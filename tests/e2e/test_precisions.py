@@ -172,3 +172,15 @@ def test_all_precisions_side_by_side_where_one_that_fails_stops_no_other(tmp_pat
 def test_a_device_without_all_is_refused(tmp_path, capsys):
     assert cli.main(["quantize", "net.tflite", "--data", "x.npz", "--device", "local"]) == 2
     assert "--all" in capsys.readouterr().err
+
+
+def test_labels_that_do_not_fit_are_found_before_anything_is_quantised(tmp_path, monkeypatch, capsys):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    net = wide_swish()
+    (tmp_path / "net.tflite").write_bytes(net.content)
+    np.savez("cal.npz", image=net.calibration)
+    np.savez("eval.npz", image=net.samples, labels=net.labels + 5)
+    asked = ["quantize", "net.tflite", "--data", "cal.npz", "--evaluate", "eval.npz", "--all"]
+    assert cli.main(asked) == 2
+    assert "labels go from 5 to 14" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "net_precisions").iterdir()] == ["float32.tflite"]

@@ -33,6 +33,7 @@ from edgepipe.tflite_ops.layer_noise import (
     noise_alone,
 )
 from edgepipe.tflite_ops.quantize import collect_ranges, departures, quantize
+from edgepipe.tflite_ops.rewrite import rewrite
 from edgepipe.tflite_ops.sensitivity import noise_share, outputs_of
 
 from .hostile_nets import NETS, detector_head
@@ -272,3 +273,20 @@ def test_an_operator_that_is_not_delegated_has_a_reason():
     assert "16-bit" in why_builtin("CONV_2D", frozenset({"int16"}))
     assert "no kernel for GATHER" in why_builtin("GATHER", frozenset({"int8"}))
     assert "types, shapes or options" in why_builtin("CONV_2D", frozenset({"int8"}))
+
+
+def test_a_file_whose_operators_were_rewritten_is_compared_with_what_it_was_made_from():
+    graph = Graph()
+    x = graph.input("x", (1, 4, 8))
+    y = graph.op("NEG", [x], "negative", (1, 4, 8))
+    content = graph.bytes([graph.op("LOGISTIC", [y], "y", (1, 4, 8))])
+    batches = [[a[None]] for a in np.random.default_rng(0).normal(0, 1, (20, 4, 8)).astype(np.float32)]  # fmt: skip
+    written, told = rewrite(content, where="f")
+    assert told
+    int8 = quantize(written, collect_ranges(written, batches, where="f").table())
+    best = comparable(content, int8, where=("a", "b"))
+    rows = layer_noise(best, int8, batches)
+    assert [r.operator for r in rows] == ["MUL", "LOGISTIC"]
+    assert all(r.sqnr_db > 30 for r in rows)
+    plain = quantize(one_sigmoid(), {"x": (-3, 3), "y": (0, 1)})
+    assert comparable(one_sigmoid(), plain, where=("a", "b")) == one_sigmoid()
