@@ -38,6 +38,7 @@ class MiniAdbd:
     ) -> None:  # fmt: skip
         self.shell, self.root, self.features = list(shell), root, features
         self.is_authorized = is_authorized
+        self.spoils = False  # whether files arrive with another last byte
         self.environment = dict(environment or os.environ)
         self._connections: list[_Connection] = []
 
@@ -265,6 +266,8 @@ class _Stream:
                 problem = f"write failed: {exc.strerror}"
                 path.unlink()
         if target is not None:
+            if self.connection.daemon.spoils:
+                os.pwrite(target.fileno(), b"?", max(target.tell() - 1, 0))
             target.close()
         if problem:
             self._fail(problem)

@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from edgepipe.device import open_device
-from edgepipe.errors import AuthError, ConnectError, EdgepipeError, MissingExtra, RequestError
+from edgepipe.errors import (
+    AuthError,
+    ConnectError,
+    EdgepipeError,
+    MissingExtra,
+    RequestError,
+    TransferError,
+)
 from tests.miniadbd import MiniAdbd
 
 
@@ -128,3 +135,15 @@ def test_a_cable_that_is_pulled_is_a_lost_connection_and_the_next_call_connects_
     while (Path("/proc") / pid_file.read_text().strip()).exists():
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
+
+
+def test_what_arrives_otherwise_than_it_was_sent_never_gets_its_name(
+    none_attached: None, adbd: MiniAdbd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adbd, "spoils", True)
+    source, target = tmp_path / "model", tmp_path / "there" / "model"
+    source.write_bytes(b"content")
+    with open_device(f"adb://{adbd.serial}") as device:
+        with pytest.raises(TransferError, match="differs from what was sent"):
+            device.push(source, str(target))
+        assert list(target.parent.iterdir()) == []
