@@ -15,7 +15,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edgepipe.device.null import NullDevice
@@ -49,6 +49,9 @@ class LoopbackSshd:
     unless given) and the variables of ``device_environment``; only this user's key opens it. A
     ``force_command`` is run in place of every command (sshd_config(5), ForceCommand).
 
+    With ``boards`` it stands for so many (OpenSSH: at most 16): each has a port and a home of its own, in ``addresses``
+    and ``homes``; ``address``, ``port`` and ``home`` are those of the first.
+
     ``address`` is ``ssh://user@127.0.0.1:port``, ``known_hosts`` and ``identity_file`` are what a
     client needs, ``log_path`` is the server's log. Raises NotReadyError where there is no sshd, or
     where it does not start (with the end of its log).
@@ -60,8 +63,10 @@ class LoopbackSshd:
         home: Path | None = None,
         device_environment: Mapping[str, str] | None = None,
         force_command: Path | None = None,
+        boards: int = 1,
     ) -> None:
         self._given_home = home
+        self._boards = boards
         self._force_command = force_command
         self._device_environment = dict(device_environment or {})
         self._process: subprocess.Popen[bytes] | None = None
@@ -109,7 +114,9 @@ class LoopbackSshd:
 
     def _start(self, sshd: Path, folder: Path) -> None:
         self.home = self._given_home or folder / "home"
-        self.home.mkdir(parents=True, exist_ok=True)
+        self.homes = [self.home, *(folder / f"home-{n}" for n in range(2, self._boards + 1))]
+        for home in self.homes:
+            home.mkdir(parents=True, exist_ok=True)
         self.identity_file = folder / "client_key"
         self.known_hosts = folder / "known_hosts"
         self.log_path = folder / "sshd.log"
@@ -122,8 +129,9 @@ class LoopbackSshd:
             with contextlib.suppress(OSError):
                 Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
         for attempt in range(_PORT_ATTEMPTS):
-            self.port = _free_port()
-            (folder / "sshd_config").write_text(self._config(folder))
+            ports = _free_ports(self._boards)
+            self.port = ports[0]
+            (folder / "sshd_config").write_text(self._config(folder, ports))
             self._process = subprocess.Popen(
                 [sshd, "-D", "-f", folder / "sshd_config", "-E", self.log_path],
                 stdin=subprocess.DEVNULL,
@@ -141,16 +149,22 @@ class LoopbackSshd:
                     hint=f"try it by hand: {sshd} -D -e -f <configuration>",
                     code="no-sshd",
                 )
-        self.address = f"ssh://{pwd.getpwuid(os.geteuid()).pw_name}@127.0.0.1:{self.port}"
+        user = pwd.getpwuid(os.geteuid()).pw_name
+        self.addresses = [f"ssh://{user}@127.0.0.1:{port}" for port in ports]
+        self.address = self.addresses[0]
         host_key = " ".join((folder / "host_key.pub").read_text().split()[:2])
-        self.known_hosts.write_text(f"[127.0.0.1]:{self.port} {host_key}\n")
+        self.known_hosts.write_text("".join(f"[127.0.0.1]:{port} {host_key}\n" for port in ports))
 
-    def _config(self, folder: Path) -> str:
-        variables = {"HOME": str(self.home), **self._device_environment}
-        quoted = " ".join(f'"{name}={value}"' for name, value in variables.items())
+    def _config(self, folder: Path, ports: Sequence[int]) -> str:
+        listen = "\n".join(f"Port {port}" for port in ports)
+        boards = ""
+        for port, home in zip(ports, self.homes, strict=True):
+            variables = {"HOME": str(home), **self._device_environment}
+            quoted = " ".join(f'"{name}={value}"' for name, value in variables.items())
+            boards += f"Match LocalPort {port}\n    SetEnv {quoted}\n"
         return f"""\
 ListenAddress 127.0.0.1
-Port {self.port}
+{listen}
 HostKey {folder}/host_key
 AuthorizedKeysFile {folder}/authorized_keys
 AuthenticationMethods publickey
@@ -164,9 +178,8 @@ PrintMotd no
 MaxStartups 100
 MaxSessions 100
 Subsystem sftp internal-sftp
-SetEnv {quoted}
 {f"ForceCommand {self._force_command}" if self._force_command else ""}
-"""
+{boards}"""
 
     def _log(self) -> str:
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
@@ -188,10 +201,13 @@ def _make_key(path: Path) -> None:
         ) from exc
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _free_ports(count: int) -> list[int]:
+    """So many ports that nobody listens on, all different."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def _speaks_ssh(port: int, process: subprocess.Popen[bytes]) -> bool:
