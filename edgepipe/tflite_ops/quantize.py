@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import re
 import time
 import warnings
@@ -29,6 +30,7 @@ from litert_quantizer import recipe as quantizer_recipe
 from edgepipe.array_ops.compare import sqnr_db
 from edgepipe.errors import StageError
 from edgepipe.tflite_ops.flatbuffer import (
+    CONVERSIONS,
     Model,
     Operator,
     Subgraph,
@@ -37,7 +39,7 @@ from edgepipe.tflite_ops.flatbuffer import (
     inline_buffers,
     parse_model,
 )
-from edgepipe.tflite_ops.inspect import FloatIsland, describe_model
+from edgepipe.tflite_ops.inspect import FloatIsland, describe_model, operator_macs
 from edgepipe.tflite_ops.run import invoke_once, native_messages_logged, open_tflite
 from edgepipe.tflite_ops.stand_in import STAND_INS, fixed_ranges, hide, show
 
@@ -544,12 +546,17 @@ def float_reasons(islands: Sequence[FloatIsland]) -> list[dict[str, Any]]:
 def check_full_integer(
     content: bytes, *, allow_float: Sequence[str] = (), where: str = "the model"
 ) -> list[dict[str, Any]]:
-    """The islands that may stay, as `float_reasons` gives them.
+    """The islands that may stay, as `float_reasons` gives them, with their shares of the model:
+    ``macs_share`` of its multiply-accumulates and ``elements_share`` of the values it computes.
 
     Raises StageError listing every island that holds an operator not named in ``allow_float``.
     """
-    islands = describe_model(parse_model(content, where=where)).float_islands
-    records = float_reasons(islands)
+    model = parse_model(content, where=where)
+    islands = describe_model(model).float_islands
+    records = [
+        {**record, **_shares(model, island)}
+        for record, island in zip(float_reasons(islands), islands, strict=True)
+    ]
     refused = [
         record
         for record in records
@@ -557,7 +564,9 @@ def check_full_integer(
     ]
     if refused:
         listed = "; ".join(
-            f"{' - '.join(r['operators'])} (makes {r['tensor']!r}): {r['reason']}" for r in refused
+            f"{' - '.join(r['operators'])} (makes {r['tensor']!r}, {100 * r['macs_share']:.0f} % of the MACs,"
+            f" {100 * r['elements_share']:.0f} % of the values): {r['reason']}"
+            for r in refused
         )
         advice = "; ".join(dict.fromkeys(r["advice"] for r in refused if r["advice"]))
         names = sorted({n for r in refused for n in r["computing"]})
@@ -569,6 +578,22 @@ def check_full_integer(
             code="float-islands",
         )
     return records
+
+
+def _shares(model: Model, island: FloatIsland) -> dict[str, float]:
+    """Of the operators that compute, what share of MACs and of output elements is the island's."""
+    totals, own = [0, 0], [0, 0]
+    for number, graph in enumerate(model.subgraphs):
+        for operator in graph.operators:
+            if operator.name in CONVERSIONS:
+                continue
+            elements = sum(math.prod(graph.tensors[i].shape) for i in operator.outputs if i >= 0)
+            inside = number == island.subgraph and operator.index in island.operators
+            for place, cost in enumerate((operator_macs(operator, graph), elements)):
+                totals[place] += cost
+                own[place] += cost if inside else 0
+    shares = [round(part / whole, 4) if whole else 0.0 for part, whole in zip(own, totals, strict=True)]  # fmt: skip
+    return {"macs_share": shares[0], "elements_share": shares[1]}
 
 
 # --- where int8 departs from float ---------------------------------------------------------------

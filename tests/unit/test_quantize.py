@@ -363,6 +363,9 @@ def test_an_island_may_stay_by_name_and_is_then_listed():
     (island,) = ops.check_full_integer(integer, allow_float=("SIGN",))
     assert island["operators"] == ["DEQUANTIZE", "SIGN", "QUANTIZE"]
     assert "SIGN" in island["reason"]
+    # 180 values each: convolution, its transpose, the sign; 5 of the mean, 4 of the last layer
+    assert island["elements_share"] == round(180 / (3 * 180 + 5 + 4), 4)
+    assert island["macs_share"] == 0
     with pytest.raises(StageError):
         ops.check_full_integer(integer, allow_float=("RELU6",))
 
