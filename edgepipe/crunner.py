@@ -154,6 +154,13 @@ def prepare_board(device: Device, target: str, work_dir: str) -> CBoard:
     said = _does_not_start(board)
     if said and (other := _with_libc(board, machine)):
         board, said = other, _does_not_start(other)
+    if said and board.phone is not None:
+        raise NotReadyError(
+            f"the runner made by {board.compiler} does not start on the phone {device.address}: {said}",
+            hint="phones with 64-bit programs (arm64) can be measured; does Android let it run? "
+            f"try: adb shell {entry}",
+            code="no-python",
+        )
     if said:
         raise NotReadyError(
             f"{device.address} has no python3, and the runner made by {made.compiler} does not start "

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import io
 import logging
+import lzma
 import shutil
 import tarfile
 import tempfile
@@ -132,7 +133,7 @@ def read_member(package: bytes, member: str) -> bytes:
                     return stream.read()
             at += 60 + size + size % 2  # members begin at even offsets
         raise ValueError("it has no data.tar")
-    except (ValueError, KeyError, EOFError, tarfile.TarError) as exc:
+    except (ValueError, KeyError, EOFError, OSError, lzma.LZMAError, tarfile.TarError) as exc:
         raise MissingExtra(
             f"a package of Debian holds no {member}: {exc}", code="no-glibc-bundle"
         ) from exc
