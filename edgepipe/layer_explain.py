@@ -205,7 +205,7 @@ def advise(noise: LayerNoise, repairs: Repairs, inputs: Sequence[LayerNoise]) ->
         return f"its values use {noise.steps_used:.0f} of {STEPS} steps: the range is far wider than this data", "ranges"  # fmt: skip
     wide = max((n for n in (noise, *inputs) if n.outlier_channels), key=lambda n: n.spread, default=None)  # fmt: skip
     if wide is not None:
-        which = "its" if wide is noise else f"of its input {wide.layer!r} the"
+        which = "its" if wide is noise else f"of its input {short_name(wide.layer)!r} the"
         why = (
             f"{which} largest channel is {wide.spread:.0f} times the median one, which is left"
             f" {STEPS / wide.spread:.1f} of {STEPS} steps ({wide.outlier_channels} of {wide.channels} channels are so large)"
@@ -303,13 +303,19 @@ def operator_times(measured: Mapping[str, Measurement], model: Path) -> list[OpT
 # --- text ------------------------------------------------------------------------------------------
 
 
+def short_name(tensor: str) -> str:
+    """A tensor's name as it fits into a line: converters join those of all that they fused with ``;``."""
+    first = tensor.partition(";")[0]
+    return first if len(first) <= 40 else "..." + first[-37:]
+
+
 def summary(found: Explanation) -> list[str]:
     """The files as a whole, then one line for each layer at fault, the worst first."""
     lines = [f"outputs: {found.sqnr_db:.1f} dB SQNR against float, noise {found.output_noise:.2g}"]
     if found.score is not None and found.float_score is not None:
         lines[0] += f"; {found.metric} {found.score:.4f}, float {found.float_score:.4f}"
     for layer in found.at_fault:
-        noise = f"{layer.noise.operator} {layer.noise.layer!r} alone puts {layer.noise_alone:.2g} of noise on the outputs"  # fmt: skip
+        noise = f"{layer.noise.operator} {short_name(layer.noise.layer)!r} alone puts {layer.noise_alone:.2g} of noise on the outputs"  # fmt: skip
         lines.append(f"{noise}: {layer.why}; rung: {layer.rung}{_gain_text(layer, found)}")
     if not found.at_fault:
         lines.append("no layer alone spoils the outputs (noise above -20 dB)")
@@ -333,7 +339,7 @@ def layers_table(found: Explanation) -> Table:
     for layer in found.layers:
         n = layer.noise
         rows.append((
-            n.layer, n.operator, f"{n.sqnr_db:.1f} dB", f"{n.added:.2g}",
+            short_name(n.layer), n.operator, f"{n.sqnr_db:.1f} dB", f"{n.added:.2g}",
             "" if layer.noise_alone is None else f"{layer.noise_alone:.2g}",
             f"{n.low:.3g} to {n.high:.3g}", f"{n.scale_low:.3g} to {n.scale_high:.3g}" if n.scale else "float",
             f"{n.clipped:.2%}" if n.clipped else "", f"{n.scale:.3g}" if n.scale else "", str(n.zero_point) if n.scale else "",

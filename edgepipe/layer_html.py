@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Sequence
 
-from edgepipe.layer_explain import Explanation, Layer, layers_table, summary
+from edgepipe.layer_explain import Explanation, Layer, layers_table, short_name, summary
 from edgepipe.table import Table
 
 # Pixels: a row of a plot, its bars, and what is left of them for names.
@@ -46,8 +46,7 @@ def _svg(rows: Sequence[str], height: int, label: str) -> str:
 
 def _name(layer: Layer, y: int) -> str:
     text = layer.noise.layer
-    short = text if len(text) <= 40 else "..." + text[-37:]
-    return f'<text x="{NAMES - 6}" y="{y + 13}" text-anchor="end">{html.escape(short)}<title>{html.escape(text)}</title></text>'  # fmt: skip
+    return f'<text x="{NAMES - 6}" y="{y + 13}" text-anchor="end">{html.escape(short_name(text))}<title>{html.escape(text)}</title></text>'  # fmt: skip
 
 
 def _noise_plot(layers: Sequence[Layer]) -> str:
