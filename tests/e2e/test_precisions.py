@@ -184,3 +184,41 @@ def test_labels_that_do_not_fit_are_found_before_anything_is_quantised(tmp_path,
     assert cli.main(asked) == 2
     assert "labels go from 5 to 14" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "net_precisions").iterdir()] == ["float32.tflite"]
+
+
+RECIPE = """
+schema = 1
+name = "weights"
+[model]
+file = "net.tflite"
+[data.calibration]
+kind = "npz"
+path = "cal.npz"
+[data.test]
+kind = "npz"
+path = "eval.npz"
+[evaluate]
+data = "test"
+metric = "top1"
+[[stages]]
+stage = "quantize"
+precision = "weight_int8"
+[[gates]]
+gate = "accuracy_drop"
+max = "1 point"
+[[gates]]
+gate = "full_integer"
+"""
+
+
+def test_in_a_recipe_it_is_judged_like_int8_and_is_no_integer_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    net = wide_swish()
+    (tmp_path / "net.tflite").write_bytes(net.content)
+    np.savez("cal.npz", image=net.calibration)
+    np.savez("eval.npz", image=net.samples, labels=net.labels)
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    assert cli.main(["run", "recipe.toml", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    verdicts = {v["gate"]: v["status"] for v in found["verdicts"]}
+    assert verdicts == {"accuracy_drop": "PASS", "full_integer": "FAIL"}
