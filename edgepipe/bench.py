@@ -99,7 +99,8 @@ class MeasureOptions:
     inference (``auto``: with one thread, where the board lets them be counted); ``sustained`` runs
     for that long after all else. On an emulated board nothing is timed. ``evaluate_samples`` is how
     many evaluation samples run on the board (0: all). ``affinity`` lists the CPU numbers to stay on
-    (empty: all; on a phone its fastest cluster). ``budget`` bounds the whole measurement but for ``sustained``; ``max_age`` is how
+    (empty: all; on a phone its fastest cluster). ``set_governor`` is the governor of the board's clock
+    for as long as it measures (empty: it stays what it is). ``budget`` bounds the whole measurement but for ``sustained``; ``max_age`` is how
     long a run may use it again.
     """
 
@@ -121,6 +122,7 @@ class MeasureOptions:
     sustained: Annotated[float, Unit("time")] = 0.0
     evaluate_samples: int = 200
     affinity: tuple[int, ...] = ()
+    set_governor: str = ""
     seed: int = 0
     budget: Annotated[float, Unit("time")] = 600.0
     max_age: Annotated[float, Unit("time")] = 86400.0
@@ -220,6 +222,11 @@ def measure(
     deadline_s = time.monotonic() + budget_s + COMMAND_TIMEOUT_S
     link = RetryingDevice(device, deadline_s=deadline_s, stop=stop)
     board = preflight.prepare(link, profile)
+    if options.set_governor and board.c_board is not None:
+        raise RequestError(
+            f"set_governor needs Python on the board, and {link.address} has none",
+            hint=f"set it there: echo {options.set_governor} | sudo tee /sys/devices/system/cpu/cpufreq/policy*/scaling_governor",
+        )
     facts = board.facts()
     preflight.check_board(facts["device"], profile, link.address)
     _check_zones(facts["health"], profile, link.address)
@@ -340,6 +347,7 @@ def _request(
         "cool_down_s": COOL_DOWN_S,
         "abort_above_c": profile.thermal.abort_above,
         **({"thermal_zones": list(profile.thermal.zones)} if profile.thermal.zones else {}),
+        **({"set_governor": options.set_governor} if options.set_governor else {}),
     }
 
 

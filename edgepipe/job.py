@@ -362,7 +362,7 @@ class BoardJob:
         if error == "bad-request":
             raise RequestError(
                 f"{address} cannot measure as asked: {message}",
-                hint="change affinity, kernel, weight_cache or the samples, or leave them out",
+                hint="change affinity, set_governor, kernel, weight_cache or the samples, or leave them out",
             )
         raise CommandFailed(
             f"the runner on {address} ended with code {code}: {message}",

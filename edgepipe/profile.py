@@ -121,7 +121,7 @@ class DeviceProfile:
     affinity: tuple[Annotated[int, Ge(0)], ...] = ()
     """CPU numbers to stay on, unless the recipe names others; empty: all."""
     governor: str = "any"
-    """cpufreq governor that the figures are for; edgepipe never sets it."""
+    """cpufreq governor that the figures are for; edgepipe sets it only where it is told to."""
     delegation: Delegation | None = None
     budgets: Budgets = dataclasses.field(default_factory=Budgets)
     work_dir: Annotated[str, Pattern("^(~$|~/|/)")] = "~/.edgepipe"

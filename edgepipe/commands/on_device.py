@@ -26,6 +26,7 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """Which device, and how to measure there."""
     add_board_arguments(parser, default="local, or the profile's boards in the lab")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of the runtime (default: the profile's)")  # fmt: skip
+    parser.add_argument("--set-governor", metavar="NAME", help="let the board's clock have this governor while it measures, like performance; the old one is put back (needs root or sudo without a password there)")  # fmt: skip
     parser.add_argument("--session", metavar="TIME", help='how long one session measures (default: "2 s")')  # fmt: skip
     parser.add_argument("--budget", metavar="TIME", help='give up after this long (default: "10 min")')  # fmt: skip
 

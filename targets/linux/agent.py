@@ -7,7 +7,7 @@
     agent.py end JOBDIR [--keep]             stop it, give the board back, remove JOBDIR
     agent.py survey WORK_DIR AGE_S           facts, and what lies in the work folder; AGE_S: how old a
                                              job without a supervisor is when it counts as garbage
-    agent.py tidy WORK_DIR AGE_S             remove that garbage
+    agent.py tidy WORK_DIR AGE_S             remove that garbage, put back a governor left changed
     agent.py check WORK_DIR BACKEND LIBRARY  which runtime works here: LIBRARY is {path, size, sha256,
                                              version, glibc, glibcxx} or null, as JSON
 
@@ -32,6 +32,7 @@ import tempfile
 import time
 import traceback
 
+import governor
 import housekeeping
 import journal
 from board import device_facts, free_bytes, health, log, packages
@@ -172,7 +173,7 @@ def end(job_dir, keep):
     lock = SupervisorLock(job_dir)
     stop_supervisor(lock)
     try:
-        give_back(load_job(job_dir))
+        give_back(load_job(job_dir), governor.restore)
     except Stop as stop:
         log(stop.message)  # no job was ever asked for, so it has no lease
     state = journal.read_state(job_dir)
@@ -239,6 +240,8 @@ def answer(argv):
             raise Stop(EX_BAD_JOB, "bad-request", str(exc))
         if verb == "survey":
             return survey(folder, abandoned_s)
+        nobody = {"id": "tidy", "owner": "tidy", "work_dir": folder, "lease_s": 0}
+        give_back(nobody, governor.restore)
         return {"removed": housekeeping.tidy(folder, abandoned_s)}
     if verb == "check" and len(arguments) == 3:
         try:

@@ -32,8 +32,8 @@ JOB_KEYS = {
     "lease_s": NUMBER, "min_free_bytes": int, "start_below_c": NUMBER + (NONE,),
     "cool_down_s": NUMBER, "abort_above_c": NUMBER + (NONE,),
 }  # fmt: skip
-# without it every zone is watched
-OPTIONAL_KEYS = {"thermal_zones": list}
+# without them every zone is watched, and the governor stays what it is
+OPTIONAL_KEYS = {"thermal_zones": list, "set_governor": str}
 FILE_KEYS = {"path": str, "size": int, "sha256": str}
 
 

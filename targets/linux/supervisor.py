@@ -19,6 +19,7 @@ import time
 import traceback
 
 import board
+import governor
 import instructions
 import journal
 from backends import SELF_TEST_MODEL
@@ -276,7 +277,10 @@ class Supervisor:
             self.state["job"] = self.job["id"]
             self.deadline = time.monotonic() + self.job["budget_s"]
             lease = Lease(self.job)
+            governor.restore(self.job["work_dir"])  # of a job whose supervisor was killed
             self.note()
+            if self.job.get("set_governor"):
+                governor.set_governor(self.job["work_dir"], self.job["set_governor"])
             self.resume()
             self.check_files()
             self.run_plan()
@@ -291,6 +295,7 @@ class Supervisor:
             code, error, message = EX_BUG, "bug", "%s: %s" % (type(exc).__name__, exc)
         try:
             if lease is not None:
+                governor.restore(self.job["work_dir"])
                 lease.leave()
         except OSError as exc:
             log("the lease: %s" % exc)
