@@ -6,6 +6,8 @@ that does not help does no harm: what is converted is compared with the model as
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,10 +19,21 @@ from edgepipe.tflite_ops.onnx_model import keep_pooled_axes
 
 # from which on the pads of Pad are an input
 _OPSET = 11
-# value name -> its shape, where every dimension is known
-Shapes = Mapping[str, tuple[int, ...]]
-# what a rewrite may add to: the graph's initialisers
-Constants = list[onnx.TensorProto]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Graph:
+    """``shapes`` and ``constants`` by name, where known; ``folding``: values that only one batch norm
+    reads, and that a convolution makes, which converters merge; ``added``: new initialisers."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    constants: Mapping[str, np.ndarray]
+    folding: frozenset[str]
+    added: list[onnx.TensorProto] = dataclasses.field(default_factory=list)
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        self.added.append(numpy_helper.from_array(value, name))
+        return name
 
 
 def rewrite_for_converters(model: onnx.ModelProto) -> int:
@@ -32,12 +45,11 @@ def rewrite_for_converters(model: onnx.ModelProto) -> int:
     count = keep_pooled_axes(model)
     if any(o.domain in ("", "ai.onnx") and o.version < _OPSET for o in model.opset_import):
         return count
-    shapes = _shapes(model)
-    constants: Constants = []
+    graph = _read(model)
     nodes: list[NodeProto] = []
     for node in model.graph.node:
         rewrite = _REWRITES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
-        made = rewrite(node, shapes, constants) if rewrite else []
+        made = rewrite(node, graph) if rewrite else []
         for new in made:
             new.metadata_props.extend(node.metadata_props)
         count += bool(made)
@@ -45,11 +57,11 @@ def rewrite_for_converters(model: onnx.ModelProto) -> int:
     if count:
         del model.graph.node[:]
         model.graph.node.extend(nodes)
-        model.graph.initializer.extend(constants)
+        model.graph.initializer.extend(graph.added)
     return count
 
 
-def _scaled_elu(node: NodeProto, shapes: Shapes, constants: Constants) -> list[NodeProto]:
+def _scaled_elu(node: NodeProto, graph: _Graph) -> list[NodeProto]:
     """``Elu(x; a) = LeakyRelu(Elu(x; 1); a)``: TFLite's ELU has no alpha, and a converter drops it."""
     alpha = _attributes(node).get("alpha", 1.0)
     if alpha == 1.0:
@@ -61,7 +73,7 @@ def _scaled_elu(node: NodeProto, shapes: Shapes, constants: Constants) -> list[N
     ]
 
 
-def _average_pool_of_ceil_mode(node: NodeProto, shapes: Shapes, constants: Constants) -> list[NodeProto]:  # fmt: skip
+def _average_pool_of_ceil_mode(node: NodeProto, graph: _Graph) -> list[NodeProto]:  # fmt: skip
     """An average pool whose last windows reach over the edge: zeros around, and the counts mended.
 
     TFLite's pools either stop before the edge or pad as it suits them. With k values in a window of
@@ -69,7 +81,7 @@ def _average_pool_of_ceil_mode(node: NodeProto, shapes: Shapes, constants: Const
     and k / n is a constant of shape (1, 1, *spatial).
     """
     options = _attributes(node)
-    shape = shapes.get(node.input[0], ())
+    shape = graph.shapes.get(node.input[0], ())
     kernel = list(options["kernel_shape"])
     rank = len(kernel)
     pads = list(options.get("pads", [0] * 2 * rank))
@@ -93,11 +105,37 @@ def _average_pool_of_ceil_mode(node: NodeProto, shapes: Shapes, constants: Const
     factors = (np.prod(kernel) / counts).astype(np.float32)
     widths = np.array([0, 0, *pads[:rank], 0, 0, *after], dtype=np.int64)
     made = [
-        helper.make_node("Pad", [node.input[0], _constant(constants, f"{padded}_widths", widths)], [padded], f"{node.name}_pad"),
+        helper.make_node("Pad", [node.input[0], graph.constant(f"{padded}_widths", widths)], [padded], f"{node.name}_pad"),
         helper.make_node("AveragePool", [padded], [pooled], node.name, kernel_shape=kernel, strides=strides),
-        helper.make_node("Mul", [pooled, _constant(constants, f"{pooled}_factors", factors)], [node.output[0]], f"{node.name}_counts"),
+        helper.make_node("Mul", [pooled, graph.constant(f"{pooled}_factors", factors)], [node.output[0]], f"{node.name}_counts"),
     ]  # fmt: skip
     return made
+
+
+def _lone_batch_norm(node: NodeProto, graph: _Graph) -> list[NodeProto]:
+    """A batch norm that no convolution takes in becomes a depthwise one of 1x1, one operator for two.
+
+    ``y = x * s + (bias - mean * s)`` with ``s = scale / sqrt(variance + epsilon)``, each (C,). As MUL
+    and ADD converters leave transposes around it, and take the wrong axis where C is H or W; int8
+    has one scale for all channels there, and one for each in a convolution.
+    """
+    options = _attributes(node)
+    shape = graph.shapes.get(node.input[0], ())
+    known = [graph.constants.get(name) for name in node.input[1:5]]
+    values = [v.astype(np.float64) for v in known if v is not None and v.dtype == np.float32]
+    trained = len(node.output) > 1 or options.get("training_mode")
+    if trained or len(shape) != 4 or len(values) != 4 or node.input[0] in graph.folding:
+        return []
+    scale, bias, mean, variance = values
+    gain = scale / np.sqrt(variance + options.get("epsilon", 1e-5))
+    y = node.output[0]
+    weights = graph.constant(f"{y}_gain", gain.reshape(-1, 1, 1, 1).astype(np.float32))
+    offsets = graph.constant(f"{y}_offset", (bias - mean * gain).astype(np.float32))
+    return [
+        helper.make_node(
+            "Conv", [node.input[0], weights, offsets], [y], node.name, kernel_shape=[1, 1], group=len(gain)
+        )
+    ]  # fmt: skip
 
 
 def _windows(size: int, kernel: int, stride: int, before: int, after: int, include_pad: bool) -> tuple[int, np.ndarray]:  # fmt: skip
@@ -115,26 +153,30 @@ def _windows(size: int, kernel: int, stride: int, before: int, after: int, inclu
     return max(0, (count - 1) * stride + kernel - (size + before + after)), counted
 
 
-_REWRITES: dict[str, Callable[[NodeProto, Shapes, Constants], list[NodeProto]]] = {
+_REWRITES: dict[str, Callable[[NodeProto, _Graph], list[NodeProto]]] = {
     "Elu": _scaled_elu,
+    "BatchNormalization": _lone_batch_norm,
     "AveragePool": _average_pool_of_ceil_mode,
 }
-
-
-def _constant(constants: Constants, name: str, value: np.ndarray) -> str:
-    constants.append(numpy_helper.from_array(value, name))
-    return name
 
 
 def _attributes(node: NodeProto) -> dict[str, Any]:
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
 
-def _shapes(model: onnx.ModelProto) -> Shapes:
+def _read(model: onnx.ModelProto) -> _Graph:
     inferred = onnx.shape_inference.infer_shapes(model).graph
-    found = {}
+    shapes = {}
     for value in (*inferred.value_info, *inferred.input, *inferred.output):
         dims = value.type.tensor_type.shape.dim
         if all(d.HasField("dim_value") for d in dims):
-            found[value.name] = tuple(d.dim_value for d in dims)
-    return found
+            shapes[value.name] = tuple(d.dim_value for d in dims)
+    constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    readers = Counter(name for node in model.graph.node for name in node.input)
+    readers.update(value.name for value in model.graph.output)
+    folding = frozenset(
+        node.output[0]
+        for node in model.graph.node
+        if node.op_type in ("Conv", "ConvTranspose") and readers[node.output[0]] == 1
+    )
+    return _Graph(shapes, constants, folding)

@@ -45,25 +45,6 @@ class SqueezeExcite(nn.Module):
         return self.head((x + self.project(y * scale)).mean([2, 3]))
 
 
-class PreActivation(nn.Module):
-    """Batch norm and ReLU before the convolution: onnx2tf leaves transposes around them."""
-
-    shape = (1, 3, 16, 16)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.conv, self.shortcut = nn.Conv2d(8, 16, 3, 2, 1), nn.Conv2d(8, 16, 1, 2)
-        self.last, self.head = nn.BatchNorm2d(16), nn.Linear(16, 5)
-        for norm in (self.norm, self.last):
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.relu(self.norm(self.stem(x)))
-        x = torch.relu(self.last(self.conv(y) + self.shortcut(y)))
-        return self.head(x.mean((2, 3)))
-
-
 class Shuffle(nn.Module):
     """ShuffleNet's unit."""
 
@@ -141,15 +122,14 @@ def test_mean_over_height_and_width_costs_no_transpose_and_no_loose_relu6(route:
     assert attempt["parity"] < 1e-4
 
 
-def test_transposes_that_the_first_converter_leaves_lead_to_the_other_one(tmp_path: Path, context: StageContext) -> None:  # fmt: skip
-    made = ToTflite().run(exported(PreActivation, tmp_path), context)
+def test_an_lstm_goes_on_to_the_converter_whose_file_keeps_no_state(tmp_path: Path, context: StageContext) -> None:  # fmt: skip
+    made = ToTflite().run(exported(Lstm, tmp_path), context)
     first, second = made.facts["attempts"]
-    assert (first["route"], first["ok"], first["clean"]) == ("onnx2tf", True, False)
-    assert first["transposes"] > 0
-    assert (second["route"], second["clean"], second["transposes"]) == ("litert-torch", True, 0)
+    assert (first["route"], first["ok"], first["code"]) == ("onnx2tf", False, "keeps-state")
+    assert (second["route"], second["ok"], second["clean"]) == ("litert-torch", True, True)
     assert made.facts["route"] == "litert-torch"
-    assert "the only clean one of 2" in made.facts["route_reason"]
-    assert_computes_the_same(made, PreActivation)
+    assert "onnx2tf from dynamo: keeps-state" in made.facts["route_reason"]
+    assert_computes_the_same(made, Lstm)
 
 
 def test_a_fused_lstm_that_keeps_state_is_refused(tmp_path: Path, context: StageContext) -> None:

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from edgepipe.tflite_ops.onnx_rewrites import rewrite_for_converters
 
@@ -49,6 +49,37 @@ def test_an_elu_of_alpha_1_and_an_old_model_are_left_as_they_are() -> None:
     assert rewritten(model_of(helper.make_node("Elu", ["x"], ["y"]), (1, 2)))[1] == 0
     old = model_of(helper.make_node("Elu", ["x"], ["y"], alpha=0.5), (1, 2), opset=10)
     assert rewritten(old)[1] == 0
+
+
+def batch_norm_model(*before: onnx.NodeProto, reads: str) -> onnx.ModelProto:
+    """``x`` (1, 3, 3, 5), then ``before``, then a batch norm of what ``reads`` names."""
+    random = np.random.default_rng(3)
+    names = ["scale", "bias", "mean", "variance"]
+    weights = [numpy_helper.from_array(random.uniform(0.5, 2, 3).astype(np.float32), n) for n in names]  # fmt: skip
+    weights.append(numpy_helper.from_array(random.normal(size=(3, 3, 1, 1)).astype(np.float32), "w"))  # fmt: skip
+    norm = helper.make_node("BatchNormalization", [reads, *names], ["y"], "norm", epsilon=1e-3)
+    model = model_of(norm, (1, 3, 3, 5))
+    del model.graph.node[:]
+    model.graph.node.extend([*before, norm])
+    model.graph.initializer.extend(weights)
+    return model
+
+
+def test_a_lone_batch_norm_becomes_one_depthwise_convolution() -> None:
+    model = batch_norm_model(reads="x")
+    new, count = rewritten(model)
+    assert count == 1
+    assert [node.op_type for node in new.graph.node] == ["Conv"]
+    x = np.random.default_rng(4).normal(size=(1, 3, 3, 5)).astype(np.float32)
+    np.testing.assert_allclose(run(new, x), run(model, x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_norm_that_folds_into_its_convolution_is_left_to_fold() -> None:
+    conv = helper.make_node("Conv", ["x", "w"], ["c"], "conv")
+    assert rewritten(batch_norm_model(conv, reads="c"))[1] == 0
+    model = batch_norm_model(conv, reads="c")
+    model.graph.output.append(helper.make_tensor_value_info("c", TensorProto.FLOAT, ["?"] * 4))
+    assert rewritten(model)[1] == 1  # something else wants the convolution as it is
 
 
 @given(
