@@ -87,7 +87,7 @@ def virtual_device(virtual_pi4: str) -> Iterator[Device]:
     device.close()
 
 
-@pytest.fixture(params=["local", "ssh", pytest.param("virtual", marks=pytest.mark.slow)])
+@pytest.fixture(params=["local", "ssh", "adb", pytest.param("virtual", marks=pytest.mark.slow)])
 def any_device(request: pytest.FixtureRequest) -> Iterator[Device]:
     """A device for tests that see its files and processes only through it, as of a real board."""
     if request.param == "virtual":
@@ -98,6 +98,8 @@ def any_device(request: pytest.FixtureRequest) -> Iterator[Device]:
     if request.param == "ssh":
         server: LoopbackSshd = request.getfixturevalue("sshd")
         address, options = server.address, server.options()
+    elif request.param == "adb":
+        address = f"adb://{request.getfixturevalue('adbd').serial}"
     device = open_device(address, **options)
     yield device
     device.close()
