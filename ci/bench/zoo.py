@@ -30,6 +30,7 @@ import resource
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -46,6 +47,7 @@ from edgepipe.adhoc import recipe_for
 from edgepipe.artifact import Artifact
 from edgepipe.data import DataSource
 from edgepipe.errors import EdgepipeError, StageError
+from edgepipe.routes import Candidate
 from edgepipe.stages.load import ModelSource, TensorOption
 from edgepipe.stages.to_tflite import ToTflite
 from edgepipe.store import Store, write_json
@@ -305,6 +307,24 @@ def summary(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def searched(rows: Sequence[Row]) -> list[str]:
+    """One line for each way that ``auto`` tried, over the networks that it converted."""
+    attempts: dict[str, list[Row]] = {}
+    for row in rows:
+        for made in row.get("attempts", []) if row["route"] == "auto" else []:
+            way = Candidate(made["route"], made["exporter"], made["simplified"])
+            attempts.setdefault(str(way), []).append(made)
+    if not attempts:
+        return []
+    lines = ["", "What `auto` tried:", "", "| way | tried | proven | clean | refused |", "|---|---|---|---|---|"]  # fmt: skip
+    for name, made in sorted(attempts.items(), key=lambda item: -len(item[1])):
+        codes = Counter(attempt["code"] for attempt in made if not attempt["ok"])
+        why = ", ".join(f"{code} {n}" for code, n in codes.most_common())
+        shown = [name, len(made), sum(a["ok"] for a in made), sum(a["clean"] for a in made), why]
+        lines.append("| " + " | ".join(str(cell) for cell in shown) + " |")
+    return lines
+
+
 def _median(values: Sequence[float], form: str, unit: str = "") -> str:
     return f"{statistics.median(values):{form}}{unit}" if values else "-"
 
@@ -334,7 +354,7 @@ def main() -> int:
             row = row_of(entry.name, route, work, args.timeout, again=args.again)
             rows.append(row)
             print("\n".join(table([row])[2:]), flush=True)
-    text = "\n".join([*summary(rows), "", *table(rows)]) + "\n"
+    text = "\n".join([*summary(rows), *searched(rows), "", *table(rows)]) + "\n"
     print("\n" + text)
     write_json(work / "zoo.json", rows)
     (work / "zoo.md").write_text(text, encoding="utf-8")

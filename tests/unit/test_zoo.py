@@ -116,6 +116,19 @@ def test_a_wrong_result_that_was_accepted_is_shown_and_not_counted_as_the_same()
     assert shown[4].endswith("| parity: off / by far |")
 
 
+def test_what_auto_tried_is_counted_by_way() -> None:
+    def tried(route: str, code: str) -> dict[str, Any]:
+        exporter = "dynamo" if route == "onnx2tf" else "torch.export"
+        return {"route": route, "exporter": exporter, "simplified": route == "onnx2tf", "ok": not code, "clean": not code, "code": code}  # fmt: skip
+
+    one = ROW | {"route": "auto", "attempts": [tried("onnx2tf", "parity"), tried("litert-torch", "")]}  # fmt: skip
+    other = ROW | {"route": "auto", "attempts": [tried("onnx2tf", "")]}
+    assert zoo.searched([one, other, ROW])[-2:] == [
+        "| onnx2tf from dynamo | 2 | 1 | 1 | parity 1 |", "| litert-torch | 1 | 1 | 1 |  |",
+    ]  # fmt: skip
+    assert zoo.searched([ROW]) == []
+
+
 def test_a_row_is_made_once_and_a_crash_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     def crash(entry: object, route: str, work: Path, timeout_s: float, keep: Any) -> None:
         import os
@@ -188,7 +201,9 @@ def test_an_accepted_wrong_answer_is_called_wrong(
     case = cases["test_relu"]
     row = node_cases.make_row(case, "onnx2tf", _folder(tmp_path / "right"))
     assert row["verdict"] == "pass"
-    other = node_cases.make_row(cases["test_quantizelinear"], "onnx2tf", _folder(tmp_path / "refused"))
+    other = node_cases.make_row(
+        cases["test_quantizelinear"], "onnx2tf", _folder(tmp_path / "refused")
+    )
     assert other["verdict"] == "refused"
 
     def lie(source: Any, *_: Any) -> Any:  # a converter whose file gives back its input
