@@ -163,8 +163,17 @@ def check_same_at_every_call(model: nn.Module, inputs: Sequence[torch.Tensor]) -
 def count_macs(model: nn.Module, inputs: Sequence[torch.Tensor]) -> int:
     """Multiply-accumulates of convolutions and matrix products in one forward pass (FLOPs / 2)."""
     counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        model(*inputs)
+    # torch 2.13's counter fails on a parameter that forward takes apart (`for row in self.first`): even
+    # without gradients the parts say that they want one, and have nothing to hang its hook on
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with counter, torch.no_grad():
+            model(*inputs)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
     return counter.get_total_flops() // 2
 
 

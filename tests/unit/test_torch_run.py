@@ -120,3 +120,18 @@ def test_macs_of_a_convolution_are_counted_by_hand() -> None:
 
     # 8 filters x 3 channels x 9 taps x 100 positions
     assert count_macs(Net(), [torch.zeros(1, 3, 10, 10)]) == 8 * 3 * 9 * 100
+
+
+def test_multiply_accumulates_of_a_model_that_takes_a_parameter_apart_are_counted() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.first = nn.LSTMCell(3, 4), nn.Parameter(torch.ones(2, 1, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h, c = self.first
+            return self.cell(x, (h, c))[0]
+
+    net = Net()
+    assert count_macs(net, [torch.zeros(1, 3)]) == 16 * 3 + 16 * 4
+    assert all(parameter.requires_grad for parameter in net.parameters())
