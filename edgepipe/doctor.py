@@ -475,7 +475,8 @@ def _tidy(board: Board) -> list[str]:
         return []
     reply = _ask(board, "tidy", board.work_dir, str(FIX_JOBS_AFTER_S))
     removed = reply.get("removed")
-    return [
+    fixed = ["put back the governor that a job had left changed"] if reply.get("governor_restored") else []  # fmt: skip
+    return fixed + [
         f"removed {_words(item, 'path')} ({format_bytes(_number(item, 'bytes') or 0.0)}): {_words(item, 'why')}"
         for item in (removed if isinstance(removed, Sequence) else [])
     ]

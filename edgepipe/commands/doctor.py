@@ -22,13 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  edgepipe doctor ssh://pi@raspberrypi --profile rpi5_8gb\n"
         "  edgepipe doctor ssh://pi@raspberrypi --fix\n\n"
         "--fix pushes the runtime from this machine (the board needs no network) and removes what\n"
-        "dead jobs left in the work folder. It changes nothing else on the board: no governor, no\n"
-        "service, no package.\n\n"
+        "dead jobs left: files in the work folder, a governor that --set-governor had changed. It\n"
+        "changes nothing else on the board: no service, no package.\n\n"
         "exit code 0: ready, perhaps with warnings; 3: not ready, or something could not be found out"
     )
     parser.add_argument("address", help="the board: ssh://[user@]host[:port], virt://NAME or local")
     parser.add_argument("--profile", metavar="NAME", help="what the board should be (default: any board)")  # fmt: skip
-    parser.add_argument("--fix", action="store_true", help="push the runtime, remove leftovers")
+    parser.add_argument(
+        "--fix", action="store_true", help="push the runtime, clear away what dead jobs left"
+    )
 
 
 def run(args: argparse.Namespace, out: Output) -> int:

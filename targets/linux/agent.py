@@ -241,8 +241,8 @@ def answer(argv):
         if verb == "survey":
             return survey(folder, abandoned_s)
         nobody = {"id": "tidy", "owner": "tidy", "work_dir": folder, "lease_s": 0}
-        give_back(nobody, governor.restore)
-        return {"removed": housekeeping.tidy(folder, abandoned_s)}
+        restored = give_back(nobody, governor.restore)
+        return {"removed": housekeeping.tidy(folder, abandoned_s), "governor_restored": restored}
     if verb == "check" and len(arguments) == 3:
         try:
             library = json.loads(arguments[2])

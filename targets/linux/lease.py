@@ -76,15 +76,16 @@ class Lease:
 def give_back(job, restore):
     """End the lease of a job that no longer runs; that of another job stays as it is.
 
-    ``restore(work_dir)`` is called while the board is nobody else's.
+    ``restore(work_dir)`` is called while the board is nobody else's -> whether it had anything to do.
     """
     try:
         lease = Lease(dict(job, lease_s=0))
     except (Stop, OSError):
-        return
-    restore(job["work_dir"])
+        return False
+    restored = restore(job["work_dir"])
     lease.stream.truncate(0)
     lease.stream.close()
+    return restored
 
 
 class SupervisorLock:
