@@ -230,7 +230,12 @@ def _notes(measured: dict[str, Any]) -> list[str]:
     """What a reader must know before trusting the figures."""
     context, notes = measured["runs_on_device"].context, []
     if context["emulated"]:
-        notes.append(f"note: this board is emulated ({context['emulated']}): nothing is timed; compare instructions, memory and outputs")  # fmt: skip
+        left = (
+            "outputs only"
+            if "memory" in context["not_measured"]
+            else "instructions, memory and outputs"
+        )
+        notes.append(f"note: this board is emulated ({context['emulated']}): nothing is timed; compare {left}")  # fmt: skip
     elif why_not := context["not_measured"].get("instructions"):
         notes.append(f"note: no instructions: {why_not}")
     if context["contended"]:
