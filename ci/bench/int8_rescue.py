@@ -441,7 +441,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 def memory(work: Path) -> None:
     """Print the peak resident memory of processes that quantise with 500 and with 5,000 samples."""
-    case = trained("fashion/mobilenet_v2", work)
+    case = trained("fashion/mobilenet_v3_small", work)
     with np.load(work / "fashion-28" / "train.npz") as stored:
         images, labels = stored["image"], stored["labels"]
     for method in ("min_max", "kl"):
