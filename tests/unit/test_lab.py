@@ -12,6 +12,15 @@ from hypothesis import strategies as st
 
 from edgepipe.device.labgrid import NetworkService, parse_place
 from edgepipe.errors import ConnectError, EdgepipeError, ProfileError, RequestError
+from edgepipe.gate import (
+    Evidence,
+    GrowthGate,
+    InstructionsGate,
+    LatencyGate,
+    SlowdownGate,
+    Status,
+    judge_all,
+)
 from edgepipe.inventory import Target, load_lab, place, resolve_targets
 from edgepipe.lab import on_boards
 from edgepipe.profile import find_profile
@@ -279,6 +288,21 @@ def test_a_stop_reaches_every_board_and_waits_for_all() -> None:
     assert sorted(given_back) in (["board-1", "board-2"], ["board-1", "board-2", "board-3"])
 
 
+def test_no_gate_passes_on_a_board_that_was_not_measured() -> None:
+    gates = [
+        LatencyGate(max=1.0),
+        SlowdownGate(max=0.03),
+        GrowthGate(quantity="file"),
+        InstructionsGate(),
+    ]
+    off = Evidence("m", "shelf-1", {}, profile="rpi5_8gb", missing="connection refused")
+    verdicts = judge_all(gates, Evidence("m", "", {}), [off])
+    assert {v.gate for v in verdicts} == {"runs_on_device", *(gate.name for gate in gates)}
+    for verdict in verdicts:
+        assert (verdict.status, verdict.device) == (Status.INCONCLUSIVE, "shelf-1")
+        assert verdict.reason == "the board was not measured: connection refused"
+
+
 # ------------------------------------------------------------------------------------ labgrid
 
 # of labgrid-client 26.0.1, with a real coordinator and exporter
@@ -332,7 +356,7 @@ def test_what_labgrid_cannot_mean_is_an_error(shown: str, says: str) -> None:
 
 
 def test_a_password_that_labgrid_knows_is_in_no_error() -> None:
-    shown = SHOWN.replace("'port': 2222", "'password': 'hush', 'port': 'x'")
+    shown = SHOWN.replace("'port': 2222", "'password': 'hush', 'port': 'hush'")
     with pytest.raises(RequestError) as caught:
         parse_place(shown, "pi4")
     assert "hush" not in f"{caught.value.message} {caught.value.hint} {caught.value.__cause__}"
