@@ -434,7 +434,7 @@ class QuantizeInt8:
                 f"int8 output {worst!r} is {errors[worst].sqnr_db:.1f} dB from the float model on"
                 f" {samples.origin}, below min_sqnr = {self.min_sqnr:g} dB{at}",
                 stage=self.name,
-                hint="look for one wide-ranging tensor there, give more or better calibration data,"
+                hint="`edgepipe explain FLOAT.tflite --data SAMPLES` says which layer and why; max_drop mends much of it,"
                 ' or accept it with min_sqnr = "... dB"',
                 code="parity",
             )
