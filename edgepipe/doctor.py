@@ -352,6 +352,8 @@ def _clock(findings: Findings, profile: DeviceProfile, address: str) -> Check:
     skew_s = max(findings.asked_s - board_s, board_s - findings.answered_s, 0.0)
     if skew_s <= CLOCK_SKEW_S:
         return Check("clock", "ok", "as this machine's", why)
+    if emulated := _emulated(findings, profile):
+        return Check("clock", "ok", emulated)
     way = "behind" if board_s < findings.asked_s else "ahead"
     return Check("clock", "warn", f"{_age(skew_s)} {way}", why, mend)
 
