@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from edgepipe.device.snapshot import (
     health,
     health_flags,
     hottest_c,
+    probed,
     time_in_state,
 )
 from edgepipe.errors import CommandTimeout, MissingExtra, NotReadyError, NotStable, TransferError
@@ -107,18 +108,25 @@ class CBoard:
 
     def facts(self) -> dict[str, Any]:
         """``device``, ``health``, ``packages`` and ``free_bytes``, as the agent's verb has them."""
+        return self._read(lambda answer: {
+            "device": device_facts(answer),
+            "health": health(answer["board"]),
+            "packages": {},
+            "free_bytes": answer["free_bytes"],
+        })  # fmt: skip
+
+    def probe(self) -> dict[str, Any]:
+        """What targets/linux/probe.py prints, with what Android adds."""
+        return self._read(probed)
+
+    def _read(self, meaning: Callable[[Mapping[str, Any]], dict[str, Any]]) -> dict[str, Any]:
         done = self.device.run(
             [*self.command, "read", self.work_dir, *FACT_FILES, *HEALTH_FILES],
             timeout_s=COMMAND_TIMEOUT_S,
         )
         answer = _answer(done, self.device.address)
         try:
-            facts = {
-                "device": device_facts(answer),
-                "health": health(answer["board"]),
-                "packages": {},
-                "free_bytes": answer["free_bytes"],
-            }
+            facts = meaning(answer)
             return facts if self.phone is None else android.add_to_facts(self.device, facts, self.phone)  # fmt: skip
         except (KeyError, TypeError, AttributeError) as exc:
             raise bad_answer("the runner's facts are not whole", done.stdout, done.stderr, self.device.address) from exc  # fmt: skip

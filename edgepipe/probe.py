@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from edgepipe.crunner import prepare_board
 from edgepipe.device.base import Device
 from edgepipe.device.parse import Facts, parse_facts, parse_home
 from edgepipe.errors import CommandFailed, NotReadyError
@@ -38,17 +39,15 @@ RUNTIME_PACKAGES = {"ai_edge_litert": "litert", "tflite_runtime": "tflite-runtim
 def probe(device: Device, *, target: str = "linux", work_dir: str = "~/.edgepipe") -> Facts:
     """Push the target's probe to ``work_dir`` on the board, run it, read what it prints.
 
-    Raises NotReadyError where the board has no python3, CommandFailed where the probe fails.
+    Of a target without an agent (phones) it is the C runner that reads. Raises NotReadyError where
+    the board has no python3, or does not start the runner, CommandFailed where the probe fails.
     """
-    if runner_target(target):
-        raise NotReadyError(
-            f"{device.address} cannot be probed: that needs python3 there, and target {target} has none",
-            hint=f"edgepipe doctor {device.address} --profile NAME shows what such a board says",
-            code="no-python",
-        )
     asked = device.run(["sh", "-c", 'printf %s "$HOME"'], timeout_s=PROBE_TIMEOUT_S)
     home = parse_home(os.fsdecode(asked.stdout), device.address)
-    payload = push_payload(device, target, absolute_work_dir(work_dir, home))
+    folder = absolute_work_dir(work_dir, home)
+    if runner_target(target):
+        return parse_facts(json.dumps(prepare_board(device, target, folder).probe()))
+    payload = push_payload(device, target, folder)
     command = ["python3", payload.probe, payload.folder]
     done = device.run(command, timeout_s=PROBE_TIMEOUT_S)
     if done.returncode in (126, 127):

@@ -24,10 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  edgepipe probe ssh://pi@raspberrypi --write my_board\n\n"
         "exit code 1: the board differs from the profile"
     )
-    parser.add_argument("address", help="the board: local or ssh://[user@]host[:port]")
+    parser.add_argument(
+        "address", help="the board: local, ssh://[user@]host[:port] or adb://SERIAL"
+    )
     parser.add_argument("--profile", metavar="NAME", help="say what differs from this profile")
     parser.add_argument("--write", metavar="NAME", help=f"write the facts to {PROFILE_FOLDER}/NAME.toml, a new profile")  # fmt: skip
-    parser.add_argument("--target", metavar="PLATFORM", help="payload that knows how to ask (default: the profile's, or linux)")  # fmt: skip
+    parser.add_argument("--target", metavar="PLATFORM", help="payload that knows how to ask (default: the profile's; android over adb, else linux)")  # fmt: skip
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
@@ -40,7 +42,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
         raise RequestError("a null device is no board: it has no facts to read", hint="probe a real one: edgepipe probe ssh://user@host", code="bad-address")  # fmt: skip
     path = _new_profile_path(args.write) if args.write is not None else None
     profile = find_profile(args.profile, profile_paths()) if args.profile is not None else None
-    target = args.target or (profile.target if profile else "linux")
+    by_address = "android" if args.address.startswith("adb://") else "linux"
+    target = args.target or (profile.target if profile else by_address)
     work_dir = profile.work_dir if profile else "~/.edgepipe"
     device = open_device(args.address)
     try:
@@ -116,7 +119,7 @@ def facts_text(facts: Facts) -> str:
         f"swap {memory(facts.swap_bytes)}",
         "machine": f"{facts.machine}, {facts.bits} bit, pages of {facts.page_size_bytes} bytes",
         "OS": f"{facts.os or '?'}, kernel {facts.kernel}, {facts.libc or 'libc ?'}",
-        "Python": facts.python,
+        "Python": facts.python or "none",
         "runtimes": runtimes or "none installed",
         "emulated": facts.emulated or "no sign of it",
         "governor": facts.governor or "?",

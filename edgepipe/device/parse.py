@@ -96,16 +96,22 @@ class Facts:
 
 
 def parse_facts(text: str) -> Facts:
-    """The JSON object that a target's probe prints. Raises CommandFailed on anything else."""
+    """The JSON object that a target's probe prints. Raises CommandFailed on anything else.
+
+    Of a phone it has what Android says, too: its chip, its C library, and what heat takes away.
+    """
     try:
         data = json.loads(text)
         if data["schema"] != FACTS_SCHEMA:
             raise ValueError(f"schema {data['schema']}, expected {FACTS_SCHEMA}")
         device, health, memory = data["device"], data["health"], data["memory"]
         throttling = health["throttling"]
+        soc, heat = _text(device.get("soc")), _text(health.get("thermal_status"))
+        if throttling is None and heat is not None:
+            throttling = [] if heat == "none" else [f"thermal status {heat}"]
         return Facts(
             model=_text(device["model"]),
-            socs=_socs(data["compatible"]),
+            socs=(*([soc.upper()] if soc else []), *_socs(data["compatible"])),
             clusters=_clusters(data["cpus"]),
             ram_bytes=_whole(memory["total_bytes"]),
             swap_bytes=_whole(memory["swap_bytes"]),
@@ -114,7 +120,7 @@ def parse_facts(text: str) -> Facts:
             bits=int(device["bits"]),
             os=_text(device["os"]),
             kernel=str(device["kernel"]),
-            libc=_text(data["libc"]),
+            libc=_text(device.get("libc") or data["libc"]),
             page_size_bytes=int(device["page_size_bytes"]),
             python=str(device["python"]),
             governor=_text(health["governor"]),

@@ -35,6 +35,7 @@ THROTTLE_BITS = {
     16: "under_voltage_occurred", 17: "frequency_capped_occurred", 18: "throttled_occurred",
     19: "soft_temperature_limit_occurred",
 }  # fmt: skip
+FACTS_SCHEMA = 1  # of what probe.py prints
 _THERMAL = "/sys/class/thermal/"
 _CPUFREQ = "/sys/devices/system/cpu/cpufreq/"
 
@@ -157,6 +158,48 @@ def device_facts(answer: Mapping[str, Any]) -> dict[str, Any]:
         # tells two boards of one kind apart without naming either
         "identity": hashlib.sha256(identity.encode()).hexdigest()[:16] if identity else None,
     }
+
+
+def probed(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """The object that targets/linux/probe.py prints, from the same ``answer`` as `device_facts`."""
+    device, now = device_facts(answer), health(answer["board"])
+    files = answer["board"]["files"]
+    limits_khz = {
+        int(word): policy["hardware_limit_khz"]
+        for policy in now["frequencies"].values()
+        for word in (policy["cpus"] or "").split()
+        if word.isdecimal()
+    }
+    cpus = []
+    for block in re.split(r"\n\s*\n", files.get("/proc/cpuinfo", "")):
+        pairs = re.findall(r"^([^:\n]*?)\s*:[ \t]*(.*)$", block, re.M)
+        values = {key.strip().lower(): value.strip() for key, value in pairs}
+        if not values.get("processor", "").isdecimal():
+            continue  # the trailer with Hardware, Revision and Serial
+        number = int(values["processor"])
+        cpus.append({
+            "cpu": number,
+            "implementer": values.get("cpu implementer"),
+            "part": values.get("cpu part"),
+            "name": values.get("model name"),
+            "features": (values.get("features") or values.get("flags") or "").split(),
+            "max_khz": limits_khz.get(number),
+        })  # fmt: skip
+    meminfo = dict(re.findall(r"^(\w+):\s+(\d+) kB", files.get("/proc/meminfo", ""), re.M))
+    total, swap = (
+        int(meminfo[key]) * 1024 if key in meminfo else None for key in ("MemTotal", "SwapTotal")
+    )
+    return {
+        "schema": FACTS_SCHEMA,
+        "device": {**device, "python": ""},
+        "libc": f"glibc {device['glibc']}" if device["glibc"] else None,
+        "compatible": re.split(r"[\0\s]+", files.get("/proc/device-tree/compatible", "").strip("\0 \n")),
+        "cpus": cpus,
+        "memory": {"total_bytes": total, "swap_bytes": swap},
+        "health": now,
+        "free_bytes": answer["free_bytes"],
+        "packages": {},
+    }  # fmt: skip
 
 
 def time_in_state(

@@ -88,6 +88,21 @@ def test_cores_are_grouped_by_kind_and_frequency() -> None:
     assert found.runtimes == {"ai_edge_litert": "2.3.0"}
 
 
+@pytest.mark.parametrize(
+    ("status", "throttling"),
+    [(None, None), ("none", ()), ("moderate", ("thermal status moderate",))],
+)
+def test_a_phone_names_its_chip_its_library_and_what_heat_does(
+    status: str | None, throttling: tuple[str, ...] | None
+) -> None:
+    said = facts()
+    said["device"] |= {"soc": "gs101", "libc": "bionic"}
+    said |= {"libc": "glibc 2.36", "compatible": [""]}  # ours; and the device tree may not be read
+    said["health"] |= {"throttling": None, "thermal_status": status}
+    found = parse_facts(json.dumps(said))
+    assert (found.socs, found.libc, found.throttling) == (("GS101",), "bionic", throttling)
+
+
 def test_a_core_we_do_not_know_is_named_by_its_numbers() -> None:
     cpu = {"cpu": 0, "implementer": "0x61", "part": "0x022", "name": None, "features": [], "max_khz": None, "min_khz": None}  # fmt: skip
     assert parse_facts(json.dumps(facts(cpus=[cpu]))).clusters == (

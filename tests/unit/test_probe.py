@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgepipe import toolchain
 from edgepipe.cli import main
 from edgepipe.device import Completed, open_device
 from edgepipe.device.parse import Facts, parse_facts
@@ -423,7 +424,17 @@ def test_the_profile_of_a_board_with_tflite_runtime_asks_for_what_the_runner_rep
     assert (asked["runtime"], asked["runtime_version"]) == ("tflite-runtime", "2.14.0")
 
 
-def test_a_phone_is_not_probed_and_the_hint_says_what_shows_it() -> None:
-    with pytest.raises(NotReadyError, match="needs python3") as caught:
-        probe(open_device("local"), target="android")
-    assert "edgepipe doctor local" in caught.value.hint
+def test_the_c_runner_says_of_a_board_what_probe_py_says(tmp_path: Path) -> None:
+    if shutil.which("cc") is None and not toolchain.is_installed("zig"):
+        pytest.skip("no C compiler on this machine")
+    # of the target for phones nobody asks for Python
+    by_runner, by_python = (
+        probe(open_device("local"), target=target, work_dir=str(tmp_path))
+        for target in ("android", "linux")
+    )
+    changing = ("free_bytes", "memory_available_bytes", "load_1min", "temperature_c", "thermal_zones_c")  # fmt: skip
+    same = {name: getattr(by_python, name) for name in changing}
+    assert (by_runner.python, by_runner.runtimes) == ("", {})
+    # what perf_event_open says is told in other words, and python3 may be of another glibc
+    told = {"python": by_python.python, "runtimes": by_python.runtimes, "no_instructions": by_python.no_instructions}  # fmt: skip
+    assert dataclasses.replace(by_runner, **same, **told) == by_python
