@@ -127,12 +127,14 @@ def check_quantizable(model: Model, *, where: str) -> None:
         )
     for number, other in enumerate(model.subgraphs):
         if number and describe_model(dataclasses.replace(model, subgraphs=(other,))).float_islands:
-            flow = [o.name for o in graph.operators if o.name in ("WHILE", "IF", "CALL_ONCE", "STABLEHLO_COMPOSITE")]  # fmt: skip
+            callers = ("WHILE", "IF", "CALL_ONCE", "STABLEHLO_COMPOSITE", "STABLEHLO_REDUCE_WINDOW")
+            flow = [o.name for o in graph.operators if o.name in callers]
             raise StageError(
                 f"{where} computes in subgraph {number} ({other.name!r}), called by"
                 f" {', '.join(sorted(set(flow))) or 'control flow'}: such models have no int8 form",
                 stage=STAGE,
-                hint="export the model with its loops unrolled",
+                hint="export the model with its loops unrolled; a STABLEHLO_REDUCE_WINDOW is one converter's way to "
+                "write a pool: convert with route = auto or onnx2tf",
             )
     names = Counter(
         t.name for t in graph.tensors if t.is_float and not t.is_constant and _is_used(t.index, graph)
