@@ -253,7 +253,8 @@ def trained(name: str, work: Path) -> Case:
         made.model, builder=network.builder, args=dict(network.args), weights=weights,
         inputs=(dataclasses.replace(made.model.inputs[0], shape=shape),),
     )  # fmt: skip
-    return converted(dataclasses.replace(made, name=name.replace("/", "-"), model=source, data=data), work)  # fmt: skip
+    made = dataclasses.replace(made, name=name.replace("/", "-"), model=source, data=data, evaluate=None)  # fmt: skip
+    return converted(made, work)
 
 
 CASES: dict[str, Callable[[str, Path], Case]] = {
