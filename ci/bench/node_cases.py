@@ -12,10 +12,10 @@ WRONG        accepted, and not equal: there shall be none
 bug          an exception that is no error of edgepipe's, a crash or a timeout
 
 Exporters write weights, axes and shapes into the file, where these cases feed them in; so all but the
-first input become constants, unless all inputs are alike (as for Add). Rows are kept as JSON lines in
-``--work`` and not made again; every case runs in a child of its own. ``--every 10`` takes every tenth
-case, in an order shuffled with a fixed seed. Left out: ``_expanded`` cases, which spell an operator
-with others, and those of ``ai.onnx.ml`` and ``ai.onnx.preview``.
+first input become constants, unless all inputs are alike (as for Add). Every case runs in a child of
+its own; rows are kept as JSON in ``--work`` and not made again, ``by_operator.json`` there is the table.
+``--every 10`` takes every tenth case, in an order shuffled with a fixed seed. Left out: ``_expanded``
+cases, which spell an operator with others, and those of ``ai.onnx.ml`` and ``ai.onnx.preview``.
 """
 
 from __future__ import annotations
@@ -169,6 +169,19 @@ def row_of(case: TestCase, route: str, work: Path) -> Row:
     return row
 
 
+def by_operator(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Operator -> how many ``cases``, ``pass``, ``bug`` and ``WRONG``; ``refused`` by reason code."""
+    found = {}
+    for op in sorted({row["op"] for row in rows}):
+        mine = [row for row in rows if row["op"] == op]
+        n = collections.Counter(row["verdict"] for row in mine)
+        codes = collections.Counter(row["code"] for row in mine if row["verdict"] == "refused")
+        found[op] = {
+            "cases": len(mine), "pass": n["pass"], "refused": dict(codes.most_common()), "bug": n["bug"], "WRONG": n["WRONG"],
+        }  # fmt: skip
+    return found
+
+
 def table(rows: Sequence[Row]) -> list[str]:
     """Totals, then one line an operator, then what is wrong by name."""
     count = collections.Counter(row["verdict"] for row in rows)
@@ -179,12 +192,9 @@ def table(rows: Sequence[Row]) -> list[str]:
         f"{count['bug']} bugs, {count['WRONG']} WRONG",
         "", "| operator | cases | pass | refused | bug | WRONG |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for op in sorted({row["op"] for row in rows}):
-        mine = [row for row in rows if row["op"] == op]
-        n = collections.Counter(row["verdict"] for row in mine)
-        codes = collections.Counter(row["code"] for row in mine if row["verdict"] == "refused")
-        why = ", ".join(f"{code} {k}" for code, k in codes.most_common()) or "0"
-        lines.append(f"| {op} | {len(mine)} | {n['pass']} | {why} | {n['bug']} | {n['WRONG']} |")
+    for op, n in by_operator(rows).items():
+        why = ", ".join(f"{code} {k}" for code, k in n["refused"].items()) or "0"
+        lines.append(f"| {op} | {n['cases']} | {n['pass']} | {why} | {n['bug']} | {n['WRONG']} |")
     bad = [row for row in rows if row["verdict"] in ("WRONG", "bug")]
     return [*lines, "", *(f"- {r['verdict']} {r['case']}: {r['code']} {' '.join(r['message'].split())[:200]}" for r in bad)]  # fmt: skip
 
@@ -206,6 +216,7 @@ def main() -> int:
     text = "\n".join(table(rows)) + "\n"
     print("\n" + text)
     write_json(args.work / "node_cases.json", rows)
+    write_json(args.work / "by_operator.json", by_operator(rows))
     (args.work / "node_cases.md").write_text(text, encoding="utf-8")
     return 1 if any(row["verdict"] in ("WRONG", "bug") for row in rows) else 0
 

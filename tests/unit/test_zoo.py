@@ -194,6 +194,18 @@ def test_a_difference_is_seen_and_rounding_is_not() -> None:
     assert node_cases.difference(np.array([True]), np.array([False])) != ""
 
 
+def test_verdicts_are_counted_by_operator_and_refusals_by_reason() -> None:
+    def row(op: str, verdict: str, code: str = "") -> dict[str, str]:
+        return {"case": "c", "op": op, "verdict": verdict, "code": code, "message": ""}
+
+    rows = [row("Mod", "refused", "parity"), row("Add", "pass"), row("Mod", "WRONG"), row("Mod", "pass")]  # fmt: skip
+    assert node_cases.by_operator(rows) == {
+        "Add": {"cases": 1, "pass": 1, "refused": {}, "bug": 0, "WRONG": 0},
+        "Mod": {"cases": 3, "pass": 1, "refused": {"parity": 1}, "bug": 0, "WRONG": 1},
+    }
+    assert "| Mod | 3 | 1 | parity 1 | 0 | 1 |" in node_cases.table(rows)
+
+
 @pytest.mark.slow
 def test_an_accepted_wrong_answer_is_called_wrong(
     cases: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
