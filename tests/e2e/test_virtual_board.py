@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import subprocess
@@ -152,6 +153,25 @@ def test_a_power_cut_in_the_middle_of_a_measurement_has_it_made_anew(
     memory = next(m for m in result.measurements if m.metric == "memory_anon")
     assert len(memory.samples) == 1
     assert boot_id(board) != before
+
+
+def test_what_was_pushed_is_whole_after_a_power_cut(
+    board: VirtualDevice, qmp: Qmp, tmp_path: Path
+) -> None:
+    source = tmp_path / "large"
+    source.write_bytes(os.urandom(2_000_000))
+    before = boot_id(board)
+    board.push(source, "~/large")
+    # ext4 writes names every 5 s, and what is in the files up to 30 s later (ext4(5), commit)
+    board.run(["sleep", "8"], timeout_s=120)
+    qmp.reset()
+    deadline_s = time.monotonic() + 300
+    while time.monotonic() < deadline_s:
+        with contextlib.suppress(DeviceError):
+            if boot_id(board) != before:
+                break
+    assert not board.push(source, "~/large")  # it is there
+    board.run(["rm", "large"], timeout_s=60)
 
 
 def test_a_full_disk_is_named_with_what_was_free(board: VirtualDevice, tmp_path: Path) -> None:
