@@ -39,12 +39,15 @@ def add_to_facts(device: Device, facts: dict[str, Any], phone: Mapping[str, Any]
     return {
         **facts,
         "device": {**facts["device"], **told, "emulated": phone["emulated"] or facts["device"]["emulated"]},
-        "health": {**facts["health"], **_health(device, facts["health"])},
+        "health": {**facts["health"], **health(device, facts["health"])},
     }  # fmt: skip
 
 
-def _health(device: Device, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Thermal status and battery; an ordinary app (Termux) is told neither."""
+def health(device: Device, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Thermal status and battery as of now, and temperatures beside those ``known`` from files.
+
+    An ordinary app (Termux) is told neither.
+    """
     found: dict[str, Any] = {"thermal_status": None, "battery_level": None, "powered_by": None}
     said = _dumpsys(device, "battery")
     if said:
@@ -76,7 +79,7 @@ def check_health(health: Mapping[str, Any], address: str) -> None:
     Raises NotStable (``too-hot``, ``low-battery``). Of boards that are no phones nothing is asked.
     """
     status, level = health.get("thermal_status"), health.get("battery_level")
-    if status in _THROTTLED:
+    if is_throttled(health):
         raise NotStable(
             f"{address} is throttled by its heat (thermal status {status})",
             hint="let it cool: out of its case, screen off, not on a fast charger",
@@ -90,6 +93,11 @@ def check_health(health: Mapping[str, Any], address: str) -> None:
                 code="low-battery",
             )
         log.warning("%s has %.0f %% of its battery left", address, 100 * level)
+
+
+def is_throttled(health: Mapping[str, Any]) -> bool:
+    """Whether Android says that it has taken clock frequency away."""
+    return health.get("thermal_status") in _THROTTLED
 
 
 def fast_cpus(facts: Mapping[str, Any]) -> tuple[int, ...]:

@@ -468,6 +468,11 @@ class CRunnerJob(BoardJob):
         if "before" not in answer:
             self._raise_for(code, answer["error"], answer["message"], _owner(answer))
         session = _session(answer)
+        if self.board.phone is not None:
+            # the files do not say it, and Termux is not told: None
+            session["after"] |= android.health(self.device, session["after"])
+            if android.is_throttled(session["after"]):
+                session["flags"] = sorted({*session["flags"], "throttled_now"})
         if code == 0 or (cause.get("what") == "unsupported" and entry["kind"] in OPTIONAL):
             return session, None
         if cause.get("what") == "unsupported":

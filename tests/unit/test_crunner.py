@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import fcntl
 import json
 import os
@@ -26,6 +27,7 @@ from edgepipe import crunner, toolchain
 from edgepipe.crunner import CBoard, Compiled, CRunnerJob, compile_runner, elf_machine
 from edgepipe.device import snapshot
 from edgepipe.device.local import LocalDevice
+from edgepipe.device.parse_android import android_facts
 from edgepipe.errors import (
     Busy,
     CommandTimeout,
@@ -50,6 +52,7 @@ from tests.unit.board_side import (
 pytestmark = pytest.mark.slow
 
 Reply = dict[str, Any]
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "boards"
 SLOW_S = 30.0  # a session that must not end by itself
 
 
@@ -510,6 +513,26 @@ def make_job(board: CBoard, model: Path, **changes: Any) -> CRunnerJob:
 
 def plan(*kinds: str) -> list[dict[str, Any]]:
     return [{"tag": f"{kind}-{n}", "kind": kind, "arms": ["model"]} for n, kind in enumerate(kinds)]
+
+
+def test_a_phone_is_asked_for_its_heat_after_each_session(board: CBoard, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    said = tmp_path / "said"
+    shutil.copytree(FIXTURES / "android", said)
+    (tmp_path / "dumpsys").write_text(f'#!/bin/sh\ncat "{said}/dumpsys_$1"\n')
+    (tmp_path / "dumpsys").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    job = make_job(dataclasses.replace(board, phone=android_facts({})), tiny)
+    job.run(plan("memory"))
+    thermal = said / "dumpsys_thermalservice"
+    cool = thermal.read_text()
+    thermal.write_text(cool.replace("Thermal Status: 0", "Thermal Status: 3"))
+    cold, hot = job.run(plan("memory", "memory")).sessions
+    assert (cold["after"]["thermal_status"], hot["after"]["thermal_status"]) == ("none", "severe")
+    assert "throttled_now" in hot["flags"]
+    assert "throttled_now" not in cold["flags"]
+    thermal.write_text(cool)  # 25.7 C at the hottest place
+    with pytest.raises(NotStable, match=r"reached 25.7 C, measuring stops above 25 C"):
+        make_job(job.board, tiny, id="job-2", abort_above_c=25).run(plan("memory"))
 
 
 def test_a_job_gives_its_sessions_in_the_order_of_the_plan(board: CBoard, tiny: Path) -> None:
