@@ -28,7 +28,7 @@ COMMANDS: dict[str, str] = {
     "run": "run a recipe: stages, evaluation, measurement, gates",
     "students": "propose small networks that fit a latency and a size, to distil a model into",
     "convert": "convert a model to float TFLite and prove that it computes the same",
-    "quantize": "quantise a float TFLite model to full int8",
+    "quantize": "quantise any model to full int8, or to every precision side by side",
     "explain": "say which layers of an int8 file lost what and why, and what operators cost on a device",
     "inspect": "show tensors, operators, scales, sizes, float islands and MACs of a TFLite file",
     "devices": "list and show device profiles, trust a board's host key",

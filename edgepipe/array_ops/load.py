@@ -651,10 +651,11 @@ def _shape_hint(shape: tuple[int, ...], spec: TensorSpec) -> str:
     for order in itertools.permutations(range(len(layout))) if len(got) == len(wanted) else ():
         if layout and tuple(wanted[i] for i in order) == got:
             there = "".join(layout[i] for i in order)
+            axes = ", ".join(str(order.index(axis) + 1) for axis in range(len(order)))
             return (
-                f"{got} looks like {there}; the model wants {layout}:"
-                f" set image.layout = \"{layout}\", or move the axes of the array"
-            )  # fmt: skip
+                f"{got} looks like {there}; the model wants {layout}: array.transpose(0, {axes}),"
+                f' or for pictures image.layout = "{layout}"'
+            )
     if np.prod(got) == np.prod(wanted):
         return f"the number of values is right: reshape each sample to {wanted}"
     if len(got) == 3 and len(wanted) == 3 and 3 in got and 1 in wanted:

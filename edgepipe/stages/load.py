@@ -80,7 +80,7 @@ class LoadModel:
             return _load_builder(source, context)
         path = source.resolve(source.file)
         if not path.is_file():
-            raise ArtifactError(f"model file {path} does not exist", hint="check [model] file", code="no-such-file")  # fmt: skip
+            raise ArtifactError(f"model file {path} does not exist", hint="check the path", code="no-such-file")  # fmt: skip
         loaders = {".onnx": _load_onnx, ".tflite": _load_tflite, ".pt2": _load_pt2}
         if path.suffix in (".pth", ".pt", ".safetensors"):
             raise ArtifactError(
@@ -98,7 +98,7 @@ class LoadModel:
         if found or (expected and path.read_bytes()[4:8] != b"TFL3"):
             raise ArtifactError(
                 f"{path} is not {expected or f'a {path.suffix} model'}{found}",
-                hint="check [model] file",
+                hint="check the path",
                 code="wrong-format",
             )
         return loaders[path.suffix.lower()](path, source, context)
