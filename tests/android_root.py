@@ -154,7 +154,7 @@ def shell(root: Path) -> list[str]:
     enter.write_text(ENTER)
     return [
         find("unshare"), "--map-root-user", "--mount", "--propagation", "private", "/bin/sh", str(enter), str(root),
-        str(root.parent), find("qemu-aarch64"), "/system/bin/sh", "-c",
+        str(root.parent), find("qemu-aarch64", "qemu-aarch64-static"), "/system/bin/sh", "-c",
     ]  # fmt: skip
 
 
@@ -201,10 +201,11 @@ def skip_unless_runs(root: Path) -> None:
         missing(f"an arm64 root cannot be entered here: {done.stderr.strip()[-300:]}")
 
 
-def find(program: str) -> str:
-    found = shutil.which(program)
+def find(*programs: str) -> str:
+    """The first of these that is there."""
+    found = next((path for program in programs if (path := shutil.which(program))), None)
     if found is None:
-        missing(f"no {program} on this machine (apt-get install qemu-user util-linux)")
+        missing(f"no {programs[0]} on this machine (apt-get install qemu-user util-linux)")
     return str(found)
 
 
