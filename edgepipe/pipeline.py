@@ -19,6 +19,7 @@ import edgepipe
 from edgepipe import bench
 from edgepipe.artifact import (
     Artifact,
+    TensorSpec,
     artifact_to_dict,
     hash_path,
     load_artifact,
@@ -26,7 +27,7 @@ from edgepipe.artifact import (
 )
 from edgepipe.baseline import DEFAULT_FOLDER, Baseline, baseline_path, model_inputs
 from edgepipe.calibration import quote_noise
-from edgepipe.data import fingerprint, named_files, source_hash, user_path
+from edgepipe.data import at_most, fingerprint, named_files, source_hash, user_path
 from edgepipe.device import open_device
 from edgepipe.errors import ConnectError, EdgepipeError, NotReadyError, StageError
 from edgepipe.evaluate import DeviceEvaluation, choose_evaluation, evaluate
@@ -43,6 +44,7 @@ from edgepipe.measurement import (
 from edgepipe.op_table import estimate_change, gain_note, load_op_table
 from edgepipe.profile import find_profile
 from edgepipe.recipe import Recipe
+from edgepipe.rescue import check_evaluation_data
 from edgepipe.resources import profile_paths, target_dir
 from edgepipe.stage import (
     StageContext,
@@ -243,6 +245,7 @@ def run_stages(recipe: Recipe, steps: _Steps) -> list[Artifact]:
         [str(recipe.seed), *_source_hashes(recipe)],
     )
     models = [_build(steps, "load", key, (), source, recipe)]
+    _check_evaluation_data(recipe, models[0].inputs, steps.store)
     for stage in recipe.stages:
         parent = models[-1]
         key = step_key(
@@ -264,6 +267,35 @@ def run_stages(recipe: Recipe, steps: _Steps) -> list[Artifact]:
         models.append(_build(steps, stage.name, key, models, stage, recipe))
         _predict_gain(models[-1], recipe, steps)
     return models
+
+
+def _check_evaluation_data(recipe: Recipe, inputs: Sequence[TensorSpec], store: Store) -> None:
+    """DataError where ``[evaluate]`` judges by samples that ranges are taken from, before long work.
+
+    What was found in order is kept, so that data is not read for it again.
+    """
+    if recipe.evaluate is None:
+        return
+    from edgepipe.array_ops.load import load_samples
+
+    evaluation = recipe.data[recipe.evaluate.data]
+    for stage in recipe.stages:
+        name = getattr(stage, "calibration", "")
+        if stage.name.startswith("quantize"):
+            name = getattr(stage, "data", "")
+        if not name:
+            continue
+        source = at_most(recipe.data[name], getattr(stage, "samples", 0))
+        found_by = ("edgepipe.pipeline", "edgepipe.rescue", "edgepipe.array_ops")
+        key = step_key("check_evaluation_data", {}, found_by, ("numpy",), [fingerprint(source), fingerprint(evaluation), repr(inputs)])  # fmt: skip
+        if store.entry(key):
+            continue
+        with store.building(key) as work_dir:
+            if work_dir is not None:
+                calibration, judged_by = (load_samples(s, inputs) for s in (source, evaluation))
+                where = f"[data.{recipe.evaluate.data}] and the [data.{name}] of {stage.name}"
+                check_evaluation_data(calibration, judged_by, (source, evaluation), where=where)
+                write_json(work_dir / "result.json", {})
 
 
 def _predict_gain(made: Artifact, recipe: Recipe, steps: _Steps) -> None:

@@ -18,6 +18,7 @@ from edgepipe.input_range import check_input_range
 from edgepipe.predict import predict
 from edgepipe.range_table import RangeTable, read_table, table_text
 from edgepipe.rescue import (
+    ENOUGH_SAMPLES,
     check_evaluation_data,
     qat_advice,
     rescue_facts,
@@ -281,7 +282,14 @@ class QuantizeInt8:
                 f"quantize_int8: {evaluation.origin} has no labels to judge max_drop by",
                 hint="name a data set with labels under evaluate",
             )
-        check_evaluation_data(samples, evaluation, (context.data[self.data], source))
+        check_evaluation_data(
+            samples, evaluation, (context.data[self.data], source), where="quantize_int8"
+        )
+        if len(evaluation) < ENOUGH_SAMPLES:
+            log.warning(
+                "max_drop is judged on %d samples, one of which is %.2g points",
+                len(evaluation), 100 / max(len(evaluation), 1),
+            )  # fmt: skip
         expected = predict(artifact, evaluation.inputs)
         base = task_metric(metric, expected, labels, root=root)
         was_right = correct(metric, expected, labels, root=root)

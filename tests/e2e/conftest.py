@@ -59,10 +59,12 @@ path = "data.npz"
 [data.calibration]
 kind = "npz"
 path = "data.npz"
+fold = [0, 2]
 limit = 64
 [data.test]
 kind = "npz"
 path = "data.npz"
+not_fold = [0, 2]
 limit = 100
 seed = 1
 [evaluate]

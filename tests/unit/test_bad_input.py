@@ -16,10 +16,13 @@ from edgepipe.errors import ArtifactError, DataError
 from edgepipe.evaluate import evaluate
 from edgepipe.host_memory import available_bytes, check_fits
 from edgepipe.input_range import check_input_range
+from edgepipe.pipeline import run
 from edgepipe.predict import predict
+from edgepipe.recipe import load_recipe
 from edgepipe.rescue import sample_hashes
 from edgepipe.stage import StageContext
 from edgepipe.stages.load import LoadModel, ModelSource
+from edgepipe.store import Store
 from edgepipe.tflite_ops.inspect import tensor_specs
 from edgepipe.tflite_ops.onnx_model import read_onnx
 
@@ -188,3 +191,56 @@ def test_samples_that_the_ranges_were_taken_from_are_counted_and_told(tmp_path, 
         found = evaluate(**roles, inputs=model.inputs, source=DataSource(kind="npz", path=tmp_path / "d.npz"), metric="top1", root=tmp_path)  # fmt: skip
     assert found[0].context["calibration_samples_in_common"] == 20
     assert "20 of the 60 evaluation samples" in caplog.text
+
+
+SEEN_RECIPE = """
+schema = 1
+[model]
+file = "float.tflite"
+[data.calibration]
+kind = "npz"
+path = "calibration.npz"
+[data.test]
+kind = "npz"
+path = "test.npz"
+[[stages]]
+stage = "quantize_int8"
+[evaluate]
+data = "test"
+metric = "top1"
+"""
+
+
+@pytest.mark.parametrize(
+    ("common", "refused"), [(200, "200 samples in common"), (20, "20 samples in common"), (19, "")]
+)
+def test_an_evaluation_set_that_is_the_calibration_set_under_another_name_is_refused_before_long_work(
+    tmp_path, caplog, common, refused
+):
+    classifier(tmp_path)
+    values, labels = pixels(400)
+    values = values / 127.5 - 1
+    np.savez(tmp_path / "calibration.npz", x=values[:200])
+    chosen = slice(200 - common, 400 - common)
+    np.savez(tmp_path / "test.npz", x=values[chosen], labels=labels[chosen])
+    (tmp_path / "r.toml").write_text(SEEN_RECIPE)
+    recipe, store = load_recipe(tmp_path / "r.toml"), Store(tmp_path / "store")
+    if not refused:
+        run(recipe, store)
+        assert "19 samples are in both" in caplog.text
+        return
+    for _ in range(2):  # what was refused once is not kept as good
+        with pytest.raises(DataError, match=refused) as caught:
+            run(recipe, store)
+        assert caught.value.code == "evaluation-is-calibration"
+    assert [step["step"] for step in store.runs()[-1].read()["steps"]] == ["load"]
+
+
+def test_one_file_with_two_choices_of_samples_is_one_source(tmp_path):
+    classifier(tmp_path)
+    values, labels = pixels(400)
+    np.savez(tmp_path / "test.npz", x=values / 127.5 - 1, labels=labels)
+    text = SEEN_RECIPE.replace('"calibration.npz"', '"test.npz"\nlimit = 10')
+    (tmp_path / "r.toml").write_text(text)
+    with pytest.raises(DataError, match="are the same source"):
+        run(load_recipe(tmp_path / "r.toml"), Store(tmp_path / "store"))
