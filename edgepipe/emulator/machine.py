@@ -199,6 +199,7 @@ def up(name: str, *, port: int = 0) -> Running:
 def private_board(name: str) -> Iterator[Running]:
     """A board of one's own, started from the snapshot, gone with the ``with`` block or this process."""
     board = _ready_board(name)
+    log.info("starting %s from its snapshot", name)
     own = f"{name}.{os.getpid()}-{secrets.token_hex(3)}"
     with _run_folder(board, own) as (folder, lock):
         running, process = _start(board, folder, lock, port=0, watched=True)
