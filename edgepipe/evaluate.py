@@ -57,6 +57,13 @@ def evaluate(
     from edgepipe.array_ops.load import load_samples
     from edgepipe.array_ops.task_metrics import task_metric
 
+    if shipped.facts.get("streaming"):
+        raise ArtifactError(
+            f"{shipped.path.name} keeps its state from one inference to the next, but samples are run from fresh state each:"
+            " what it is worth in use cannot be evaluated",
+            hint="leave [evaluate] out, and judge its latency, memory and size",
+            code="streaming",
+        )
     started = time.monotonic()
     samples = load_samples(source, inputs)
     outputs: dict[str, dict[str, Any]] = {}

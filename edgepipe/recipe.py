@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -166,6 +167,7 @@ def load_recipe(path: Path, bucket: Mapping[str, int] | None = None) -> Recipe:
         for profile in profiles_of(stage) if stage else ():
             if profile not in known_profiles:
                 problems.append(f"[[stages]] {number} ({stage.name}): unknown profile {profile!r}{near_miss(profile, list(known_profiles))} (`edgepipe devices list` shows them)")  # fmt: skip
+    _check_streaming(stages, problems)
     _check_evaluation(evaluate, known_data, stages, gates, root, problems)
     if any(gate and gate.scope == "device" for gate in gates) and not devices:
         problems.append("devices: some gates need a device, but none is named")
@@ -223,10 +225,22 @@ def _choose_bucket(declared: Any, chosen: Mapping[str, int], path: Path) -> dict
             got = f"{name} = {chosen[name]} is none of them" if name in chosen else f"none was chosen of {name}"  # fmt: skip
             raise RecipeError(
                 f"{path} is one recipe for each bucket ([buckets]: {choices}), and {got}",
-                hint=f"--bucket {name}={sizes[0]}",
+                hint="one command for each:\n  " + "\n  ".join(_bucket_options(declared)),
                 code="no-bucket",
             )
     return {name: chosen[name] for name in declared}
+
+
+# Of more combinations the first few show how it is done.
+_BUCKETS_SHOWN = 16
+
+
+def _bucket_options(declared: Mapping[str, Sequence[int]]) -> list[str]:
+    """``{"a": [1, 2], "b": [3]}`` -> ``["--bucket a=1 --bucket b=3", "--bucket a=2 --bucket b=3"]``."""
+    ways = itertools.islice(itertools.product(*declared.values()), _BUCKETS_SHOWN)
+    return [
+        " ".join(f"--bucket {n}={s}" for n, s in zip(declared, way, strict=True)) for way in ways
+    ]
 
 
 def _expand(value: Any, key: str, problems: list[str], sizes: Mapping[str, int]) -> Any:
@@ -369,6 +383,27 @@ def _check_order(kind: str, stages: list[Any], problems: list[str]) -> str:
     return kind
 
 
+# Samples are run one by one from fresh state, on this host and on boards, and ranges are taken so.
+_STREAMING = (
+    "the model of [[stages]] {number} keeps its state from one inference to the next (streaming = true), but samples are"
+    " run from fresh state each: {what} as it will be used; its latency and memory can be measured"
+)
+
+
+def _streaming_stage(stages: list[Any]) -> int:
+    """Number of the first stage that makes a streaming model; 0 where there is none."""
+    return next((n for n, stage in enumerate(stages, 1) if getattr(stage, "streaming", False)), 0)
+
+
+def _check_streaming(stages: list[Any], problems: list[str]) -> None:
+    """Stages that run samples through a streaming model would see states that it never has in use."""
+    streaming = _streaming_stage(stages)
+    for number, stage in enumerate(stages, 1):
+        if stage and streaming and number > streaming:
+            what = _STREAMING.format(number=streaming, what="no ranges can be taken of it")
+            problems.append(f"[[stages]] {number} ({stage.name}): {what}")
+
+
 def _check_evaluation(
     evaluate: EvaluateOptions | None, known_data: set[str], stages: list[Any],
     gates: list[Any], root: Path, problems: list[str],
@@ -385,6 +420,11 @@ def _check_evaluation(
                 f"[evaluate] data = {evaluate.data!r} is the calibration set of [[stages]] {number}: a"
                 " model fits the data that its ranges were taken from; name a set of its own"
             )
+    streaming = _streaming_stage(stages)
+    if streaming:
+        problems.append(
+            f"[evaluate]: {_STREAMING.format(number=streaming, what='nothing can be evaluated')}"
+        )
     if evaluate.data not in known_data:
         problems.append(f"[evaluate] data: no [data.{evaluate.data}]{near_miss(evaluate.data, sorted(known_data))}")  # fmt: skip
     if ":" in evaluate.metric:

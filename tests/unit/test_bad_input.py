@@ -193,6 +193,15 @@ def test_samples_that_the_ranges_were_taken_from_are_counted_and_told(tmp_path, 
     assert "20 of the 60 evaluation samples" in caplog.text
 
 
+def test_a_streaming_file_is_not_evaluated_from_fresh_state(tmp_path):
+    np.savez(tmp_path / "d.npz", x=np.ones((3, 4), np.float32))
+    model = dataclasses.replace(classifier(tmp_path), facts={"streaming": True})
+    roles = dict.fromkeys(("shipped", "float_model", "reference"), model)
+    with pytest.raises(ArtifactError) as caught:
+        evaluate(**roles, inputs=model.inputs, source=DataSource(kind="npz", path=tmp_path / "d.npz"), metric="top1", root=tmp_path)  # fmt: skip
+    assert caught.value.code == "streaming"
+
+
 SEEN_RECIPE = """
 schema = 1
 [model]

@@ -170,6 +170,29 @@ def test_the_accuracy_drop_counts_from_the_trained_model(folder: Path) -> None:
     assert load_recipe(write(folder, weighted)).reference_stage == 0
 
 
+# --- streaming
+
+
+STREAMING = GOOD.replace('"to_tflite"', '"to_tflite"\nstreaming = true')
+NO_SAMPLES = STREAMING.replace('[evaluate]\ndata = "test"\nmetric = "top1"\n', "")
+
+
+def test_a_streaming_model_is_not_judged_by_samples_that_are_run_from_fresh_state(
+    folder: Path,
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(folder, STREAMING))
+    assert "[evaluate]: the model of [[stages]] 2 keeps its state" in caught.value.message
+    assert "[[stages]] 3 (quantize_int8): the model of [[stages]] 2" in caught.value.message
+    assert "no ranges can be taken" in caught.value.message
+
+
+def test_a_streaming_model_can_be_measured(folder: Path) -> None:
+    text = NO_SAMPLES.replace('[[stages]]\nstage = "quantize_int8"\n', "")
+    assert "[evaluate]" not in text
+    assert load_recipe(write(folder, text)).stages[-1].streaming  # type: ignore[attr-defined]
+
+
 # --- buckets
 
 
@@ -209,6 +232,15 @@ def test_a_bucket_that_is_not_declared_or_not_chosen_is_told_with_the_choices(
         load_recipe(buckets, chosen)
     assert told in caught.value.message
     assert "length = 16, 32" in caught.value.message
+
+
+def test_without_a_bucket_the_hint_has_the_options_of_each(buckets: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(buckets)
+    assert caught.value.code == "no-bucket"
+    offered = [line.split("--bucket ")[1:] for line in caught.value.hint.splitlines()[1:]]
+    made = [load_recipe(buckets, parse_bucket([o.strip() for o in one])).name for one in offered]
+    assert made == ["tiny-length16-width4", "tiny-length32-width4"]
 
 
 @pytest.mark.parametrize("wrong", ["length = 16", "length = []", "length = [0]", "length = [1.5]", '"a b" = [1]'])  # fmt: skip
