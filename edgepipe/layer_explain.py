@@ -99,11 +99,11 @@ def explain_layers(
     ``data`` gives up to `SAMPLES` inputs. With an ``evaluation`` set with labels the task metric is
     told too. Sensitivity is measured, by files made for it: each layer alone in int8, and for the
     worst `TRIED_IN_FLOAT` the layer alone in float. Raises StageError and ArtifactError as
-    `comparable`, DataError where the samples do not fit.
+    `comparable`, DataError where the samples do not fit or ``evaluation`` has no labels.
     """
     from edgepipe.array_ops.calibration import file_batches
     from edgepipe.array_ops.compare import compare
-    from edgepipe.array_ops.load import load_samples
+    from edgepipe.array_ops.load import labels_of, load_samples
     from edgepipe.array_ops.task_metrics import task_metric
     from edgepipe.tflite_ops import layer_noise as ops
     from edgepipe.tflite_ops.sensitivity import noise_share
@@ -114,7 +114,7 @@ def explain_layers(
     specs = source_specs(float_model.inputs)
     samples = load_samples(at_most(data, SAMPLES), specs)
     judged = load_samples(evaluation, specs) if evaluation is not None else samples
-    labels = judged.labels if evaluation is not None else None
+    labels = labels_of(judged) if evaluation is not None else None
     batches = list(file_batches(samples, float_model.inputs))
     expected = predict(float_model, judged.inputs)
 

@@ -631,6 +631,17 @@ def _per_channel(
     return np.array(values, dtype=np.float32).reshape(shape)
 
 
+def labels_of(samples: Samples) -> np.ndarray:
+    """The labels of samples that are to be judged by. Raises DataError where there are none."""
+    if samples.labels is None:
+        raise DataError(
+            f"{samples.origin}: no labels to judge by",
+            hint='npz: an array named labels; else a TOML file that says labels = "..."',
+            code="no-labels",
+        )
+    return samples.labels
+
+
 def check_shape(array: np.ndarray, spec: TensorSpec, *, where: str) -> None:
     """Raise DataError unless ``array`` is (N, *spec.shape[1:]); sizes below 1 in the spec are free."""
     wanted, got = spec.shape[1:], array.shape[1:]
