@@ -32,4 +32,5 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-exec .venv/bin/python -m pytest -q -n 2 "$@"
+# by file: boards and recipes that a file's tests share are made once
+exec .venv/bin/python -m pytest -q -n 2 --dist loadfile "$@"
