@@ -84,7 +84,9 @@ class ToTflite:
     converts, and installs it only where there is no Python 3.12 for onnx2tf. The record lists every attempt. ``streaming``
     declares a model whose state shall last from one inference to the next (a fused LSTM); any other
     file that keeps state is refused. ``input_layout``: the layout of NCHW inputs in
-    the file; those named in ``keep_layout`` stay as they are. ``batch`` fixes a free batch. Every
+    the file; those named in ``keep_layout`` stay as they are. ``output_layout``: that of NCHW outputs
+    (default: what the converter makes, mostly ``input_layout``; the record's specs say which). A file
+    with another one is refused, and the next converter tried: onnx2tf makes NHWC only. ``batch`` fixes a free batch. Every
     output may be off by ``max_relative_error`` of its largest value, on ``parity_samples`` samples
     of ``data`` ("" = noise only) and one sample of noise for each of ``parity_seeds`` seeds. With
     ``sparse`` the weights that XNNPACK can skip zeros of are stored without them; such a file runs in
@@ -114,6 +116,7 @@ class ToTflite:
     route: Literal["auto", "all", "onnx2tf", "litert-torch", "tf"] = "auto"
     input_layout: Literal["NHWC", "NCHW"] = "NHWC"
     keep_layout: tuple[str, ...] = ()
+    output_layout: Literal["", "NHWC", "NCHW"] = ""
     batch: int | None = None
     data: str = "calibration"
     max_relative_error: float = 1e-4
@@ -307,7 +310,7 @@ class _Job:
         if candidate.route == "litert-torch":
             assert self.program is not None  # or there would be no such candidate
             moved = {s.name: self.layouts[s.name] != s.layout for s in self.artifact.inputs}
-            out = self.options.input_layout == "NHWC"
+            out = (self.options.output_layout or self.options.input_layout) == "NHWC"
             request = {
                 "model": "model.pt2",
                 "channels_last": [moved[s.name] for s in self.artifact.inputs],
@@ -410,6 +413,7 @@ class _Job:
             parity = verify(self.artifact, made, self.inputs, max_relative_error=tolerance, stage=NAME)  # fmt: skip
         except StageError as exc:
             raise self._departed(made, exc) from exc
+        self._check_output_layouts(match.outputs)
         stateful = keeps_state(path, {n: a[[-1]] for n, a in self.inputs.items()}, match.inputs)
         if stateful and not self.options.streaming:
             raise _failed(
@@ -425,6 +429,21 @@ class _Job:
                 code="no-state", context=self.context,
             )  # fmt: skip
         return _Proven(path, match.inputs, match.outputs, parity, variable_tensors)
+
+    def _check_output_layouts(self, outputs: Sequence[TensorSpec]) -> None:
+        """Raises StageError where an output of the file has not the layout that was asked for."""
+        wanted = self.options.output_layout
+        moved = {"NCHW": "NHWC", "NCDHW": "NDHWC"} if wanted == "NHWC" else {}
+        sources = {spec.name: spec.layout for spec in self.artifact.outputs}
+        for spec in outputs:
+            source = sources[spec.name]
+            asked = moved.get(source, source)
+            if wanted and source in ("NCHW", "NCDHW") and spec.layout != asked:
+                raise _failed(
+                    f"the converter made output {spec.name} {spec.layout}, not {asked}",
+                    hint="litert-torch makes both layouts, from PyTorch or a .pt2 file; or leave output_layout out and move the axes in the application",
+                    code="output-layout", context=self.context,
+                )  # fmt: skip
 
     def _departed(self, converted: Artifact, failure: StageError) -> ConversionError:
         """The parity failure, with the first operator that computes something else."""

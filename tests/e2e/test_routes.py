@@ -122,6 +122,27 @@ def test_mean_over_height_and_width_costs_no_transpose_and_no_loose_relu6(route:
     assert attempt["parity"] < 1e-4
 
 
+class Map(nn.Module):
+    shape = (1, 3, 8, 6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.conv(x))
+
+
+def test_an_output_has_the_layout_asked_for_or_the_next_converter_is_tried(tmp_path: Path, context: StageContext) -> None:  # fmt: skip
+    made = ToTflite(output_layout="NCHW").run(exported(Map, tmp_path), context)
+    first, second = made.facts["attempts"]
+    assert (first["route"], first["ok"], first["code"]) == ("onnx2tf", False, "output-layout")
+    assert (second["route"], second["ok"], second["clean"]) == ("litert-torch", True, True)
+    layouts = [(s.layout, s.shape) for s in (*made.inputs, *made.outputs)]
+    assert layouts == [("NHWC", (1, 8, 6, 3)), ("NCHW", (1, 4, 8, 6))]
+    assert_computes_the_same(made, Map)
+
+
 def test_an_lstm_goes_on_to_the_converter_whose_file_keeps_no_state(tmp_path: Path, context: StageContext) -> None:  # fmt: skip
     made = ToTflite().run(exported(Lstm, tmp_path), context)
     first, second = made.facts["attempts"]
