@@ -10,7 +10,12 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# No test asserts on wall-clock time, and machines are busy
+hypothesis.settings.register_profile("edgepipe", deadline=None)
+hypothesis.settings.load_profile("edgepipe")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # started in the background by a shell, which makes children deaf to Ctrl-C; some tests send it

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -357,8 +357,8 @@ def password_sshd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[L
     monkeypatch.setattr("edgepipe.testing.find_sshd", lambda: program)
 
     class PasswordSshd(LoopbackSshd):
-        def _config(self, folder: Path) -> str:
-            text = super()._config(folder).replace("AuthenticationMethods publickey\n", "")
+        def _config(self, folder: Path, ports: Sequence[int]) -> str:
+            text = super()._config(folder, ports).replace("AuthenticationMethods publickey\n", "")
             text = text.replace("prohibit-password", "yes")
             return text.replace("PasswordAuthentication no", "PasswordAuthentication yes")
 
@@ -563,8 +563,8 @@ class OddSshd(LoopbackSshd):
 
     line = ("", "")
 
-    def _config(self, folder: Path) -> str:
-        return super()._config(folder).replace(*self.line)
+    def _config(self, folder: Path, ports: Sequence[int]) -> str:
+        return super()._config(folder, ports).replace(*self.line)
 
 
 @pytest.mark.parametrize(
