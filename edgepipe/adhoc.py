@@ -39,7 +39,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def model_source(args: argparse.Namespace) -> ModelSource:
-    """The model that the arguments of `add_model_arguments` name."""
+    """The model that the arguments of `add_model_arguments` name. Raises RequestError for a file that is not there
+    and for a builder without inputs.
+    """
     inputs = []
     for text in args.input:
         match = _INPUT.match(text)
@@ -49,7 +51,11 @@ def model_source(args: argparse.Namespace) -> ModelSource:
         inputs.append(TensorOption(name=match[1], shape=shape, layout=match[3] or ""))
     root = Path.cwd()
     if Path(args.model).suffix.lower() in SOURCE_KINDS or ":" not in args.model:
+        if not Path(args.model).is_file():
+            raise RequestError(f"model file {args.model} does not exist", hint="check the path", code="no-such-file")  # fmt: skip
         return ModelSource(file=Path(args.model), weights=args.weights, inputs=tuple(inputs), root=root)  # fmt: skip
+    if not inputs:
+        raise RequestError(f"the inputs of builder {args.model} are not declared", hint="--input image=1x3x96x96, one for each")  # fmt: skip
     return ModelSource(builder=args.model, weights=args.weights, inputs=tuple(inputs), root=root)
 
 

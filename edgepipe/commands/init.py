@@ -44,10 +44,6 @@ def run(args: argparse.Namespace, out: Output) -> int:
         raise RequestError(f"{args.output} exists", hint="remove it or choose another --output")
     find_profile(args.profile, profile_paths())
     source = adhoc.model_source(args)
-    if source.file and not source.resolve(source.file).is_file():
-        raise RequestError(f"model file {source.file} does not exist", hint="check the path", code="no-such-file")  # fmt: skip
-    if source.builder and not source.inputs:
-        raise RequestError("the inputs of a builder must be declared", hint=f"edgepipe init {args.model} --input image=1x3x96x96")  # fmt: skip
     check_source(source)
     data = adhoc.data_source(args.data) if args.data else None
     if data is not None and data.kind not in ("npz", "npy", "python"):

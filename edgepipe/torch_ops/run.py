@@ -120,7 +120,7 @@ def call_model(model: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> lis
         shapes = ", ".join(str(tuple(t.shape)) for t in inputs)
         raise ArtifactError(
             f"the model fails on inputs of shape {shapes}: {type(exc).__name__}: {str(exc)[:300]}",
-            hint="check the shapes and dtypes under [[model.inputs]], and the values in the data",
+            hint="check shapes and dtypes (--input, or [[model.inputs]] of the recipe), and the values in the data",
         ) from exc
 
 

@@ -259,3 +259,27 @@ def test_a_stop_signal_cleans_up_like_ctrl_c(tmp_path: Path, number: signal.Sign
     assert "interrupted" in err
     assert "Traceback" not in err
     assert list((tmp_path / "store" / "building").iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [["init"], ["convert"], ["quantize", "--data", "x.npz"]])
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("net.onnx", ["model file net.onnx does not exist", "check the path"]),
+        ("net.py:build", ["the inputs of builder net.py:build are not declared", "--input image="]),
+    ],
+)
+def test_a_model_that_cannot_be_meant_is_refused_in_the_words_of_the_command_line(
+    command: list[str],
+    model: str,
+    says: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*command, model]) == 2
+    told = capsys.readouterr().err
+    assert all(words in told for words in says)
+    assert "warning" not in told
+    assert list(tmp_path.iterdir()) == []
