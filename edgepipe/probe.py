@@ -160,11 +160,6 @@ def rank_profiles(facts: Facts, profiles: Sequence[DeviceProfile]) -> list[Fit]:
     return sorted(fits, key=lambda f: (not f.same_board, len(f.differences), f.profile.name))
 
 
-def cores_text(clusters: tuple[Cluster, ...]) -> str:
-    """Cores without what they can: "4 x Cortex-A76 at 2400 MHz"."""
-    return clusters_text(tuple(dataclasses.replace(c, isa=()) for c in clusters))
-
-
 def clusters_text(clusters: tuple[Cluster, ...]) -> str:
     return ", ".join(map(_cluster_text, clusters)) or "?"
 

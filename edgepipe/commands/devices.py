@@ -93,7 +93,7 @@ def _match_filter(expression: str, out: Output) -> int:
 
 
 def _table(profiles: Sequence[DeviceProfile], out: Output) -> None:
-    from edgepipe.probe import cores_text, ram_text
+    from edgepipe.probe import ram_text
     from edgepipe.report import Table, text_table
 
     rows = [
@@ -101,7 +101,7 @@ def _table(profiles: Sequence[DeviceProfile], out: Output) -> None:
             p.name,
             p.model if p.emulated is None else f"{p.model} (emulated)",
             p.soc,
-            cores_text(p.clusters) if p.clusters else "any",
+            ", ".join(f"{c.count} x {c.core}" for c in p.clusters) or "any",  # clocks: devices show
             " ".join(dict.fromkeys(f for c in p.clusters for f in c.isa)) or "-",
             ram_text(p.ram_bytes) if p.ram_bytes else "any",
             p.target,
