@@ -145,6 +145,13 @@ class ToTflite:
         from edgepipe.tflite_ops.convert import prepare_onnx
         from edgepipe.tflite_ops.sparse import sparsity_facts
 
+        for spec in artifact.outputs:
+            if 0 in spec.shape:
+                raise ArtifactError(
+                    f"output {spec.name!r} of {artifact.path} has no elements: its shape is {list(spec.shape)}",
+                    hint="export the model without that output",
+                    code="empty-output",
+                )
         layouts = self._layouts(artifact)
         prepared = prepare_onnx(artifact.path, artifact.inputs, batch=self.batch)
         source = context.data[self.data] if self.data_names() else None
@@ -390,10 +397,11 @@ class _Job:
     def _prove(self, converted: tuple[Path, int]) -> _Proven:
         """The file with its tensors named and every output compared. Raises StageError."""
         from edgepipe.tflite_ops.candidates import keeps_state
-        from edgepipe.tflite_ops.convert import match_tensors
+        from edgepipe.tflite_ops.convert import flat_biases, match_tensors
         from edgepipe.tflite_ops.sparse import store_sparse
 
         path, variable_tensors = converted
+        path.write_bytes(flat_biases(path.read_bytes(), where="model.tflite"))
         if self.options.sparse:
             path.write_bytes(store_sparse(path.read_bytes(), where="model.tflite"))
         tolerance = self.options.max_relative_error

@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ai_edge_litert.tools import flatbuffer_utils
 
 from edgepipe.array_ops.layout import permute_shape, to_layout
 from edgepipe.artifact import TensorSpec
 from edgepipe.errors import ArtifactError, StageOptionError
+from edgepipe.tflite_ops.flatbuffer import parse_model
 from edgepipe.tflite_ops.onnx_model import external_files, read_onnx
 from edgepipe.tflite_ops.onnx_rewrites import rewrite_for_converters
+from edgepipe.tflite_ops.quantize import BIASED
 from edgepipe.tflite_ops.run import QDQ_OPS, invoke_once, open_tflite, run_onnx
 
 log = logging.getLogger(__name__)
@@ -79,6 +82,23 @@ def prepare_onnx(path: Path, specs: Sequence[TensorSpec], *, batch: int | None) 
     if rewrite_for_converters(model) or changed:
         return bytes(model.SerializeToString())
     return path.read_bytes()
+
+
+def flat_biases(content: bytes, *, where: str) -> bytes:
+    """The file with every bias (C,): litert-torch 0.10 writes (1, 1, 1, C), of which int8 makes an invalid file."""
+    graph = parse_model(content, where=where).subgraphs[0]
+    reads = [(i, BIASED.get(o.name, (0, -1))[1] == k) for o in graph.operators for k, i in enumerate(o.inputs)]  # fmt: skip
+    elsewhere = {i for i, as_bias in reads if not as_bias}
+    odd = {
+        i for i, as_bias in reads
+        if as_bias and i >= 0 and i not in elsewhere and graph.tensors[i].is_constant and len(graph.tensors[i].shape) > 1
+    }  # fmt: skip
+    if not odd:
+        return content
+    model = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
+    for i in odd:
+        model.subgraphs[0].tensors[i].shape = np.array([graph.tensors[i].shape[-1]], np.int32)
+    return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
 
 
 def channels_last(layout: str) -> str:

@@ -368,6 +368,14 @@ def test_quantised_onnx_is_refused_before_anything_is_converted(context: StageCo
     assert not context.log_path.exists()
 
 
+def test_an_output_without_elements_is_refused_before_anything_is_converted(export: Exporter, context: StageContext) -> None:  # fmt: skip
+    source = export("conv")
+    empty = dataclasses.replace(source.outputs[0], shape=(0, 5))
+    with pytest.raises(ArtifactError, match=r"has no elements: its shape is \[0, 5\]") as caught:
+        ToTflite().run(dataclasses.replace(source, outputs=(empty,)), context)
+    assert caught.value.code == "empty-output"
+
+
 def test_a_truncated_onnx_is_refused(export: Exporter, context: StageContext, tmp_path: Path) -> None:  # fmt: skip
     source = export("conv")
     path = tmp_path / "cut.onnx"
