@@ -113,7 +113,7 @@ def test_a_users_target_shadows_ours(here: Path) -> None:
 def test_devices_list_and_show(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["devices", "list"]) == 0
     listed = capsys.readouterr().out
-    assert re.search(r"rpi5_8gb +Raspberry Pi 5 Model B +BCM2712 +4 x Cortex-A76 at 2400 MHz +dotprod fp16 +8 GiB +linux", listed)  # fmt: skip
+    assert re.search(r"rpi5_8gb +Raspberry Pi 5 Model B +BCM2712 +4 x Cortex-A76 +dotprod fp16 +8 GiB +linux", listed)  # fmt: skip
     assert main(["devices", "show", "rpi4b_4gb"]) == 0
     assert re.search(
         r"soc +BCM2711 +https://www.raspberrypi.com/.*#bcm2711\n", capsys.readouterr().out
