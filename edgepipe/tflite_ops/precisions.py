@@ -188,9 +188,7 @@ def _need(operator: Operator, graph: Subgraph) -> RuntimeNeed | None:
         return RuntimeNeed(name, *hybrid[name], why) if name in hybrid else None
     if made == "float32" and weights == "int4" and name == "FULLY_CONNECTED":
         # op_version.cc has no rule for it: at least what int4 constants take
-        return RuntimeNeed(
-            name, 12, "2.18.0", "int4 weights with a scale for each block"
-        )
+        return RuntimeNeed(name, 12, "2.18.0", "int4 weights with a scale for each block")
     return None
 
 

@@ -87,7 +87,8 @@ def test_channels_last_data_for_a_channels_first_model_is_named_as_such(tmp_path
     spec = TensorSpec("x", (1, 1, 28, 28))
     text = refused(DataSource(kind="npz", path=npz(tmp_path, x=np.zeros((5, 28, 28, 1)))), [spec])
     assert "(28, 28, 1) looks like HWC; the model wants CHW" in text
-    assert "array.transpose(0, 3, 1, 2)" in text and 'image.layout = "CHW"' in text
+    assert "array.transpose(0, 3, 1, 2)" in text
+    assert 'image.layout = "CHW"' in text
 
 
 def test_a_missing_sample_axis_is_named(tmp_path):
