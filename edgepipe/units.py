@@ -24,6 +24,9 @@ UNITS: dict[str, dict[str, float]] = {
     "temperature": {"C": 1.0, "°C": 1.0},
 }  # fmt: skip
 
+# what a quantity of a dimension is called, where it is not the dimension's name
+_CALLED = {"points": "number of points"}
+
 _QUANTITY = re.compile(r"^\s*([+-]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*([^\d\s].*?)\s*$")
 
 
@@ -40,15 +43,15 @@ def parse_quantity(text: object, dimension: str) -> float:
     which units are legal.
     """
     units = UNITS[dimension]
-    legal = ", ".join(units)
+    legal, called = ", ".join(units), _CALLED.get(dimension, dimension)
     if not isinstance(text, str):
         raise RequestError(
-            f"{text!r} has no unit", hint=f'write a {dimension} with its unit, like "{text} {next(iter(units))}" (legal: {legal})'
+            f"{text!r} has no unit", hint=f'write a {called} with its unit, like "{text} {next(iter(units))}" (legal: {legal})'
         )  # fmt: skip
     match = _QUANTITY.match(text)
     if match is None:
         raise RequestError(
-            f"{text!r} is not a {dimension}", hint=f"write a number and a unit: {legal}"
+            f"{text!r} is not a {called}", hint=f"write a number and a unit: {legal}"
         )
     number, unit = match.groups()
     if unit not in units:
@@ -57,7 +60,7 @@ def parse_quantity(text: object, dimension: str) -> float:
         near = [name for name in units if name.lower() == unit.lower()]
         meant = f' (did you mean "{number} {near[0]}"?)' if near else ""
         raise RequestError(
-            f"{text!r} is not a {dimension}{wrong}{meant}", hint=f"legal units: {legal}"
+            f"{text!r} is not a {called}{wrong}{meant}", hint=f"legal units: {legal}"
         )
     return float(number) * units[unit]
 

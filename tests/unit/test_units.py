@@ -35,6 +35,8 @@ def test_quantities_are_read_in_base_units(text: str, dimension: str, value: flo
         ("33 mb", "size", 'did you mean "33 MB"'),
         ("fast", "time", "is not a time"),
         ("33 Ms", "time", 'did you mean "33 ms"'),
+        ("1 lightyear", "points", "is not a number of points"),
+        ("1", "points", "is not a number of points"),
     ],
 )
 def test_a_wrong_unit_is_named_with_the_legal_ones(
