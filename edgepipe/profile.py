@@ -142,6 +142,8 @@ SOURCED_FACTS = ("model", "soc", "clusters", "ram_bytes", "os", "libc", "page_si
 # The same for those that may be left open.
 SOURCED_IF_GIVEN = ("swap_bytes", "kernel", "python", "governor")
 FACTS = tuple(f.name for f in dataclasses.fields(DeviceProfile) if f.name not in ("schema", "name", "sources"))  # fmt: skip
+# What a profile's file may say at the top.
+KEYS = ("schema", "extends", *FACTS, "sources")
 SCHEMA_FILE = "profile.schema.json"
 
 
@@ -186,7 +188,7 @@ def resolve_profile(path: Path, *, _below: tuple[Path, ...] = ()) -> Resolved:
         base = _base(data.pop("extends"), path, chain)
         _check_own_sources(path, own, base)
         data = _merged(base.data, data)
-    profile = build(DeviceProfile, data, where=str(path), error=ProfileError)
+    profile = build(DeviceProfile, data, where=str(path), error=ProfileError, legal=KEYS)
     _check_sources(path, profile)
     origins = {key: path.stem for key in own if key != "extends"}
     return Resolved(

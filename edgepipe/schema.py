@@ -11,6 +11,7 @@ import difflib
 import functools
 import json
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
 
@@ -118,10 +119,18 @@ def _field_names(cls: Any, location: tuple[Any, ...]) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
 
 
-def build(cls: type[T], data: object, *, where: str, error: type[RequestError]) -> T:
+def build(
+    cls: type[T],
+    data: object,
+    *,
+    where: str,
+    error: type[RequestError],
+    legal: Sequence[str] = (),
+) -> T:
     """Plain data -> a record of type ``cls``; every mistake is reported at once.
 
-    ``where`` names the file and table, like ``"recipe.toml: [[stages]] 2 (prune)"``. Raises
+    ``where`` names the file and table, like ``"recipe.toml: [[stages]] 2 (prune)"``. ``legal``
+    are the keys that an error offers at the top, where they are not those of ``cls``. Raises
     ``error`` naming each wrong key, what is wrong with it, and near misses.
     """
     from pydantic import ValidationError
@@ -141,10 +150,9 @@ def build(cls: type[T], data: object, *, where: str, error: type[RequestError]) 
             location = tuple(item["loc"])
             key = ".".join(str(step) for step in location)
             if item["type"] == "unexpected_keyword_argument":
-                legal = _field_names(cls, location[:-1])
-                text = (
-                    f"unknown key{near_miss(str(location[-1]), legal)} (legal: {', '.join(legal)})"
-                )
+                is_top = len(location) == 1
+                keys = list(legal) if is_top and legal else _field_names(cls, location[:-1])
+                text = f"unknown key{near_miss(str(location[-1]), keys)} (legal: {', '.join(keys)})"
             elif item["type"] in ("missing", "missing_argument"):
                 text = "is missing"
             else:

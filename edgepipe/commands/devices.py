@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepipe.cli import Output
-from edgepipe.errors import EXIT_FAIL, EXIT_PASS, HostKeyError, RequestError
+from edgepipe.errors import EXIT_FAIL, EXIT_PASS, HostKeyError, ProfileError, RequestError
 
 if TYPE_CHECKING:
     from edgepipe.device.ssh import HostKey
     from edgepipe.profile import DeviceProfile
+
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,10 +70,17 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 
 def _profiles() -> list[DeviceProfile]:
+    """All there are; a file that is none is left out with a warning."""
     from edgepipe.profile import load_profile
     from edgepipe.resources import profile_paths
 
-    return [load_profile(path) for path in profile_paths().values()]
+    found = []
+    for path in profile_paths().values():
+        try:
+            found.append(load_profile(path))
+        except ProfileError as exc:
+            log.warning("left out: %s", exc.message)
+    return found
 
 
 def _list(out: Output) -> int:

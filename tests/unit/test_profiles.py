@@ -17,6 +17,7 @@ from edgepipe.profile import (
     absolute_work_dir,
     find_profile,
     load_profile,
+    profile_schema,
     resolve_profile,
 )
 from edgepipe.resources import profile_paths, target_dir
@@ -122,6 +123,33 @@ def test_devices_list_and_show(here: Path, capsys: pytest.CaptureFixture[str]) -
     assert "did you mean 'rpi4b_4gb'" in capsys.readouterr().err
     assert main(["devices", "show"]) == 2
     assert "needs the name of a profile" in capsys.readouterr().err
+
+
+def test_a_broken_profile_keeps_no_other_one_from_being_listed(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = Path("device_profiles")
+    mine.mkdir()
+    (mine / "broken.toml").write_text("schema = 1\nmodle =")
+    (mine / "wrong.toml").write_text('schema = 1\nextends = "rpi5_8gb"\nthread = 2\n')
+    (mine / "good.toml").write_text('schema = 1\nextends = "rpi5_8gb"\nthreads = 2\n')
+    assert main(["devices", "list", "--json"]) == 0
+    shown = capsys.readouterr()
+    names = {p["name"] for p in json.loads(shown.out)}
+    assert names == {*SHIPPED, "good"}
+    assert "broken.toml is not valid TOML" in shown.err
+    assert "wrong.toml: thread: unknown key; did you mean 'threads'" in shown.err
+    assert main(["devices", "match", "threads=2", "--json"]) == 0
+    assert "good" in capsys.readouterr().out
+    assert main(["devices", "show", "broken"]) == 2
+
+
+def test_the_legal_keys_of_a_profile_are_those_of_its_file(here: Path) -> None:
+    path = write(here, "mine", 'schema = 1\nextend = "rpi5_8gb"\n')
+    with pytest.raises(ProfileError, match=r"did you mean 'extends'.*\(legal: ") as caught:
+        load_profile(path)
+    legal = re.findall(r"\(legal: (.*?)\)", caught.value.message)[0].split(", ")
+    assert set(legal) == set(profile_schema()["properties"])
 
 
 def test_a_work_folder_is_below_the_home_of_the_board_or_absolute() -> None:
