@@ -139,7 +139,12 @@ def _named(
     """The board that ``--device`` means: one of the lab by name or address, else an address."""
     if device in boards and "://" not in device:
         return _target(device, boards[device])
-    check_address(device, known=tuple(boards))
+    names = (
+        f"boards of the lab: {', '.join(boards)}"
+        if boards
+        else f"boards get names in {LOCAL_FILE}, which is not in this folder, or the file of --lab"
+    )
+    check_address(device, known=tuple(boards), hint=names)
     same = [name for name, board in boards.items() if place(board.address) == place(device)]
     if same and not explicit:
         return _target(same[0], boards[same[0]])

@@ -42,19 +42,21 @@ def open_device(address: str, **options: Any) -> Device:
     return opener(address, **options)
 
 
-def check_address(address: str, *, where: str = "", known: Sequence[str] = ()) -> None:
+def check_address(
+    address: str, *, where: str = "", known: Sequence[str] = (), hint: str = ""
+) -> None:
     """Refuse what is of no known scheme; nothing is opened.
 
-    ``where`` is the file and key that say so, ``known`` are names that would have been legal, too.
+    ``where`` is the file and key that say so, ``known`` are names that would have been legal, too;
+    ``hint`` tells of them.
     """
     scheme = address.split("://", 1)[0]
     if scheme in SCHEMES and ("://" in address) != (scheme == "local"):
         return
     legal = [name if name == "local" else f"{name}://" for name in SCHEMES]
     near = near_miss(scheme, list(SCHEMES)) or near_miss(address, [*legal, *known])
-    boards = f"; boards of the lab: {', '.join(known)}" if known else ""
     raise RequestError(
         f"{where}{': ' if where else ''}{address!r} is not the address of a device{near}",
-        hint=f"{ADDRESS_HINT}{boards}",
+        hint="; ".join(filter(None, (ADDRESS_HINT, hint))),
         code="bad-address",
     )

@@ -72,6 +72,18 @@ def test_the_local_file_is_a_lab(lab: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert names(resolve_targets([], devices=["shelf-2"])) == ["shelf-2"]
 
 
+def test_a_name_without_a_lab_is_told_which_file_gives_boards_names(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(lab.parent)
+    with pytest.raises(RequestError, match="'shelf-2' is not the address") as caught:
+        resolve_targets([], devices=["shelf-2"])
+    assert "edgepipe.local.toml, which is not in this folder" in caught.value.hint
+    with pytest.raises(RequestError, match="did you mean 'shelf-2'") as caught:
+        resolve_targets([], devices=["shelf2"], lab=lab)
+    assert "boards of the lab: rpi4b_4gb, shelf-1, shelf-2" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     ("expression", "found"),
     [
