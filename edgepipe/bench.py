@@ -35,10 +35,12 @@ from edgepipe.errors import (
     TransferError,
 )
 from edgepipe.explain import why_not_run
+from edgepipe.gate import other_inputs
 from edgepipe.job import (
     COMMAND_TIMEOUT_S,
     BoardJob,
     Outcome,
+    Progress,
 )
 from edgepipe.measurement import Measurement, single
 from edgepipe.preflight import Board
@@ -186,6 +188,7 @@ def measure(
     samples: Mapping[str, Any] | None = None,
     evaluation: DeviceEvaluation | None = None,
     baseline: Artifact | None = None,
+    same_inputs: bool = False,
     keep: bool = False,
     stop: threading.Event | None = None,
 ) -> BenchResult:
@@ -195,7 +198,8 @@ def measure(
     outputs are compared with this host's (``device_mismatch``). An ``evaluation`` brings its own
     samples instead, and the board's task metric with them. ``baseline`` is measured beside the
     model, round by round in the same processes; sessions are added (`stats.LOOKS`) until the
-    slowdown is decided. ``keep`` leaves the job's files on the board. Models, runtimes and agents
+    slowdown is decided. With ``same_inputs`` a baseline that takes other inputs is a RequestError as
+    soon as the board has run both. ``keep`` leaves the job's files on the board. Models, runtimes and agents
     stay there anyway, named by their hash, so that the next measurement pushes nothing.
 
     A broken link is waited for. Where ``stop`` is set from another thread, the board is given back
@@ -245,6 +249,8 @@ def measure(
     job_dir = f"{board.work_dir}/jobs/{job['id']}"
     hint = preflight.runtime_hint(profile, options.backend, facts["device"])
     board_job = board.job(job, job_dir, runtime_hint=hint)
+    if same_inputs:
+        board_job.progress = _refusing_other_inputs(board_job.progress)
     try:
         board_job.find_earlier(board_time_s=facts["health"].get("realtime_s"), max_age_s=budget_s)
         _push_models(board, models)
@@ -423,6 +429,25 @@ def _run_sessions(
             break
         log.info("not decided after %d sessions: taking %d more", look, looks[number + 1] - look)
     return outcome
+
+
+def _refusing_other_inputs(progress: Progress) -> Progress:
+    """``progress`` that ends the job with a RequestError once two models turn out to be fed otherwise."""
+    seen: list[Session] = []
+
+    def told(session: Session, number: int, total: int) -> str:
+        text = progress(session, number, total)
+        seen.append(session)
+        base, candidate = (_model_inputs(seen, arm) for arm in (BASE, CANDIDATE))
+        if base and candidate and (why := other_inputs(base, candidate)):
+            raise RequestError(
+                why,
+                hint="make both take the same (edgepipe quantize has --input-dtype), or measure each with edgepipe bench",
+                code="other-inputs",
+            )
+        return text
+
+    return told
 
 
 def _check_blame(outcome: Outcome, device: Device) -> None:

@@ -284,8 +284,8 @@ class SlowdownGate:
         if clock == "cpu" and threads != 1:
             reason = f"CPU time says nothing of the latency of {threads} threads: judge wall time"
             return Verdict(self.name, Status.INCONCLUSIVE, reason, evidence.device)
-        if other_inputs := _other_inputs(found):
-            return Verdict(self.name, Status.INCONCLUSIVE, other_inputs, evidence.device)
+        if why := _other_inputs(found):
+            return Verdict(self.name, Status.INCONCLUSIVE, why, evidence.device)
         decision = decide_sessions(found, self.max)
         details: tuple[str, ...] = ()
         status, but = Status(decision.status), ""
@@ -315,8 +315,14 @@ class SlowdownGate:
 
 def _other_inputs(found: Measurement) -> str:
     """Why two models that are fed otherwise cannot be compared, or an empty string; names may differ."""
-    models = [found.context.get(key) or () for key in ("baseline_inputs", "model_inputs")]
-    base, candidate = ([f"{i['dtype']} {i['shape']}" for i in inputs] for inputs in models)
+    return other_inputs(*(found.context.get(k) or () for k in ("baseline_inputs", "model_inputs")))
+
+
+def other_inputs(baseline: Sequence[Mapping[str, Any]], model: Sequence[Mapping[str, Any]]) -> str:
+    """The same of the inputs (``dtype`` and ``shape``) themselves; nothing known is nothing said."""
+    base, candidate = (
+        [f"{i['dtype']} {i['shape']}" for i in inputs] for inputs in (baseline, model)
+    )
     if not base or base == candidate:
         return ""
     return f"the models cannot be compared: the baseline is fed {', '.join(base)}, the model {', '.join(candidate)}"  # fmt: skip
@@ -483,8 +489,8 @@ class InstructionsGate:
         base = self._repeating(beside, "instructions_baseline")
         if isinstance(base, Verdict):
             return base
-        if other_inputs := _other_inputs(found):
-            return Verdict(self.name, Status.INCONCLUSIVE, other_inputs, evidence.device)
+        if why := _other_inputs(found):
+            return Verdict(self.name, Status.INCONCLUSIVE, why, evidence.device)
         for key in ("cpu_model", "runtime_version"):
             if base.context[key] != found.context[key]:
                 reason = f"the counts cannot be compared: {key} of the baseline {base.context[key]}, of the model {found.context[key]}"  # fmt: skip

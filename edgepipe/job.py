@@ -50,6 +50,10 @@ ENDED = ("done", "failed")
 OPTIONAL = ("ops", "energy", "instructions")
 
 
+# the line that tells of a session: of which number, of how many of its kind
+Progress = Callable[[Session, int, int], str]
+
+
 @dataclasses.dataclass(frozen=True)
 class Journal:
     """The trusted part of a journal: its whole lines up to the first that is ``damaged``."""
@@ -110,7 +114,7 @@ class BoardJob:
         job_dir: str,
         *,
         runtime_hint: str = "",
-        progress: Callable[[Session, int, int], str] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.device, self.payload, self.job, self.job_dir = device, payload, dict(job), job_dir
         self.runtime_hint, self.progress = runtime_hint, progress or _plain_progress

@@ -130,18 +130,18 @@ def push_runtime(
     if backend not in ("auto", "litert-c"):
         return None
     machine, version = str(facts["device"].get("machine")), profile.runtime_version
-    why_not = ""
+    is_null, why_not = machine == "any", ""  # as `check_board`
     if profile.runtime != "litert":
         why_not = f"profile {profile.name} asks for {profile.runtime}"
     elif not has_runtime_library(machine, version):
-        why_not = f"there is no LiteRT {version} library for {machine}"
+        why_not = f"there is no LiteRT {version} library for {'a simulated board' if is_null else machine}"
     if backend == "litert-c" and why_not:
         raise RequestError(
             f"backend litert-c cannot be used on {board.device.address}: {why_not}",
             hint='use backend = "auto", or the interpreter installed on the board',
         )
     if why_not:
-        if not _push_package(board, profile, facts):
+        if not _push_package(board, profile, facts) and not is_null:
             log.info("no runtime is pushed (%s); using what is installed on the device", why_not)
         return None
     try:

@@ -61,8 +61,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
     def work(device: Device, target: Target, stop: threading.Event) -> Compared:
         result = bench.measure(
-            candidate, device, target.profile, options, samples=samples, baseline=base, stop=stop
-        )
+            candidate, device, target.profile, options, samples=samples, baseline=base,
+            same_inputs=True, stop=stop,
+        )  # fmt: skip
         measured = {m.metric: m for m in quote_noise(Path(args.store), result.measurements)}
         verdicts = judge(measured, candidate, options.tolerance, device=target.name, profile=target.profile.name)  # fmt: skip
         return Compared(verdicts, measured, result.device_facts)

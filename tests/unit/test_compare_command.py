@@ -14,6 +14,7 @@ from edgepipe.artifact import make_artifact
 from edgepipe.bench import MeasureOptions
 from edgepipe.commands import compare
 from edgepipe.device import open_device
+from edgepipe.errors import RequestError
 from edgepipe.gate import Status, Verdict
 from edgepipe.inventory import resolve_targets
 from edgepipe.measurement import Measurement
@@ -114,16 +115,29 @@ def test_a_calibrated_board_is_quoted(
     assert "noise of this board" in after
 
 
-@pytest.mark.slow
-def test_models_that_are_fed_otherwise_are_not_compared(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("board", ["null://quiet", pytest.param("local", marks=pytest.mark.slow)])
+def test_models_that_are_fed_otherwise_are_refused_once_both_have_run(
+    board: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for size in (4, 8):
         (tmp_path / f"{size}.tflite").write_bytes(tiny_tflite(size=size))
-    quick = ["--device", "local", "--session", "50 ms", "--max-sessions", "3"]
-    code, text = run(capsys, tmp_path, tmp_path / "4.tflite", tmp_path / "8.tflite", *quick)
-    assert code == 3
-    assert "is fed float32 [1, 4], the model float32 [1, 8]" in text
+    models = [str(tmp_path / f"{size}.tflite") for size in (4, 8)]
+    assert cli.main(["compare", *models, "--device", board, "--store", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert "the baseline is fed float32 [1, 4], the model float32 [1, 8]" in told
+    assert "base: memory 1/2" in told
+    assert "session 1/" not in told
+
+
+def test_nothing_is_said_of_runtime_libraries_for_the_null_device(
+    models: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    on_a_board("null://quiet", models)
+    assert "pushing base.tflite" in caplog.text
+    assert "runtime" not in caplog.text
+    with pytest.raises(RequestError, match=r"no LiteRT .* library for a simulated board"):
+        on_a_board("null://quiet", models, backend="litert-c")
 
 
 def test_a_candidate_that_crashes_fails_and_nothing_else_is_judged(
