@@ -22,6 +22,7 @@ from edgepipe.errors import ArtifactError, EdgepipeError, NotReadyError, StageEr
 from edgepipe.inventory import Target
 from edgepipe.measurement import Measurement
 from edgepipe.predict import predict
+from edgepipe.rescue import check_evaluation_data
 from edgepipe.stages.load import ModelSource
 from edgepipe.stages.quantize_int8 import source_specs
 from edgepipe.store import Store
@@ -180,6 +181,19 @@ def compare_all(
             )
         )
     return rows
+
+
+def check_judged_by(
+    made: Mapping[str, Artifact | EdgepipeError], calibration: DataSource, evaluation: DataSource
+) -> None:
+    """DataError where the labelled samples are those that ranges are taken from."""
+    from edgepipe.array_ops.load import load_samples
+
+    float_model = made[FLOAT]
+    assert isinstance(float_model, Artifact)
+    sources = (calibration, evaluation)
+    ours, theirs = (load_samples(s, source_specs(float_model.inputs)) for s in sources)
+    check_evaluation_data(ours, theirs, sources, where="--data and --evaluate")
 
 
 # ------------------------------------------------------------------------------------ on a device

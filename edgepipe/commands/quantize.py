@@ -126,6 +126,8 @@ def _run_all(
         )
 
     made = make(frontier.FLOAT)
+    if args.evaluate:
+        frontier.check_judged_by(made, data, judged_by)
     # labels that do not fit the metric are found before anything is quantised
     compare(made)
     made |= make(*(name for name in frontier.PRECISIONS if name != frontier.FLOAT))

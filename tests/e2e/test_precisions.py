@@ -188,6 +188,20 @@ def test_labels_that_do_not_fit_are_found_before_anything_is_quantised(tmp_path,
     assert [p.name for p in (tmp_path / "net_precisions").iterdir()] == ["float32.tflite"]
 
 
+@pytest.mark.parametrize(("judged_by", "told"), [("cal.npz", "are the same source"), ("copy.npz", "samples in common")])  # fmt: skip
+def test_precisions_are_not_judged_by_the_samples_that_ranges_are_taken_from(tmp_path, monkeypatch, capsys, judged_by, told):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    net = wide_swish()
+    (tmp_path / "net.tflite").write_bytes(net.content)
+    labels = np.zeros(len(net.calibration), np.int64)
+    np.savez("cal.npz", image=net.calibration, labels=labels)
+    np.savez("copy.npz", image=net.calibration[::2], labels=labels[::2])
+    asked = ["quantize", "net.tflite", "--data", "cal.npz", "--evaluate", judged_by, "--all"]
+    assert cli.main(asked) == 2
+    assert told in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "net_precisions").iterdir()] == ["float32.tflite"]
+
+
 RECIPE = """
 schema = 1
 name = "weights"
