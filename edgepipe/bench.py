@@ -442,7 +442,7 @@ def _refusing_other_inputs(progress: Progress) -> Progress:
         if base and candidate and (why := other_inputs(base, candidate)):
             raise RequestError(
                 why,
-                hint="make both take the same (edgepipe quantize has --input-dtype), or measure each with edgepipe bench",
+                hint="make both take the same (edgepipe quantize --input-dtype); float beside int8 is edgepipe quantize --all",
                 code="other-inputs",
             )
         return text

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from edgepipe.artifact import hash_path
 from edgepipe.device import base
-from edgepipe.device.base import Completed, check_argv, disk_full_error, shown
+from edgepipe.device.base import Completed, check_argv, check_line, disk_full_error, shown
 from edgepipe.device.local import kill_group, run_child
 from edgepipe.device.parse import parse_free_bytes, parse_home, parse_sha256
 from edgepipe.device.parse_android import Attached, parse_devices
@@ -44,7 +44,6 @@ _HELPER_S = 30.0  # for mkdir, df and the like
 _CONNECT_S = 15.0  # until a phone on the network answers
 _SETTLE_S = 5.0  # a new connection is "offline" or "authorizing" at first
 _SLOWEST_BYTES_PER_S = 200e3  # a file takes no longer than at this rate
-_MAX_LINE_BYTES = 120_000  # as over SSH (MAX_ARG_STRLEN, execve(2))
 _BOARD_GRACE_S = 1  # the phone's own deadline comes after ours
 _STOP_GRACE_S = 4.0  # TERM, two seconds, KILL, and the way back
 _MARK = b"edgepipe: carried out\n"
@@ -125,11 +124,7 @@ class AdbDevice:
         """See `Device.run`. Starts in ``/``, as adb's shell does; `~` and variables are not expanded."""
         words = check_argv(argv)
         line = command_line(words, board_timeout_s=math.ceil(timeout_s) + _BOARD_GRACE_S)
-        if len(line.encode(errors="surrogateescape")) > _MAX_LINE_BYTES:
-            raise RequestError(
-                f"`{shown(words)}` is longer than {_MAX_LINE_BYTES} bytes",
-                hint="push a file with the long part",
-            )
+        check_line(line, words)
         self._check_open()
         adb = [self._program, "-s", self._serial, "shell", "-T", "-e", "none", line]
         done = run_child(

@@ -14,6 +14,9 @@ from edgepipe.errors import CommandFailed, CommandTimeout, RequestError, Transfe
 MAX_OUTPUT_BYTES = 64 * 2**20
 # Room that a push leaves on the device: a few blocks for folders and the file system's own books.
 FREE_MARGIN_BYTES = 64 * 2**10
+# One word of a command line may have 128 KiB on Linux (MAX_ARG_STRLEN, execve(2)), and the whole
+# command is one word of the login shell's.
+MAX_LINE_BYTES = 120_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,15 @@ def check_argv(argv: Sequence[str]) -> list[str]:
     if any("\0" in word for word in argv):
         raise RequestError(f"{argv[0]!r}: an argument contains a NUL byte")
     return list(argv)
+
+
+def check_line(line: str, argv: Sequence[str]) -> None:
+    """RequestError where ``line``, which runs ``argv``, is longer than a board's shell takes."""
+    if len(line.encode(errors="surrogateescape")) > MAX_LINE_BYTES:
+        raise RequestError(
+            f"`{shown(argv)}` is longer than {MAX_LINE_BYTES} bytes",
+            hint="push a file with the long part",
+        )
 
 
 def timeout_error(argv: Sequence[str], timeout_s: float, address: str) -> CommandTimeout:

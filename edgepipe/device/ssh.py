@@ -37,6 +37,7 @@ from edgepipe.device import ADDRESS_HINT, base
 from edgepipe.device.base import (
     Completed,
     check_argv,
+    check_line,
     disk_full_error,
     output_error,
     shown,
@@ -88,9 +89,6 @@ _HASH = (
     '\' "$0"; fi'
 )
 _PYTHON_HASHES_FROM_BYTES = 8_000_000
-# One word of a command line may have 128 KiB on Linux (MAX_ARG_STRLEN, execve(2)), and the whole
-# command is one word of the login shell's.
-_MAX_LINE_BYTES = 120_000
 
 # What runs on the board around a command. The command gets a deadline of its own ($0, seconds) for
 # the case that we vanish, no standard input, and a process group of its own. We hold the script's
@@ -177,11 +175,7 @@ class SshDevice:
         """See `Device.run`. Starts in the user's home; `~` and variables are not expanded."""
         words = check_argv(argv)
         line = command_line(words, board_timeout_s=math.ceil(timeout_s) + _BOARD_GRACE_S)
-        if len(line.encode(errors="surrogateescape")) > _MAX_LINE_BYTES:
-            raise RequestError(
-                f"`{shown(words)}` is longer than {_MAX_LINE_BYTES} bytes",
-                hint="push a file with the long part",
-            )
+        check_line(line, words)
         deadline_s = time.monotonic() + timeout_s
         with self._connection_errors(f"running `{shown(words)}`"):
             channel = self._transport().open_session(timeout=max(timeout_s, 1.0))

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 
 from edgepipe.artifact import hash_path
+from edgepipe.device.base import MAX_LINE_BYTES, check_line
 from edgepipe.device.parse import parse_sha256
 from edgepipe.device.ssh import _HASH, command_line
+from edgepipe.errors import RequestError
 
 TOOLS = ("sh", "sleep", "true", "cat", "kill")
 
@@ -159,3 +161,13 @@ def test_a_file_is_hashed_with_whichever_program_there_is(
         env={"PATH": str(tmp_path / "bin")}, check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert parse_sha256(done.stdout) == hash_path(file)
+
+
+@pytest.mark.parametrize("letter", ["a", "ä", "\udcff"])
+def test_the_longest_line_that_is_let_through_is_one_that_a_shell_takes(letter: str) -> None:
+    count = (MAX_LINE_BYTES - 2) // len(letter.encode(errors="surrogateescape"))
+    longest = ": " + letter * count
+    check_line(longest, ["sh"])
+    assert subprocess.run([b"sh", b"-c", os.fsencode(longest)], check=False).returncode == 0
+    with pytest.raises(RequestError, match=f"`sh` is longer than {MAX_LINE_BYTES} bytes"):
+        check_line(longest + letter, ["sh"])
