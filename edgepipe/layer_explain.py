@@ -131,7 +131,7 @@ def explain_layers(
     log.info("making one file for each layer, in which it alone is int8")
     alone = ops.noise_alone(content, int8, batches)
     inputs = _inputs_of(rows, int8)
-    layers = [_with_advice(Layer(row, alone.get(row.layer)), rows, repairs, inputs) for row in rows]
+    layers = [_with_advice(Layer(row, alone.get(row.layer)), repairs, inputs) for row in rows]
     worst = [la for la in sorted(layers, key=lambda la: -(la.noise_alone or 0)) if la.is_at_fault]
     given_back: dict[str, tuple[float, float | None]] = {}
     with tempfile.TemporaryDirectory(prefix="edgepipe-") as folder:
@@ -178,10 +178,7 @@ def _inputs_of(rows: Sequence[LayerNoise], content: bytes) -> dict[str, list[Lay
 
 
 def _with_advice(
-    layer: Layer,
-    rows: Sequence[LayerNoise],
-    repairs: Repairs,
-    inputs: Mapping[str, Sequence[LayerNoise]],
+    layer: Layer, repairs: Repairs, inputs: Mapping[str, Sequence[LayerNoise]]
 ) -> Layer:
     if not layer.is_at_fault:
         return layer
