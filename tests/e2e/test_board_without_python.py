@@ -89,7 +89,10 @@ def test_two_models_are_measured_and_compared(device: SshDevice, board: Loopback
     assert (context["runner"], context["backend"], context["python"]) == ("c", "litert-c", None)
     assert context["runner_compiler"].startswith("cc")
     assert context["machine"] == platform.machine()
-    assert context["not_measured"] == {"energy": "the C runner cannot measure energy"}
+    # many a virtual machine has no counter of instructions
+    others = {k: v for k, v in context["not_measured"].items() if k != "instructions"}
+    assert others == {"energy": "the C runner cannot measure energy"}
+    assert ("instructions" in found) == ("instructions" not in context["not_measured"])
     assert not list((board.home / ".edgepipe" / "jobs").iterdir())
     assert (board.home / ".edgepipe" / "lock").read_text() == ""
 
