@@ -55,7 +55,7 @@ def adbd(adb_server: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield daemon
 
 
-@pytest.fixture(params=["local", "ssh", "adb"])
+@pytest.fixture(params=["local", "ssh", pytest.param("adb", marks=pytest.mark.slow)])
 def board(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Board]:

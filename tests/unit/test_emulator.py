@@ -88,6 +88,7 @@ def test_a_board_counts_instructions_on_one_core() -> None:
         assert f"-m {int(profile.ram_bytes) // 2**20}M" in arguments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["virt-pi-4", "virt-pi-user"])
 def test_a_board_that_was_not_built_says_how(empty_cache: Path, name: str) -> None:
     if needs.missing_programs(needs.to_run(find_emulation(name))):

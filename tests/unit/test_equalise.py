@@ -117,6 +117,7 @@ def test_a_change_of_the_outputs_is_an_error():
         check_unchanged(chain(spread=1, seed=0), chain(spread=1, seed=1), images(2), where="m")
 
 
+@pytest.mark.slow
 def test_absurd_weights_behind_dead_channels_are_zeroed_and_nothing_else():
     net = dead_batch_norm()
     found = channel_statistics(net.content, batches(net), where="m")
@@ -221,6 +222,7 @@ def test_the_ladder_stops_at_the_first_rung_that_holds():
     assert rescue.held
 
 
+@pytest.mark.slow
 def test_a_rung_that_makes_it_worse_is_undone_and_none_that_holds_is_invented():
     scores = iter([0.5, *([0.1] * 99)])
 
@@ -245,6 +247,7 @@ def test_an_island_that_may_not_stay_ends_the_climb_before_it_begins():
         climbed(net, lambda content: pytest.fail("nothing to judge"))
 
 
+@pytest.mark.slow
 def test_layers_go_into_float_only_where_their_operator_may():
     net = detector_head()
 

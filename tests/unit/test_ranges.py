@@ -70,6 +70,7 @@ def _gap(ordered, cut):
     return float(ordered[max(-1, -cut)] - ordered[-2 - cut]) + 1e-6
 
 
+@pytest.mark.slow
 @given(kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 999))
 @settings(max_examples=15, deadline=None)
 def test_the_mse_range_is_as_good_as_brute_force_finds(kind, seed):

@@ -177,11 +177,13 @@ def cases() -> dict[str, Any]:
     return {case.name: case for case in node_cases.cases()}
 
 
+@pytest.mark.slow
 def test_there_are_more_than_a_thousand_node_cases_in_the_same_order_every_time(cases: dict[str, Any]) -> None:  # fmt: skip
     assert len(cases) > 1000
     assert not [name for name in cases if "_expanded" in name]
 
 
+@pytest.mark.slow
 def test_weights_become_constants_and_equal_inputs_stay_inputs(cases: dict[str, Any]) -> None:
     model, fed = node_cases.as_exported(cases["test_basic_conv_with_padding"])
     assert list(fed) == ["x"]
