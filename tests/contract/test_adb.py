@@ -22,6 +22,8 @@ from edgepipe.errors import (
 )
 from tests.miniadbd import MiniAdbd
 
+pytestmark = pytest.mark.slow
+
 
 def attached() -> str:
     return subprocess.run(["adb", "devices"], capture_output=True, text=True, check=True).stdout

@@ -39,6 +39,8 @@ from edgepipe.tflite_ops.tiny import tiny_tflite
 
 from .conftest import EdgepipeRunner
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = MeasureOptions(session=0.5)
 # The plan of OPTIONS in the order of the board: two memory sessions, single operators, three
 # latency sessions, three that count instructions, energy.

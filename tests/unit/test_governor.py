@@ -22,6 +22,8 @@ from tests.unit.board_side import (  # fmt: skip
     wait_for,
 )
 
+pytestmark = pytest.mark.slow
+
 OLD = {"policy0": "ondemand", "policy4": "schedutil"}
 
 
