@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 from collections.abc import Sequence
@@ -55,6 +56,36 @@ class Device(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class HeldDevice:
+    """A device, and what is held for as long as it is open: a place of a lab, a virtual board.
+
+    ``resources`` closes the device first, then gives back what is held.
+    """
+
+    def __init__(self, device: Device, resources: contextlib.ExitStack) -> None:
+        self.address = device.address
+        self._device, self._resources = device, resources
+
+    def run(self, argv: Sequence[str], *, timeout_s: float) -> Completed:
+        """See `Device.run`."""
+        return self._device.run(argv, timeout_s=timeout_s)
+
+    def push(self, local: Path, remote: str) -> bool:
+        """See `Device.push`."""
+        return self._device.push(local, remote)
+
+    def pull(self, remote: str, local: Path) -> None:
+        """See `Device.pull`."""
+        self._device.pull(remote, local)
+
+    def close(self) -> None:
+        """Twice is allowed."""
+        self._resources.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.address!r})"
 
 
 def check_argv(argv: Sequence[str]) -> list[str]:

@@ -14,10 +14,8 @@ import logging
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
-from pathlib import Path
 
-from edgepipe.device.base import Completed, Device
+from edgepipe.device.base import HeldDevice
 from edgepipe.errors import Busy, ConnectError, DeviceError, MissingExtra, RequestError
 
 log = logging.getLogger(__name__)
@@ -43,7 +41,7 @@ class NetworkService:
         return f"ssh://{self.user}{'@' * bool(self.user)}{host}:{self.port}"
 
 
-def open_labgrid(address: str) -> LabgridDevice:
+def open_labgrid(address: str) -> HeldDevice:
     """Acquire the place of ``labgrid://PLACE`` and connect to its board; `close` releases it.
 
     A place that this user holds already is used, and stays theirs. Raises MissingExtra without
@@ -67,7 +65,7 @@ def open_labgrid(address: str) -> LabgridDevice:
         device = open_ssh(service.address)
         device.address = f"labgrid://{place}"
         stack.callback(device.close)
-        return LabgridDevice(device, stack.pop_all())
+        return HeldDevice(device, stack.pop_all())
 
 
 def parse_place(shown: str, place: str) -> NetworkService:
@@ -162,30 +160,3 @@ def _ask(place: str, verb: str) -> subprocess.CompletedProcess[str]:
     if "already acquired" in why:
         raise Busy(f"labgrid: {why}", hint=f"wait for it: {CLIENT} -p {place} show")
     raise ConnectError(f"`{doing}` failed: {why}", hint="is the coordinator of LG_COORDINATOR running?", code="labgrid")  # fmt: skip
-
-
-class LabgridDevice:
-    """See `Device` for the four methods; `close` releases the place."""
-
-    def __init__(self, device: Device, resources: contextlib.ExitStack) -> None:
-        self.address = device.address
-        self._device, self._resources = device, resources
-
-    def run(self, argv: Sequence[str], *, timeout_s: float) -> Completed:
-        """See `Device.run`."""
-        return self._device.run(argv, timeout_s=timeout_s)
-
-    def push(self, local: Path, remote: str) -> bool:
-        """See `Device.push`."""
-        return self._device.push(local, remote)
-
-    def pull(self, remote: str, local: Path) -> None:
-        """See `Device.pull`."""
-        self._device.pull(remote, local)
-
-    def close(self) -> None:
-        """Close the connection, then release the place. Twice is allowed."""
-        self._resources.close()
-
-    def __repr__(self) -> str:
-        return f"LabgridDevice({self.address!r})"

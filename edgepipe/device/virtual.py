@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgepipe.device.base import Completed, Device
+from edgepipe.device.base import Device, HeldDevice
 from edgepipe.errors import RequestError
 
 if TYPE_CHECKING:
@@ -56,29 +54,9 @@ def connect(running: Running) -> SshDevice:
     )
 
 
-class VirtualDevice:
-    """See `Device` for the four methods. ``running`` is the board behind it."""
+class VirtualDevice(HeldDevice):
+    """``running`` is the board behind it."""
 
     def __init__(self, device: Device, running: Running, resources: contextlib.ExitStack) -> None:
-        self.address = device.address
+        super().__init__(device, resources)
         self.running = running
-        self._device, self._resources = device, resources
-
-    def run(self, argv: Sequence[str], *, timeout_s: float) -> Completed:
-        """See `Device.run`."""
-        return self._device.run(argv, timeout_s=timeout_s)
-
-    def push(self, local: Path, remote: str) -> bool:
-        """See `Device.push`."""
-        return self._device.push(local, remote)
-
-    def pull(self, remote: str, local: Path) -> None:
-        """See `Device.pull`."""
-        self._device.pull(remote, local)
-
-    def close(self) -> None:
-        """Close the connection, and end the board where it was started for it. Twice is allowed."""
-        self._resources.close()
-
-    def __repr__(self) -> str:
-        return f"VirtualDevice({self.address!r})"
