@@ -26,6 +26,7 @@ class TensorSpec:
     ``name`` is the source model's name for the tensor, in every artifact made from it, and
     ``source_layout`` the layout it has there; ``shape`` and ``layout`` are those of this file.
     Specs are in the file's own order. Quantized tensors: real = scale * (stored - zero_point).
+    An input with ``fed_by`` is state: the output of that name at the step before, zeros at first.
     """
 
     name: str
@@ -35,6 +36,7 @@ class TensorSpec:
     source_layout: str = ""
     scale: float = 0.0
     zero_point: int = 0
+    fed_by: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))

@@ -26,6 +26,7 @@ from edgepipe.artifact import TensorSpec
 from edgepipe.data import DataSource, split_reference
 from edgepipe.errors import DataError
 from edgepipe.schema import near_miss
+from edgepipe.state import PARITY_STEPS, data_inputs, is_sequence
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +60,10 @@ def load_samples(source: DataSource, specs: Sequence[TensorSpec]) -> Samples:
 
     Order: read -> ``fold`` / ``not_fold`` / ``limit`` -> ``(x * scale - mean) / std`` (floating
     point inputs only) -> check. Raises DataError for a missing or unreadable file, a wrong name,
-    shape or dtype, an empty choice, or an error in the user's own function.
+    shape or dtype, an empty choice, or an error in the user's own function. Samples of a model with
+    state are sequences (`edgepipe.state.data_inputs`).
     """
+    specs = data_inputs(specs)
     if not specs:
         raise DataError("the model has no inputs, so there is nothing to load samples for")
     if source.fold is not None and source.not_fold is not None:
@@ -540,6 +543,8 @@ def _read_random(source: DataSource, specs: Sequence[TensorSpec]) -> _Raw:
                 f"random samples are noise; input {spec.name!r} wants {spec.dtype}",
                 hint='give real data, or a function that makes it (kind = "python")',
             )
+        if is_sequence(spec):
+            spec = dataclasses.replace(spec, shape=(1, PARITY_STEPS, *spec.shape[2:]))
         if any(size < 1 for size in spec.shape[1:]):
             raise DataError(f"input {spec.name!r} has a free axis {spec.shape}: give real data")
         inputs[spec.name] = generator.standard_normal((count, *spec.shape[1:]), dtype=np.float32)

@@ -22,42 +22,62 @@ BATCH = 256
 
 
 def run_torch(path: Path, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Outputs for N samples: one array (N, ...) per output tensor, in the order the model returns them.
+    """Outputs for N samples, whose axis is the first everywhere; see `open_torch`."""
+    return open_torch(path)(arrays)
 
-    ``path`` is a ``torch`` folder or a ``.pt2`` file; ``arrays`` are the inputs (N, ...) in call
-    order. Evaluation mode, no gradients, at most 256 samples at a time; a program exported with a
-    fixed batch runs that many at a time, the last batch filled up by repeating its last sample. A
-    model that gives other results in a batch than one by one is run one by one.
+
+def open_torch(
+    path: Path, input_axes: Sequence[int] = (), output_axes: Sequence[int] = ()
+) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
+    """A model as a function: arrays (N, ...) in call order -> one array (N, ...) per output tensor.
+
+    ``path`` is a ``torch`` folder or a ``.pt2`` file, read once. The axes say where N is in each input and
+    output (default: first). Evaluation mode, no gradients, at most 256 samples at a time; a program
+    exported with a fixed batch runs that many at a time, the last batch filled up by repeating its last
+    sample. A model that gives other results in a batch than one by one is run one by one.
     """
-    call, dtypes, batch = _open(path, arrays)
-    count = len(arrays[0])
-    if batch is None and count > 1 and not _is_batchable(call, arrays, dtypes):
-        log.info("%s gives other results in a batch: running samples one by one", path.name)
-        batch = 1
-    parts: list[list[np.ndarray]] = []
-    with torch.no_grad():
-        for start in range(0, count, batch or BATCH):
-            chunk = [a[start : start + (batch or BATCH)] for a in arrays]
-            size = len(chunk[0])
-            if batch and size < batch:
-                chunk = [np.concatenate([a, np.repeat(a[-1:], batch - size, axis=0)]) for a in chunk]  # fmt: skip
-            tensors = [
-                torch.from_numpy(np.ascontiguousarray(a)).to(dtype)
-                for a, dtype in zip(chunk, dtypes, strict=True)
-            ]
-            outputs = [t.numpy() for t in call_model(call, tensors)]
-            # a state of two layers has two rows a sample: keep what belongs to `size` samples
-            parts.append([a[: len(a) * size // (batch or size)] for a in outputs])
-    return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
+    call, dtypes, batch = _open(path)
+
+    def run(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        nonlocal batch
+        axes_in = tuple(input_axes) or (0,) * len(arrays)
+        count = arrays[0].shape[axes_in[0]]
+        types = dtypes or [torch.from_numpy(a[:0]).dtype for a in arrays]
+        if batch is None and count > 1 and not _is_batchable(call, arrays, types, axes_in, output_axes):  # fmt: skip
+            log.info("%s gives other results in a batch: running samples one by one", path.name)
+            batch = 1
+        parts: list[list[np.ndarray]] = []
+        with torch.no_grad():
+            for start in range(0, count, batch or BATCH):
+                size = min(batch or BATCH, count - start)
+                rows = np.minimum(np.arange(start, start + (batch or size)), count - 1)
+                outputs = [
+                    t.numpy() for t in call_model(call, _tensors(arrays, types, axes_in, rows))
+                ]
+                axes_out = tuple(output_axes) or (0,) * len(outputs)
+                # a state of two layers has two rows a sample: keep what belongs to `size` samples
+                parts.append([
+                    np.take(a, range(a.shape[axis] * size // (batch or size)), axis=axis) if batch else a
+                    for a, axis in zip(outputs, axes_out, strict=True)
+                ])  # fmt: skip
+        return [np.concatenate(pieces, axis=axis) for pieces, axis in zip(zip(*parts, strict=True), axes_out, strict=True)]  # fmt: skip
+
+    return run
 
 
-def _open(
-    path: Path, arrays: Sequence[np.ndarray]
-) -> tuple[Callable[..., Any], list[torch.dtype], int | None]:
-    """What to call with one tensor for each input, the dtypes it takes, and its batch where that is fixed."""
+def _tensors(
+    arrays: Sequence[np.ndarray], dtypes: Sequence[torch.dtype], axes: Sequence[int], rows: Any
+) -> list[torch.Tensor]:
+    """The samples ``rows`` of each input as a tensor."""
+    chunks = [np.take(a, rows, axis=axis) for a, axis in zip(arrays, axes, strict=True)]
+    return [torch.from_numpy(np.ascontiguousarray(a)).to(d) for a, d in zip(chunks, dtypes, strict=True)]  # fmt: skip
+
+
+def _open(path: Path) -> tuple[Callable[..., Any], list[torch.dtype], int | None]:
+    """What to call with one tensor for each input, the dtypes it takes (none: those it is given), and
+    its batch where that is fixed."""
     if path.is_dir():
-        model = load_model(path)
-        return model, [torch.from_numpy(a[:0]).dtype for a in arrays], None
+        return load_model(path), [], None
     program = load_pt2(path)
     module = program.module()
 
@@ -74,20 +94,24 @@ def _is_batchable(
     call: Callable[..., Any],
     arrays: Sequence[np.ndarray],
     dtypes: Sequence[torch.dtype],
+    input_axes: Sequence[int],
+    output_axes: Sequence[int],
 ) -> bool:
     """Whether two samples at once give what each gives alone, up to rounding."""
-    pair = [torch.from_numpy(np.array(a[:2])).to(d) for a, d in zip(arrays, dtypes, strict=True)]
     with torch.no_grad():
-        single = [call_model(call, [t[i : i + 1] for t in pair]) for i in range(2)]
+        single = [call_model(call, _tensors(arrays, dtypes, input_axes, [i])) for i in range(2)]
         try:
-            both = call_model(call, pair)
+            both = call_model(call, _tensors(arrays, dtypes, input_axes, [0, 1]))
         except ArtifactError:
             return False
+    axes = tuple(output_axes) or (0,) * len(both)
     return all(
-        b.shape == (2, *one.shape[1:])
+        tuple(b.shape) == (*one.shape[:axis], 2, *one.shape[axis + 1 :])
         # kernels differ by batch size: allow the rounding of a long float32 sum
-        and torch.allclose(b.double(), torch.cat([one, two]).double(), rtol=1e-3, atol=1e-4)
-        for b, one, two in zip(both, *single, strict=True)
+        and torch.allclose(
+            b.double(), torch.cat([one, two], dim=axis).double(), rtol=1e-3, atol=1e-4
+        )
+        for b, one, two, axis in zip(both, *single, axes, strict=True)
     )
 
 

@@ -36,7 +36,7 @@ LAYERS = (
     ("edgepipe.predict", "edgepipe.toolchain", "edgepipe.toolchains"),
     ("edgepipe.torch_ops", "edgepipe.tflite_ops"),
     ("edgepipe.array_ops",),
-    ("edgepipe.stage", "edgepipe.pruning", "edgepipe.range_table", "edgepipe.rescue", "edgepipe.host_memory", "edgepipe.training", "edgepipe.distillation", "edgepipe.students", "edgepipe.gate", "edgepipe.profile", "edgepipe.match", "edgepipe.emulated", "edgepipe.resources"),
+    ("edgepipe.stage", "edgepipe.state", "edgepipe.pruning", "edgepipe.range_table", "edgepipe.rescue", "edgepipe.host_memory", "edgepipe.training", "edgepipe.distillation", "edgepipe.students", "edgepipe.gate", "edgepipe.profile", "edgepipe.match", "edgepipe.emulated", "edgepipe.resources"),
     ("edgepipe.data", "edgepipe.artifact", "edgepipe.measurement", "edgepipe.metrics", "edgepipe.sessions", "edgepipe.stats"),
     ("edgepipe.schema", "edgepipe.table"),
     ("edgepipe.units", "edgepipe.password"),

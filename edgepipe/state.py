@@ -1,0 +1,127 @@
+"""Models with explicit state: inputs that are fed by outputs of the step before.
+
+A sample of such a model is a sequence. Its state inputs are zero at the first step (`TensorSpec.fed_by`
+names the output that feeds each from then on); data is for the other inputs, with an axis of steps after
+that of the samples: ``x`` of shape (1, 16, 40) takes data (N, T, 16, 40).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from edgepipe.artifact import Artifact, TensorSpec
+from edgepipe.errors import ArtifactError
+from edgepipe.schema import near_miss
+
+# Whose answers count: the last step's, or every step's.
+Steps = Literal["last", "each"]
+# The size of an axis of steps that data decides: see `data_inputs`. (0 is an axis left free by the file.)
+FREE = -1
+# Steps that two models are compared on, and those of noise: wrong wiring shows at the second.
+PARITY_STEPS = 8
+
+
+def is_stateful(specs: Sequence[TensorSpec]) -> bool:
+    """Whether any of these inputs is state."""
+    return any(spec.fed_by for spec in specs)
+
+
+def batch_axis(layout: str) -> int:
+    """Where the samples are; the first axis unless the layout names another ``N``."""
+    return max(layout.find("N"), 0)
+
+
+def data_inputs(specs: Sequence[TensorSpec], *, steps: int = FREE) -> tuple[TensorSpec, ...]:
+    """What data must give for inputs ``specs``: those that are no state, with their axis of steps.
+
+    ``x (1, 16, 40) NCL`` beside a state becomes ``(1, steps, 16, 40) NTCL``; without state nothing
+    changes. By default each sequence may be as long as it is.
+    """
+    if not is_stateful(specs):
+        return tuple(specs)
+    return tuple(_sequence(spec, steps) for spec in specs if not spec.fed_by)
+
+
+def is_sequence(spec: TensorSpec) -> bool:
+    """Whether data for it may have any number of steps: see `data_inputs`."""
+    return spec.shape[1:2] == (FREE,)
+
+
+def _sequence(spec: TensorSpec, steps: int) -> TensorSpec:
+    letter = next(c for c in "TSUVWXYZ" if c not in spec.layout + spec.source_layout)
+    layouts = [f"{t[:1]}{letter}{t[1:]}" if t else "" for t in (spec.layout, spec.source_layout)]
+    shape = (*spec.shape[:1], steps, *spec.shape[1:])
+    return dataclasses.replace(spec, shape=shape, layout=layouts[0], source_layout=layouts[1])
+
+
+def answers(artifact: Artifact) -> tuple[str, ...]:
+    """The outputs that a model is judged by: those that feed no state, or all where every one does."""
+    states = {spec.fed_by for spec in artifact.inputs}
+    names = tuple(spec.name for spec in artifact.outputs)
+    return tuple(name for name in names if name not in states) or names
+
+
+def with_state(artifact: Artifact, wiring: Mapping[str, str]) -> Artifact:
+    """The artifact with ``wiring`` (state input -> output that feeds it) in its input specs.
+
+    Raises ArtifactError (``bad-state``) for a name that is not there, an output that feeds two inputs, a
+    pair of different shape or dtype, or where no input is left for data.
+    """
+    inputs = {spec.name: spec for spec in artifact.inputs}
+    outputs = {spec.name: spec for spec in artifact.outputs}
+    check_names(wiring, tuple(inputs), tuple(outputs))
+    for name, output in wiring.items():
+        ours, theirs = inputs[name], outputs[output]
+        if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+            raise _bad(
+                f"{name} = {output!r}: the input is {ours.dtype} {list(ours.shape)}, the output {theirs.dtype} {list(theirs.shape)}",
+                "a state has the same shape and dtype where it comes out and where it goes in again",
+            )
+    feeds = {output: inputs[name] for name, output in wiring.items()}
+    return dataclasses.replace(
+        artifact,
+        inputs=tuple(dataclasses.replace(s, fed_by=wiring.get(s.name, "")) for s in artifact.inputs),
+        outputs=like_inputs(artifact.outputs, feeds),
+    )  # fmt: skip
+
+
+def like_inputs(
+    outputs: Sequence[TensorSpec], feeds: Mapping[str, TensorSpec]
+) -> tuple[TensorSpec, ...]:
+    """Output specs, each that feeds a state (``feeds``: output -> input) in that one's layout."""
+    return tuple(
+        dataclasses.replace(s, layout=feeds[s.name].layout, source_layout=feeds[s.name].source_layout)
+        if s.name in feeds
+        else s
+        for s in outputs
+    )  # fmt: skip
+
+
+def check_names(
+    wiring: Mapping[str, str], inputs: Sequence[str], outputs: Sequence[str] = ()
+) -> None:
+    """As far as names tell: ArtifactError (``bad-state``). ``outputs`` () = not known yet."""
+    for name, output in wiring.items():
+        if name not in inputs:
+            raise _bad(
+                f"{name!r} is no input of the model{near_miss(name, list(inputs))}",
+                f"its inputs: {', '.join(inputs)}; [model.state] says INPUT = OUTPUT",
+            )
+        if outputs and output not in outputs:
+            raise _bad(
+                f"{name} = {output!r}: the model has no such output{near_miss(output, list(outputs))}",
+                f"its outputs: {', '.join(outputs)} ([model] outputs = [...] names those of a PyTorch model, in order)",
+            )
+        if list(wiring.values()).count(output) > 1:
+            raise _bad(f"{output!r} feeds two inputs", "each state has an output of its own")
+    if wiring and not set(inputs) - set(wiring):
+        raise _bad(
+            "every input is state, so that there is none for data",
+            f"leave out what is data: {', '.join(inputs)}",
+        )
+
+
+def _bad(what: str, hint: str) -> ArtifactError:
+    return ArtifactError(f"[model.state] {what}", hint=hint, code="bad-state")
