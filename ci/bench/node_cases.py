@@ -100,6 +100,8 @@ def make_row(case: TestCase, route: str, folder: Path) -> Row:
         return row | {"verdict": "refused", "code": exc.code, "message": exc.message}
     expected = dict(zip((v.name for v in model.graph.output), case.data_sets[0][1], strict=True))
     for spec, result in zip(made.outputs, results, strict=True):
+        if not spec.shape:  # one sample of a scalar is (1,)
+            result = result.reshape(())
         problem = difference(expected[spec.name], moved(result, spec.layout, spec.source_layout))
         if problem:
             return row | {"verdict": "WRONG", "code": "", "message": f"{spec.name}: {problem}"}

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -97,21 +98,23 @@ def _onnx_tensors(model: onnx.ModelProto, inputs: Sequence[np.ndarray]) -> dict[
             onnx.ValueInfoProto(name=name) for name in node.output if name and name not in known
         )
     session = open_onnx(extended.SerializeToString(), optimise=False)
-    feed = {v.name: a for v, a in zip(session.get_inputs(), inputs, strict=True)}
+    # a scalar's one sample is (1,)
+    feed = {v.name: a if v.shape else a.reshape(()) for v, a in zip(session.get_inputs(), inputs, strict=True)}  # fmt: skip
     names = [v.name for v in session.get_outputs()]
-    values = session.run(names, feed)
+    values = map(_as_array, session.run(names, feed))
     return {n: v for n, v in zip(names, values, strict=True) if _is_comparable(v)}
 
 
 def _tflite_tensors(path: Path, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
     interpreter = open_tflite(path, preserve_all_tensors=True)
     for detail, array in zip(interpreter.get_input_details(), inputs, strict=True):
-        interpreter.set_tensor(detail["index"], array.astype(detail["dtype"]))
+        fed = array if len(detail["shape"]) else array.reshape(())
+        interpreter.set_tensor(detail["index"], fed.astype(detail["dtype"]))
     invoke_once(interpreter, where=str(path))
     found = []
     for detail in interpreter.get_tensor_details():
         try:
-            value = interpreter.get_tensor(detail["index"])
+            value = _as_array(interpreter.get_tensor(detail["index"]))
         except ValueError:  # a temporary of a kernel, without data
             continue
         if _is_comparable(value):
@@ -119,8 +122,13 @@ def _tflite_tensors(path: Path, inputs: Sequence[np.ndarray]) -> list[np.ndarray
     return found
 
 
-def _is_comparable(value: object) -> bool:
-    return isinstance(value, np.ndarray) and value.dtype == np.float32 and value.size > 0
+def _as_array(value: Any) -> np.ndarray:
+    """Runtimes give a scalar as a number; what is no tensor becomes an array that nothing is compared with."""
+    return np.asarray(value if isinstance(value, (np.ndarray, np.generic)) else [])
+
+
+def _is_comparable(value: np.ndarray) -> bool:
+    return value.dtype == np.float32 and value.size > 0
 
 
 def _has_equal(reference: np.ndarray, others: Sequence[np.ndarray], tolerance: float) -> bool:

@@ -96,7 +96,10 @@ def keeps_state(path: Path, rows: Mapping[str, np.ndarray], specs: Sequence[Tens
     for _ in range(2):
         for detail, spec in zip(details, specs, strict=True):
             row = to_layout(rows[spec.name], spec.source_layout, spec.layout)
-            batched = np.broadcast_to(row, detail["shape"]).astype(detail["dtype"])
+            whole = (
+                np.broadcast_to(row, detail["shape"]) if len(detail["shape"]) else row.reshape(())
+            )
+            batched = whole.astype(detail["dtype"])
             interpreter.set_tensor(detail["index"], batched)
         interpreter.invoke()
         outputs = interpreter.get_output_details()

@@ -20,6 +20,7 @@ from ai_edge_litert.tools import flatbuffer_utils
 from edgepipe.array_ops.layout import permute_shape, to_layout
 from edgepipe.artifact import TensorSpec
 from edgepipe.errors import ArtifactError, StageOptionError
+from edgepipe.state import batch_axis
 from edgepipe.tflite_ops.flatbuffer import parse_model
 from edgepipe.tflite_ops.onnx_model import external_files, read_onnx
 from edgepipe.tflite_ops.onnx_rewrites import rewrite_for_converters
@@ -147,9 +148,10 @@ def match_tensors(
         )
     batch_sizes = {int(d["shape"][0]) for d in files_in if len(d["shape"])}
     batch = batch_sizes.pop() if len(batch_sizes) == 1 else 1
+    axes = [batch_axis(spec.layout) for spec in input_specs]
     rows = [
-        [np.repeat(a[i : i + 1], batch, axis=0).astype(s.dtype) for a, s in zip(samples, input_specs, strict=True)]
-        for i in range(len(samples[0]) if samples else 1)
+        [np.take(a, [i] * batch, axis=axis).astype(s.dtype) for a, s, axis in zip(samples, input_specs, axes, strict=True)]
+        for i in range(samples[0].shape[axes[0]] if samples else 1)
     ]  # fmt: skip
     expected = [run_onnx(reference, row, input_specs, output_specs) for row in rows]
     best: Match | None = None
@@ -162,9 +164,13 @@ def match_tensors(
         for row in rows:
             for detail, (i, layout) in zip(files_in, assignment, strict=True):
                 moved = to_layout(row[i], input_specs[i].layout, layout)
-                interpreter.set_tensor(detail["index"], moved.astype(detail["dtype"]))
+                # a scalar's one sample is (1,)
+                fed = moved.astype(detail["dtype"]).reshape(detail["shape"])
+                interpreter.set_tensor(detail["index"], fed)
             invoke_once(interpreter, where=str(converted))
-            actual.append([np.array(interpreter.get_tensor(d["index"])) for d in files_out])
+            actual.append(
+                [np.atleast_1d(interpreter.get_tensor(d["index"])).copy() for d in files_out]
+            )
         paired = _pair_outputs(files_out, output_specs, actual, expected, tolerance)
         if paired is None:
             continue
@@ -176,8 +182,8 @@ def match_tensors(
     if best is None:
         raise ArtifactError(
             f"the converted model's tensors fit no tensors of the source: inputs "
-            f"{[(plain_name(d['name']), list(d['shape'])) for d in files_in]} against {[(s.name, list(s.shape)) for s in input_specs]}, outputs "
-            f"{[(plain_name(d['name']), list(d['shape'])) for d in files_out]} against {[(s.name, list(s.shape)) for s in output_specs]}",
+            f"{[(plain_name(d['name']), d['shape'].tolist()) for d in files_in]} against {[(s.name, list(s.shape)) for s in input_specs]}, outputs "
+            f"{[(plain_name(d['name']), d['shape'].tolist()) for d in files_out]} against {[(s.name, list(s.shape)) for s in output_specs]}",
             hint="report the model to the converter, or try another route",
             code="not-comparable",
         )
@@ -196,6 +202,7 @@ def _file_spec(detail: dict[str, Any], source: TensorSpec, layout: str) -> Tenso
         dtype=np.dtype(detail["dtype"]).name,
         layout=layout,
         source_layout=source.source_layout,
+        fed_by=source.fed_by,
     )
 
 

@@ -379,12 +379,15 @@ def _run_in_batches(
     shapes: Sequence[tuple[int | None, ...]],
     invoke: Callable[[list[np.ndarray]], list[np.ndarray]],
 ) -> list[np.ndarray]:
-    """Loop N samples over the file's batch; the last batch is filled up with its last sample."""
+    """Loop N samples over the file's batch; the last batch is filled up with its last sample.
+
+    A scalar input has (N,) samples and takes one at a time.
+    """
     axes = [_batch_axis(spec.layout) for spec in input_specs]
     for array, spec, shape, axis in zip(arrays, input_specs, shapes, axes, strict=True):
-        fits = array.ndim == len(shape) and all(
+        fits = array.ndim == (len(shape) or 1) and all(
             n is None or i == axis or n == m
-            for i, (n, m) in enumerate(zip(shape, array.shape, strict=True))
+            for i, (n, m) in enumerate(zip(shape, array.shape, strict=bool(shape)))
         )
         if not fits:
             legal = ["any" if n is None else n for n in shape]
@@ -393,8 +396,8 @@ def _run_in_batches(
                 f"the samples have shape {list(array.shape)}",
                 hint="the first number is the batch; the rest must be equal",
             )
-    if any(array.ndim == 0 for array in arrays) or not arrays:
-        return invoke(list(arrays))  # constants only: there is no batch to loop over
+    if not arrays:
+        return invoke([])  # constants only: there is no batch to loop over
     counts = {array.shape[axis] for array, axis in zip(arrays, axes, strict=True)}
     if len(counts) != 1 or 0 in counts:
         raise DataError(
@@ -402,7 +405,7 @@ def _run_in_batches(
             hint="every input needs the same number of samples, at least one",
         )
     total = counts.pop()
-    fixed = {shape[axis] for shape, axis in zip(shapes, axes, strict=True)} - {None}
+    fixed = {shape[axis] if shape else 1 for shape, axis in zip(shapes, axes, strict=True)} - {None}
     if len(fixed) > 1:
         raise ArtifactError(f"inputs of {path} have different batch sizes: {sorted(map(str, fixed))}")  # fmt: skip
     batch_size = fixed.pop() if fixed else min(total, DYNAMIC_BATCH)
@@ -411,7 +414,7 @@ def _run_in_batches(
     for start in range(0, total, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), total - 1)
         batch = [np.take(a, rows, axis=axis) for a, axis in zip(arrays, axes, strict=True)]
-        parts.append(invoke(batch))
+        parts.append(invoke([b if s else b.reshape(()) for b, s in zip(batch, shapes, strict=True)]))  # fmt: skip
     results = []
     for index, spec in enumerate(output_specs):
         pieces = [np.atleast_1d(part[index]) for part in parts]

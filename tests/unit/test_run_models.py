@@ -14,9 +14,14 @@ from onnx import TensorProto, helper
 from edgepipe.artifact import TensorSpec
 from edgepipe.errors import ArtifactError, DataError
 from edgepipe.tflite_ops import run as ops
+from edgepipe.tflite_ops.bisect import first_departure
+from edgepipe.tflite_ops.candidates import keeps_state
+from edgepipe.tflite_ops.convert import match_tensors
 from edgepipe.tflite_ops.onnx_model import onnx_specs
 from edgepipe.tflite_ops.run import dequantize, exact_cast, quantize, run_onnx, run_tflite
 from edgepipe.tflite_ops.tiny import stateful_tflite, tiny_tflite
+
+from .tflite_builder import Graph
 
 X, Y = TensorSpec("x", (1, 4)), TensorSpec("y", (1, 4))
 
@@ -58,6 +63,30 @@ def test_a_tflite_of_batch_one_is_looped_over(tmp_path: Path) -> None:
     path.write_bytes(tiny_tflite())
     x = np.arange(12, dtype=np.float32).reshape(3, 4)
     np.testing.assert_array_equal(run_tflite(path, [x], [X], [Y])[0], 2 * x + 1)
+
+
+def test_a_scalar_takes_one_sample_at_a_time_and_is_found_again_in_the_converted_file(
+    tmp_path: Path,
+) -> None:
+    """y = a * b for scalars, in ONNX and in TFLite."""
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in "aby"]
+    graph = helper.make_graph([helper.make_node("Mul", ["a", "b"], ["y"])], "g", values[:2], values[2:])  # fmt: skip
+    reference, converted = tmp_path / "m.onnx", tmp_path / "m.tflite"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), reference)  # fmt: skip
+    g = Graph()
+    y = g.op("MUL", [g.input("a", []), g.input("b", [])], "y", [], "MulOptions")
+    converted.write_bytes(g.bytes([y]))
+
+    inputs, outputs = onnx_specs(reference)
+    assert [s.shape for s in (*inputs, *outputs)] == [(), (), ()]
+    a, b = np.float32([1, 2, 3]), np.float32([5, 7, 11])
+    for run, path in ((run_onnx, reference), (run_tflite, converted)):
+        np.testing.assert_array_equal(run(path, [a, b], inputs, outputs)[0], a * b)
+    match = match_tensors(reference, converted, inputs, outputs, [a, b], layouts={}, tolerance=0.0)
+    assert match.errors == {"y": 0.0}
+    rows = {"a": a[:1], "b": b[:1]}
+    assert not keeps_state(converted, rows, match.inputs)
+    assert first_departure(reference, converted, [a[:1], b[:1]], [a[:1], b[:1]], tolerance=0.0) is None  # fmt: skip
 
 
 def test_state_does_not_leak_from_one_sample_to_the_next(tmp_path: Path) -> None:
