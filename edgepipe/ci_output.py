@@ -55,12 +55,12 @@ class CiOutput:
         if self.junit and self.markdown and self.junit.resolve() == self.markdown.resolve():
             raise RequestError("--junit and --markdown name the same file", hint="name two files")
 
-    def write(self, record: Mapping[str, Any], report: str) -> str:
-        """Write everything for a judged run; returns the annotations for the log ("" for none)."""
+    def write(self, records: Sequence[Mapping[str, Any]], report: str) -> str:
+        """Write everything for judged runs; returns the annotations for the log ("" for none)."""
         if self.junit:
-            _replace(self.junit, junit_xml(record))
+            _replace(self.junit, junit_xml(*records))
         self._write_report(report)
-        return annotate(record, self.service)
+        return "\n".join(marks for r in records if (marks := annotate(r, self.service)))
 
     @contextlib.contextmanager
     def reporting_errors(self, what: str, say: Callable[[str], None]) -> Iterator[None]:
@@ -98,19 +98,26 @@ def _no_html(text: str) -> str:
 # --------------------------------------------------------------------------------------- JUnit
 
 
-def junit_xml(record: Mapping[str, Any]) -> str:
-    """One test case per gate and device. FAIL is a failure; INCONCLUSIVE, which proves nothing, an error.
+def junit_xml(*records: Mapping[str, Any]) -> str:
+    """One test suite per run with one test case per gate and device. FAIL is a failure; INCONCLUSIVE,
+    which proves nothing, an error, and so is what ended one run of several.
 
     Valid by the strictest schema in use, that of Ant's JUnit task
     (https://github.com/windyroad/JUnit-Schema), and so by Jenkins', GitLab's and GitHub apps'.
     """
+    return _document([_suite_of(record, number) for number, record in enumerate(records)])
+
+
+def _suite_of(record: Mapping[str, Any], number: int) -> ET.Element:
     cases = []
+    if error := record.get("error"):
+        cases.append(_error_case(record["recipe"], error["error"], error["message"], error.get("hint", "")))  # fmt: skip
     seen: collections.Counter[tuple[str, str]] = collections.Counter()
     for verdict in record.get("verdicts", []):
         device = verdict["device"] or "model"
         seen[verdict["gate"], device] += 1
-        number = seen[verdict["gate"], device]
-        name = verdict["gate"] + (f" #{number}" if number > 1 else "")
+        count = seen[verdict["gate"], device]
+        name = verdict["gate"] + (f" #{count}" if count > 1 else "")
         case = ET.Element("testcase", name=name, classname=f"{record['recipe']}.{device}", time="0")
         if verdict["status"] != "PASS":
             kind = "failure" if verdict["status"] == "FAIL" else "error"
@@ -124,23 +131,28 @@ def junit_xml(record: Mapping[str, Any]) -> str:
         "model_sha256": (record.get("shipped") or {}).get("sha256", ""),
     }
     seconds = sum(step.get("seconds", 0.0) for step in record.get("steps", []))
-    return _suite(record["recipe"], record["started"][:19], seconds, properties, cases)
+    return _suite(record["recipe"], record["started"][:19], seconds, properties, cases, number)
 
 
 def junit_of_error(error: EdgepipeError, recipe: str, *, timestamp: str) -> str:
     """A run that was not judged: one test case, an error."""
+    case = _error_case(recipe, error.code, error.message, error.hint)
+    return _document([_suite(recipe, timestamp, 0.0, {}, [case])])
+
+
+def _error_case(recipe: str, code: str, message: str, hint: str) -> ET.Element:
     case = ET.Element("testcase", name="run", classname=recipe, time="0")
-    found = ET.SubElement(case, "error", type=error.code, message=_xml(error.message))
-    found.text = _xml("\n".join(line for line in (error.message, error.hint) if line))
-    return _suite(recipe, timestamp, 0.0, {}, [case])
+    found = ET.SubElement(case, "error", type=code, message=_xml(message))
+    found.text = _xml("\n".join(line for line in (message, hint) if line))
+    return case
 
 
 def _suite(
-    name: str, timestamp: str, seconds: float, properties: Mapping[str, str], cases: Sequence[ET.Element]
-) -> str:  # fmt: skip
-    suites = ET.Element("testsuites")
-    suite = ET.SubElement(
-        suites, "testsuite", name=name, id="0", package="edgepipe", timestamp=timestamp,
+    name: str, timestamp: str, seconds: float, properties: Mapping[str, str], cases: Sequence[ET.Element],
+    number: int = 0,
+) -> ET.Element:  # fmt: skip
+    suite = ET.Element(
+        "testsuite", name=name, id=str(number), package="edgepipe", timestamp=timestamp,
         hostname="localhost", time=f"{seconds:.2f}", tests=str(len(cases)),
         failures=str(sum(case.find("failure") is not None for case in cases)),
         errors=str(sum(case.find("error") is not None for case in cases)),
@@ -151,8 +163,14 @@ def _suite(
     suite.extend(cases)
     ET.SubElement(suite, "system-out")
     ET.SubElement(suite, "system-err")
-    ET.indent(suites)
-    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(suites, encoding="unicode") + "\n"  # fmt: skip
+    return suite
+
+
+def _document(suites: Sequence[ET.Element]) -> str:
+    root = ET.Element("testsuites")
+    root.extend(suites)
+    ET.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"  # fmt: skip
 
 
 def _xml(text: str) -> str:
@@ -165,6 +183,9 @@ def _xml(text: str) -> str:
 def annotate(record: Mapping[str, Any], service: Service) -> str:
     """What did not pass, one annotation each, as ``service`` shows it in a job's log."""
     lines = []
+    if error := record.get("error"):
+        title = f"{record['recipe']}: {error['error']}"
+        lines.append(_annotation(service, title, [error["message"], error.get("hint", "")]))
     for verdict in record.get("verdicts", []):
         if verdict["status"] == "PASS":
             continue

@@ -28,12 +28,21 @@ escapes is a bug of ours: exit 4.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 EXIT_PASS = 0
 EXIT_FAIL = 1
 EXIT_REQUEST = 2
 EXIT_NOT_READY = 3
 EXIT_BUG = 4
 EXIT_SIGNAL = 128  # + number of the signal: 130 for Ctrl-C, as a shell reports it
+
+_WORST_FIRST = (EXIT_BUG, EXIT_FAIL, EXIT_REQUEST, EXIT_NOT_READY, EXIT_PASS)
+
+
+def worst_exit_code(codes: Iterable[int]) -> int:
+    """The one code of several runs: a failed gate before what a retry may mend."""
+    return min(codes, key=_WORST_FIRST.index)
 
 
 class EdgepipeError(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import importlib.metadata
 import json
@@ -43,7 +44,7 @@ from edgepipe.measurement import (
 )
 from edgepipe.op_table import estimate_change, gain_note, load_op_table
 from edgepipe.profile import find_profile
-from edgepipe.recipe import Recipe
+from edgepipe.recipe import Recipe, bucket_text
 from edgepipe.rescue import check_evaluation_data
 from edgepipe.resources import profile_paths, target_dir
 from edgepipe.stage import (
@@ -55,7 +56,7 @@ from edgepipe.stage import (
     profiles_of,
 )
 from edgepipe.stages.load import LoadModel
-from edgepipe.store import Run, Store, write_json
+from edgepipe.store import Run, Store, unique_name, write_json
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -79,6 +80,7 @@ def run(
     targets: Sequence[Target] = (),
     remeasure: bool = False,
     baselines: Path | None = None,
+    together: Mapping[str, Any] | None = None,
 ) -> RunResult:
     """Run a recipe and judge it. Every finished step is kept, so running again resumes.
 
@@ -88,16 +90,13 @@ def run(
     they lie in (default: the recipe's, else ``ci/baselines`` in the working folder).
 
     Several boards are measured at once. One that cannot be measured does not stop the others: its
-    gates are INCONCLUSIVE and say why, so that the run is.
+    gates are INCONCLUSIVE and say why, so that the run is. ``together`` is what `run_buckets` notes of
+    the runs that were asked for at once.
 
     Raises EdgepipeError where a step could not be done, the measurement on the only board included;
     a failed gate is a result, not an error.
     """
-    check_budgets(recipe.gates, [target.profile for target in targets])
-    folder = (baselines or recipe.baselines or DEFAULT_FOLDER).resolve()
-    # before any long work: a damaged baseline is refused
-    profiles = sorted({target.profile.name for target in targets})
-    found = load_baselines(recipe.gates, folder, profiles, recipe.name)
+    folder, found = _refuse_early(recipe, targets, baselines)
     record = store.new_run(recipe.name)
     record.update(
         edgepipe=edgepipe.__version__,
@@ -106,6 +105,8 @@ def run(
         steps=[],
         gates=_gates_to_list(recipe.gates),
         baselines=str(folder),
+        **({"bucket": dict(recipe.bucket)} if recipe.bucket else {}),
+        **({"together": dict(together)} if together else {}),
     )
     with _log_to(record.folder / "log.txt"):
         try:
@@ -122,6 +123,53 @@ def run(
             log.exception("unexpected error")
             record.update(status="failed", error={"error": "bug", "message": "see log.txt"})
             raise
+
+
+def _refuse_early(
+    recipe: Recipe, targets: Sequence[Target], baselines: Path | None
+) -> tuple[Path, dict[str, Baseline | None]]:
+    """The folder of baselines and those in it, by profile; a damaged one is refused before any work."""
+    check_budgets(recipe.gates, [target.profile for target in targets])
+    folder = (baselines or recipe.baselines or DEFAULT_FOLDER).resolve()
+    profiles = sorted({target.profile.name for target in targets})
+    return folder, load_baselines(recipe.gates, folder, profiles, recipe.name)
+
+
+def run_buckets(
+    recipes: Sequence[Recipe],
+    store: Store,
+    *,
+    targets: Sequence[Sequence[Target]],
+    remeasure: bool = False,
+    baselines: Path | None = None,
+) -> Iterator[tuple[Run, RunResult | EdgepipeError]]:
+    """Run the recipes of several buckets one after the other, in one store: each one's run and result.
+
+    ``targets`` are the boards of each. The error that ended a bucket is its result and does not stop
+    the others; what is wrong before any work (a budget, a damaged baseline) is raised for all. The
+    runs know of each other, so that `Store.find_together` finds them.
+    """
+    for recipe, boards in zip(recipes, targets, strict=True):
+        _refuse_early(recipe, boards, baselines)
+    name = unique_name(datetime.datetime.now(datetime.UTC), "buckets")
+    together = {"id": name, "recipes": [recipe.name for recipe in recipes]}
+    for number, (recipe, boards) in enumerate(zip(recipes, targets, strict=True), 1):
+        log.info("bucket %s (%d of %d)", bucket_text(recipe.bucket), number, len(recipes))
+        result: RunResult | EdgepipeError
+        try:
+            result = run(
+                recipe, store, targets=boards, remeasure=remeasure, baselines=baselines, together=together,
+            )  # fmt: skip
+            found = result.run
+        except EdgepipeError as exc:
+            begun = store.runs_together(together)
+            if len(begun) < number:  # there is no record to tell of it
+                raise
+            log.warning("%s: %s", recipe.name, exc.message)
+            if exc.hint:
+                log.warning("hint: %s", exc.hint)
+            result, found = exc, begun[-1]
+        yield found, result
 
 
 def _say_baseline(baseline: Baseline | None, path: Path) -> None:

@@ -64,6 +64,7 @@ class Recipe:
     measure: MeasureOptions
     gates: tuple[Gate, ...]
     baselines: Path | None = None
+    bucket: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def reference_stage(self) -> int:
@@ -78,12 +79,12 @@ def load_recipe(path: Path, bucket: Mapping[str, int] | None = None) -> Recipe:
 
     ``bucket`` chooses one size for each free dimension that the recipe lists under ``[buckets]``:
     ``${length}`` stands for it anywhere, and the recipe's name ends in ``-length32``, so that each
-    bucket is a model with its own file, ranges, measurements and baseline.
+    bucket is a model with its own file, ranges, measurements and baseline; `load_buckets` loads all.
     """
     path = path.resolve()
     raw = read_toml(path, error=RecipeError)
     problems: list[str] = []
-    sizes = _choose_bucket(raw.get("buckets", {}), bucket or {}, path)
+    sizes = _choose_bucket(_declared_buckets(raw, path), bucket or {}, path)
 
     def attempt(function: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -179,8 +180,42 @@ def load_recipe(path: Path, bucket: Mapping[str, int] | None = None) -> Recipe:
     return Recipe(
         path=path, name=name, seed=seed, model=model, data=data, stages=tuple(stages),
         evaluate=evaluate, devices=tuple(devices), measure=measure, gates=tuple(gates),
-        baselines=user_path(Path(baselines), root) if baselines else None,
+        baselines=user_path(Path(baselines), root) if baselines else None, bucket=sizes,
     )  # fmt: skip
+
+
+def load_buckets(path: Path, only: Mapping[str, Sequence[int]] | None = None) -> list[Recipe]:
+    """The recipe of every bucket, in the order of ``[buckets]``; of a recipe without any, that one.
+
+    ``only`` leaves some sizes of a free dimension, as `parse_bucket` reads them. All are read before
+    one is run: RecipeError with what is wrong with each.
+    """
+    declared = _declared_buckets(read_toml(path.resolve(), error=RecipeError), path.resolve())
+    chosen = only or {}
+    firsts = {name: sizes[0] for name, sizes in declared.items()}
+    for name, asked in chosen.items():
+        for size in asked:
+            _choose_bucket(declared, {**firsts, name: size}, path.resolve())
+    ways = itertools.product(*(chosen.get(name, sizes) for name, sizes in declared.items()))
+    recipes: list[Recipe] = []
+    wrong: dict[str, tuple[str, RecipeError]] = {}
+    for way in ways:
+        bucket = dict(zip(declared, way, strict=True))
+        try:
+            recipes.append(load_recipe(path, bucket))
+        except RecipeError as exc:
+            wrong.setdefault(exc.message, (bucket_text(bucket), exc))
+    if len(wrong) > 1:
+        lines = "\n".join(f"bucket {name}: {message}" for message, (name, _) in wrong.items())
+        raise RecipeError(lines, hint=next(iter(wrong.values()))[1].hint)
+    for _, error in wrong.values():
+        raise error
+    return recipes
+
+
+def bucket_text(bucket: Mapping[str, int]) -> str:
+    """``{"length": 16, "width": 4}`` -> ``"length=16 width=4"``."""
+    return " ".join(f"{name}={size}" for name, size in bucket.items())
 
 
 def resolve_source(source: DataSource, root: Path) -> DataSource:
@@ -189,31 +224,42 @@ def resolve_source(source: DataSource, root: Path) -> DataSource:
     return dataclasses.replace(source, path=path, root=root)
 
 
-def parse_bucket(texts: Sequence[str]) -> dict[str, int]:
-    """``["length=32"]`` -> ``{"length": 32}``. Raises RecipeError for anything else."""
-    found = {}
+def parse_bucket(texts: Sequence[str]) -> dict[str, list[int]]:
+    """``["length=16", "length=32"]`` -> ``{"length": [16, 32]}``. Raises RecipeError for anything else."""
+    found: dict[str, list[int]] = {}
     for text in texts:
         name, equals, size = text.partition("=")
         if not (name and equals and size.isdecimal()):
             raise RecipeError(f"--bucket {text!r} is not NAME=SIZE", hint="--bucket length=32")
-        found[name] = int(size)
+        sizes = found.setdefault(name, [])
+        if int(size) not in sizes:
+            sizes.append(int(size))
     return found
 
 
-def _choose_bucket(declared: Any, chosen: Mapping[str, int], path: Path) -> dict[str, int]:
-    """Bucket name -> the size that was chosen, in the recipe's order."""
+def _declared_buckets(raw: Mapping[str, Any], path: Path) -> dict[str, list[int]]:
+    """``[buckets]``: the sizes of each free dimension, none twice."""
+    declared = raw.get("buckets", {})
     legal = isinstance(declared, dict) and all(
         re.fullmatch(r"[A-Za-z]\w*", name)
         and isinstance(sizes, list)
         and sizes
         and all(type(size) is int and size > 0 for size in sizes)
+        and len(set(sizes)) == len(sizes)
         for name, sizes in declared.items()
     )
     if not legal:
         raise RecipeError(
-            f"{path}: [buckets] should give sizes for each free dimension, got {declared!r}",
+            f"{path}: [buckets] should give sizes for each free dimension, none twice, got {declared!r}",
             hint="length = [16, 32, 64]",
         )
+    return dict(declared)
+
+
+def _choose_bucket(
+    declared: Mapping[str, Sequence[int]], chosen: Mapping[str, int], path: Path
+) -> dict[str, int]:
+    """Bucket name -> the size that was chosen, in the recipe's order."""
     choices = "; ".join(f"{n} = {', '.join(map(str, s))}" for n, s in declared.items()) or "none"
     if unknown := sorted(chosen.keys() - declared.keys()):
         raise RecipeError(
@@ -225,22 +271,10 @@ def _choose_bucket(declared: Any, chosen: Mapping[str, int], path: Path) -> dict
             got = f"{name} = {chosen[name]} is none of them" if name in chosen else f"none was chosen of {name}"  # fmt: skip
             raise RecipeError(
                 f"{path} is one recipe for each bucket ([buckets]: {choices}), and {got}",
-                hint="one command for each:\n  " + "\n  ".join(_bucket_options(declared)),
+                hint=f"choose one of each, like --bucket {name}={sizes[0]}",
                 code="no-bucket",
             )
     return {name: chosen[name] for name in declared}
-
-
-# Of more combinations the first few show how it is done.
-_BUCKETS_SHOWN = 16
-
-
-def _bucket_options(declared: Mapping[str, Sequence[int]]) -> list[str]:
-    """``{"a": [1, 2], "b": [3]}`` -> ``["--bucket a=1 --bucket b=3", "--bucket a=2 --bucket b=3"]``."""
-    ways = itertools.islice(itertools.product(*declared.values()), _BUCKETS_SHOWN)
-    return [
-        " ".join(f"--bucket {n}={s}" for n, s in zip(declared, way, strict=True)) for way in ways
-    ]
 
 
 def _expand(value: Any, key: str, problems: list[str], sizes: Mapping[str, int]) -> Any:

@@ -67,6 +67,62 @@ def render(
     return re.sub("\n{3,}", "\n\n", text)
 
 
+def render_all(
+    runs: Sequence[Run],
+    *,
+    markdown: bool,
+    records: Sequence[Mapping[str, Any]] = (),
+    layers: bool = False,
+) -> str:
+    """`render` of each run, and of several (buckets) a table of all at the end."""
+    records = records or [run.read() for run in runs]
+    parts = [
+        render(run, markdown=markdown, record=record, layers=layers)
+        for run, record in zip(runs, records, strict=True)
+    ]
+    if len(runs) > 1:
+        table = buckets_table(runs, records)
+        parts.append((_markdown_table(table) if markdown else text_table(table)) + "\n")
+    return "\n".join(parts)
+
+
+def buckets_table(runs: Sequence[Run], records: Sequence[Mapping[str, Any]]) -> Table:
+    """One line for each bucket that was asked for: what it weighs, what it takes, and its verdict.
+
+    A bucket without a run (it was interrupted before) is there too. ``records`` as in `render`.
+    """
+    together = records[0].get("together") or {}
+    by_name = {record["recipe"]: (run, record) for run, record in zip(runs, records, strict=True)}
+    rows = []
+    for name in together.get("recipes") or by_name:
+        if name not in by_name:
+            rows.append((name, "", "", "never begun"))
+            continue
+        run, record = by_name[name]
+        latencies = []
+        for device in record.get("devices", []):
+            board = device_name(device)
+            measured = run.load_measurements(board)
+            found = next(
+                (measured[m] for m in ("latency_wall", "latency_cpu") if m in measured), None
+            )
+            if found is not None and found.valid_sessions:
+                p50 = format_value(stats.sessions_percentile(found.valid_sessions, 0.5), found.unit)
+                latencies.append(f"{board} {p50}")
+        size = run.load_measurements("model").get("model_bytes")
+        bytes_text = format_value(size.valid_sessions[0][0], "B") if size else ""
+        bucket = " ".join(f"{k}={v}" for k, v in record.get("bucket", {}).items()) or name
+        rows.append((bucket, bytes_text, ", ".join(latencies), outcome_text(record)))
+    return Table("Buckets", ("bucket", "size", "latency (p50)", "verdict"), tuple(rows))
+
+
+def outcome_text(record: Mapping[str, Any]) -> str:
+    """The verdict of a run, or what ended it."""
+    if error := record.get("error"):
+        return f"{record['status']}: {error['error']}"
+    return str(record.get("verdict") or record["status"])
+
+
 def details_text(verdicts: Sequence[Mapping[str, Any]], *, markdown: bool) -> str:
     """The explanation of every verdict that has one; "" where none has."""
     lines = []

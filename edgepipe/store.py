@@ -33,6 +33,11 @@ log = logging.getLogger(__name__)
 RUN_SCHEMA = 1
 
 
+def unique_name(started: datetime.datetime, name: str) -> str:
+    """``<utc>-<name>-<6 hex>``, which sorts by time."""
+    return f"{started:%Y%m%dT%H%M%S.%fZ}-{name}-{secrets.token_hex(3)}"
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path`` to write to; it becomes ``path`` when the block succeeds.
@@ -155,7 +160,7 @@ class Store:
     def new_run(self, recipe_name: str) -> Run:
         """Start a run: a fresh folder whose name sorts by time."""
         started = datetime.datetime.now(datetime.UTC)
-        run_id = f"{started:%Y%m%dT%H%M%S.%fZ}-{recipe_name}-{secrets.token_hex(3)}"
+        run_id = unique_name(started, recipe_name)
         folder = self.root / "runs" / run_id
         try:
             (folder / "logs").mkdir(parents=True)
@@ -188,6 +193,24 @@ class Store:
             what = "no run" if not matches else f"{len(matches)} runs"
             raise RequestError(f"{what} called {name!r}", hint="`edgepipe runs` lists them")
         return matches[0]
+
+    def find_together(self, name: str) -> list[Run]:
+        """`find_run`, but the newest with all that were asked for at once (buckets), in their order."""
+        found = self.find_run(name)
+        together = found.read().get("together")
+        return self.runs_together(together) if name == "latest" and together else [found]
+
+    def runs_together(self, together: Mapping[str, Any]) -> list[Run]:
+        """The runs that hold ``together``: its ``id`` begins with a time before all of them, and
+        ``recipes`` are their names in order. A run that never began is left out."""
+        by_recipe = {}
+        for run in reversed(self.runs()):
+            if run.id < together["id"]:
+                break
+            record = run.read()
+            if record.get("together") == together:
+                by_recipe[record["recipe"]] = run
+        return [by_recipe[recipe] for recipe in together["recipes"] if recipe in by_recipe]
 
 
 def device_name(entry: Mapping[str, Any]) -> str:

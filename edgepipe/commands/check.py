@@ -14,20 +14,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  edgepipe check recipe.toml"
     )
     parser.add_argument("recipe", type=Path, help="the recipe, a TOML file")
-    parser.add_argument("--bucket", action="append", default=[], metavar="NAME=SIZE", help="which of the sizes under the recipe's [buckets]")  # fmt: skip
+    parser.add_argument("--bucket", action="append", default=[], metavar="NAME=SIZE", help="only this size of the recipe's [buckets] (default: all)")  # fmt: skip
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    from edgepipe.recipe import load_recipe, parse_bucket
+    from edgepipe.recipe import bucket_text, load_buckets, parse_bucket
 
-    recipe = load_recipe(args.recipe, parse_bucket(args.bucket))
+    recipes = load_buckets(args.recipe, parse_bucket(args.bucket))
+    recipe = recipes[0]
     stages = [stage.name for stage in recipe.stages]
     gates = [gate.name for gate in recipe.gates]
+    buckets = [r.bucket for r in recipes if r.bucket]
     out.text(
         f"{args.recipe}: fine\n"
         f"  stages: {' -> '.join(stages) or 'none'}\n"
         f"  devices: {', '.join(recipe.devices) or 'none'}\n"
         f"  gates: {', '.join(gates) or 'none'}"
+        + (f"\n  buckets: {', '.join(map(bucket_text, buckets))}" if buckets else "")
     )
-    out.json({"recipe": str(recipe.path), "stages": stages, "devices": recipe.devices, "gates": gates})  # fmt: skip
+    out.json({"recipe": str(recipe.path), "stages": stages, "devices": recipe.devices, "gates": gates, "buckets": buckets})  # fmt: skip
     return 0

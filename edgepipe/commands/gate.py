@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from edgepipe.gate import Evidence, Gate, Verdict
     from edgepipe.measurement import Measurement
     from edgepipe.recipe import Recipe
+    from edgepipe.store import Run
+
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--promote writes ci/baselines/<profile>/<recipe>.json and .tflite, to be committed, if every\n"
         "gate PASSed (a first baseline: every gate but those that need one). Exit code 0 then."
     )
-    parser.add_argument("run", nargs="?", default="latest", help="run id, its start or end (default: latest)")  # fmt: skip
+    parser.add_argument("run", nargs="?", default="latest", help="run id, its start or end (default: latest, with all buckets of that command)")  # fmt: skip
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="judge by the gates of this recipe")  # fmt: skip
-    parser.add_argument("--bucket", action="append", default=[], metavar="NAME=SIZE", help="which of the sizes under the recipe's [buckets]")  # fmt: skip
+    parser.add_argument("--bucket", action="append", default=[], metavar="NAME=SIZE", help="only this size of the [buckets]")  # fmt: skip
     parser.add_argument("--baselines", type=Path, metavar="DIR", help="where baselines lie (default: where the run looked)")  # fmt: skip
     parser.add_argument("--promote", action="store_true", help="make the run the baseline, if every gate passed")  # fmt: skip
     ci_output.add_arguments(parser)
@@ -47,20 +51,74 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 
 def _run(args: argparse.Namespace, out: Output, ci: CiOutput) -> int:
-    from edgepipe.baseline import DEFAULT_FOLDER, load_baseline
-    from edgepipe.errors import EXIT_NOT_READY, NotReadyError, RecipeError, RequestError
-    from edgepipe.gate import EXIT_CODES, GATES, Evidence, Status, overall
-    from edgepipe.judge import judge, needs_baseline
-    from edgepipe.recipe import load_recipe, parse_bucket
-    from edgepipe.report import Table, details_text, render, text_table
-    from edgepipe.store import Store, device_name
+    from edgepipe.errors import EXIT_NOT_READY, EdgepipeError, RequestError, worst_exit_code
+    from edgepipe.recipe import parse_bucket
+    from edgepipe.report import buckets_table, render_all, text_table
+    from edgepipe.store import Store
 
     if args.promote and args.recipe:
         raise RequestError(
             "--promote judges by the gates of the run itself, not by those of --recipe",
             hint="run the other recipe, then promote that run",
         )
-    found = Store(Path(args.store)).find_run(args.run)
+    asked = parse_bucket(args.bucket)
+    together = Store(Path(args.store)).find_together(args.run)
+    runs = [run for run in together if _is_asked_for(run.read().get("bucket", {}), asked)]
+    if not runs:
+        raise RequestError(
+            f"{args.run} holds no run of the bucket {' '.join(args.bucket)}",
+            hint="`edgepipe runs` lists what there is",
+        )
+    if len(runs) == 1 and (asked or len(together) == len(_names(together[0].read()))):
+        judged, result, code = _judge(runs[0], args, out)
+        if marks := ci.write([judged], render_all(runs, markdown=True, records=[judged])):
+            out.text(marks)
+        out.json(result)
+        return code
+
+    records, entries, codes = [], [], []
+    for run in runs:
+        try:
+            judged, result, code = _judge(run, args, out)
+        except EdgepipeError as exc:
+            log.warning("%s: %s", run.id, exc.message)
+            judged, result, code = run.read(), {"run": run.id, **exc.as_dict()}, exc.exit_code
+            judged.setdefault("error", exc.as_dict())
+        records.append(judged)
+        entries.append({"bucket": judged["bucket"], **result})
+        codes.append(code)
+        out.text("")
+    begun = {record["recipe"] for record in records}
+    for name in _names(records[0]) if not asked else ():
+        if name not in begun:
+            log.warning("%s was never begun: there is no evidence to judge", name)
+            codes.append(EXIT_NOT_READY)
+    if marks := ci.write(records, render_all(runs, markdown=True, records=records)):
+        out.text(marks)
+    out.text(text_table(buckets_table(runs, records)))
+    out.json({"buckets": entries})
+    return worst_exit_code(codes)
+
+
+def _names(record: Mapping[str, Any]) -> list[str]:
+    """The recipes that were asked for together with a run, its own among them."""
+    together = record.get("together") or {}
+    return together.get("recipes") or [record["recipe"]]
+
+
+def _is_asked_for(bucket: Mapping[str, int], asked: Mapping[str, Sequence[int]]) -> bool:
+    return all(size in asked.get(name, [size]) for name, size in bucket.items())
+
+
+def _judge(found: Run, args: argparse.Namespace, out: Output) -> tuple[dict[str, Any], dict[str, Any], int]:  # fmt: skip
+    """Judge one run and show it: (its record as judged, what ``--json`` says, exit code)."""
+    from edgepipe.baseline import DEFAULT_FOLDER, load_baseline
+    from edgepipe.errors import EXIT_NOT_READY, NotReadyError, RecipeError
+    from edgepipe.gate import EXIT_CODES, GATES, Evidence, Status, overall
+    from edgepipe.judge import judge, needs_baseline
+    from edgepipe.report import Table, details_text, text_table
+    from edgepipe.store import device_name
+
     record = found.read()
     if record["status"] != "complete":
         raise NotReadyError(
@@ -68,7 +126,7 @@ def _run(args: argparse.Namespace, out: Output, ci: CiOutput) -> int:
             hint=f"run it to the end: edgepipe run {record.get('recipe_path', 'RECIPE')}",
         )
     if args.recipe:
-        recipe = load_recipe(args.recipe, parse_bucket(args.bucket))
+        recipe = _recipe_for(record, args)
         _check_evaluation(recipe, found.load_measurements("model"))
         gates = list(recipe.gates)
     else:
@@ -105,16 +163,28 @@ def _run(args: argparse.Namespace, out: Output, ci: CiOutput) -> int:
     out.text(text_table(Table(f"{record['recipe']}: {status.value}", ("verdict", "gate", "device", "why"), rows)))  # fmt: skip
     if why := details_text(judged["verdicts"], markdown=False):
         out.text(f"\n{why}")
-    if marks := ci.write(judged, render(found, markdown=True, record=judged)):
-        out.text(marks)
     result: dict[str, Any] = {"run": found.id, "verdict": status.value, "verdicts": judged["verdicts"]}  # fmt: skip
     code = EXIT_CODES[status]
     if args.promote:
         result["promoted"], refusal = _promote(folder, record, model, devices, verdicts, baselines, out)  # fmt: skip
         result["not_promoted"] = refusal
         code = 0 if not refusal else EXIT_NOT_READY if status is Status.PASS else code
-    out.json(result)
-    return code
+    return judged, result, code
+
+
+def _recipe_for(record: Mapping[str, Any], args: argparse.Namespace) -> Recipe:
+    """The recipe of ``--recipe``, of its buckets the one that was run."""
+    from edgepipe.errors import RecipeError
+    from edgepipe.recipe import load_buckets, parse_bucket
+
+    recipes = load_buckets(args.recipe, parse_bucket(args.bucket))
+    same = [r for r in recipes if r.bucket == record.get("bucket", {})]
+    if len(recipes) > 1 and not same:
+        raise RecipeError(
+            f"{args.recipe} has no bucket like that of run {record['id']} ({record.get('bucket') or 'none'})",
+            hint="choose one with --bucket NAME=SIZE",
+        )
+    return (same or recipes)[0]
 
 
 def _promote(

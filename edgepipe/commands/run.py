@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgepipe.cli import Output
 from edgepipe.commands.on_device import add_board_arguments
 from edgepipe.gate import EXIT_CODES
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from edgepipe.ci_output import CiOutput
+    from edgepipe.pipeline import RunResult
+    from edgepipe.recipe import Recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,11 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  edgepipe run recipe.toml --lab lab.toml --match 'soc=bcm2712 tag=upper'"
     )
     parser.add_argument("recipe", type=Path, help="the recipe, a TOML file")
-    parser.add_argument("--bucket", action="append", default=[], metavar="NAME=SIZE", help="which of the sizes under the recipe's [buckets]")  # fmt: skip
+    parser.add_argument("--bucket", action="append", default=[], metavar="NAME=SIZE", help="only this size of the recipe's [buckets] (default: all, one after the other)")  # fmt: skip
     add_board_arguments(parser, default="the lab's boards of the recipe's profiles")
     parser.add_argument("--no-devices", action="store_true", help="stop after evaluation; device gates become INCONCLUSIVE")  # fmt: skip
     parser.add_argument("--remeasure", action="store_true", help="measure again even if nothing changed")  # fmt: skip
-    parser.add_argument("--output", type=Path, metavar="FILE", help="also copy the shipped model here if no gate failed")  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also copy the shipped model here if no gate failed (of several buckets: FILE-length16 and so on)")  # fmt: skip
     parser.add_argument("--baselines", type=Path, metavar="DIR", help="where baselines lie (default: the recipe's folder, else ci/baselines)")  # fmt: skip
     ci_output.add_arguments(parser)
 
@@ -44,46 +48,89 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 
 def _run(args: argparse.Namespace, out: Output, ci: CiOutput) -> int:
-    from edgepipe import adhoc, pipeline, report
-    from edgepipe.errors import RequestError
+    from edgepipe import pipeline, report
+    from edgepipe.errors import EdgepipeError, worst_exit_code
     from edgepipe.inventory import resolve_targets
-    from edgepipe.recipe import load_recipe, parse_bucket
+    from edgepipe.recipe import load_buckets, parse_bucket
     from edgepipe.store import Store, check_output
 
-    recipe = load_recipe(args.recipe, parse_bucket(args.bucket))
+    recipes = load_buckets(args.recipe, parse_bucket(args.bucket))
     check_output(args.output)
-    if args.output and recipe.model.builder and all(s.produces == "same" for s in recipe.stages):
+    for recipe in recipes:
+        _check_output_kind(args.output, recipe)
+    targets = [
+        [] if args.no_devices else resolve_targets(
+            recipe.devices, devices=args.device, profile=args.profile, lab=args.lab, match=args.match
+        )
+        for recipe in recipes
+    ]  # fmt: skip
+    store = Store(Path(args.store))
+    options = {"remeasure": args.remeasure, "baselines": args.baselines}
+    if len(recipes) == 1:
+        result = pipeline.run(recipes[0], store, targets=targets[0], **options)
+        record = result.run.read()
+        if marks := ci.write([record], report.render(result.run, markdown=True)):
+            out.text(marks)
+        out.text(report.render(result.run, markdown=False).rstrip())
+        _hand_over(result, args.output, out)
+        out.json(_as_dict(result, record))
+        return EXIT_CODES[result.status]
+
+    runs, records, entries, codes = [], [], [], []
+    for run, outcome in pipeline.run_buckets(recipes, store, targets=targets, **options):
+        record = run.read()
+        runs.append(run)
+        records.append(record)
+        out.text(report.render(run, markdown=False).rstrip())
+        if isinstance(outcome, EdgepipeError):
+            codes.append(outcome.exit_code)
+            entries.append({"run": run.id, "bucket": record["bucket"], "verdict": None, **outcome.as_dict()})  # fmt: skip
+        else:
+            codes.append(EXIT_CODES[outcome.status])
+            entries.append(_as_dict(outcome, record))
+            _hand_over(outcome, _output_of(args.output, record["bucket"]), out)
+        out.text("")
+    if marks := ci.write(records, report.render_all(runs, markdown=True)):
+        out.text(marks)
+    out.text(report.text_table(report.buckets_table(runs, records)))
+    out.json({"buckets": entries})
+    return worst_exit_code(codes)
+
+
+def _check_output_kind(output: Path | None, recipe: Recipe) -> None:
+    from edgepipe.errors import RequestError
+
+    if output and recipe.model.builder and all(s.produces == "same" for s in recipe.stages):
         raise RequestError(
             "--output copies a file, but this recipe ships a PyTorch model, which is a folder",
             hint="add the stages export_onnx and to_tflite, or leave --output out",
         )
-    targets = [] if args.no_devices else resolve_targets(
-        recipe.devices, devices=args.device, profile=args.profile, lab=args.lab, match=args.match
-    )  # fmt: skip
-    result = pipeline.run(
-        recipe,
-        Store(Path(args.store)),
-        targets=targets,
-        remeasure=args.remeasure,
-        baselines=args.baselines,
-    )
-    record = result.run.read()
-    if marks := ci.write(record, report.render(result.run, markdown=True)):
-        out.text(marks)
-    out.text(report.render(result.run, markdown=False).rstrip())
+
+
+def _output_of(output: Path | None, bucket: Mapping[str, int]) -> Path | None:
+    """``net.tflite`` and length 16 -> ``net-length16.tflite``."""
+    if output is None:
+        return None
+    return output.with_stem("-".join((output.stem, *(f"{k}{v}" for k, v in bucket.items()))))
+
+
+def _hand_over(result: RunResult, output: Path | None, out: Output) -> None:
+    from edgepipe import adhoc
+
     out.text(f"model: {result.shipped.path}")
-    if args.output and result.status is not result.status.FAIL:
-        adhoc.write_model(result.shipped, args.output)
-        out.text(f"copied to {args.output}")
-    out.json(
-        {
-            "run": result.run.id,
-            "verdict": result.status.value,
-            "verdicts": [dataclasses.asdict(v) for v in result.verdicts],
-            "model": str(result.shipped.path),
-            "sha256": result.shipped.sha256,
-            "steps": record["steps"],
-            "devices": record.get("devices", []),
-        }
-    )
-    return EXIT_CODES[result.status]
+    if output and result.status is not result.status.FAIL:
+        adhoc.write_model(result.shipped, output)
+        out.text(f"copied to {output}")
+
+
+def _as_dict(result: RunResult, record: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "run": result.run.id,
+        **({"bucket": record["bucket"]} if "bucket" in record else {}),
+        "verdict": result.status.value,
+        "verdicts": [dataclasses.asdict(v) for v in result.verdicts],
+        "model": str(result.shipped.path),
+        "sha256": result.shipped.sha256,
+        "steps": record["steps"],
+        "devices": record.get("devices", []),
+    }

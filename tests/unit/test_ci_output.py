@@ -148,7 +148,7 @@ def test_files_and_the_job_summary_are_written(tmp_path: Path) -> None:
     summary = tmp_path / "summary.md"
     summary.write_text("of another step\n")
     args = arguments("--junit", str(tmp_path / "out" / "j.xml"), "--markdown", str(tmp_path / "m.md"))  # fmt: skip
-    marks = CiOutput(args, {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(summary)}).write(record(), "## report\n")  # fmt: skip
+    marks = CiOutput(args, {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(summary)}).write([record()], "## report\n")  # fmt: skip
     check_junit((tmp_path / "out" / "j.xml").read_text())
     assert (tmp_path / "m.md").read_text() == "## report\n"
     assert summary.read_text() == "of another step\n## report\n\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edgepipe.errors import RecipeError
-from edgepipe.recipe import load_recipe, parse_bucket
+from edgepipe.recipe import load_buckets, load_recipe, parse_bucket
 
 GOOD = """\
 schema = 1
@@ -234,16 +234,47 @@ def test_a_bucket_that_is_not_declared_or_not_chosen_is_told_with_the_choices(
     assert "length = 16, 32" in caught.value.message
 
 
-def test_without_a_bucket_the_hint_has_the_options_of_each(buckets: Path) -> None:
+def test_all_buckets_are_loaded_in_order_or_those_that_are_asked_for(buckets: Path) -> None:
+    names = ["tiny-length16-width4", "tiny-length32-width4"]
+    assert [r.name for r in load_buckets(buckets)] == names
+    assert [r.bucket for r in load_buckets(buckets)] == [
+        {"length": n, "width": 4} for n in (16, 32)
+    ]
+    assert [r.name for r in load_buckets(buckets, {"length": [32]})] == names[1:]
+    assert [r.name for r in load_buckets(buckets, {"length": [32, 16], "width": [4]})] == names[
+        ::-1
+    ]
+    for wrong, told in (({"length": [16, 17]}, "length = 17 is none of them"), ({"lenght": [16]}, "did you mean")):  # fmt: skip
+        with pytest.raises(RecipeError, match=told):
+            load_buckets(buckets, wrong)
+
+
+def test_a_recipe_without_buckets_is_the_only_one(folder: Path) -> None:
+    (made,) = load_buckets(write(folder, GOOD))
+    assert (made.name, made.bucket) == ("tiny", {})
+    with pytest.raises(RecipeError, match="has no bucket 'length'"):
+        load_buckets(write(folder, GOOD), {"length": [16]})
+
+
+def test_what_is_wrong_with_every_bucket_is_told_once_and_what_is_not_by_name(
+    folder: Path, buckets: Path
+) -> None:
+    text = buckets.read_text()
+    buckets.write_text(text.replace('metric = "top1"', 'metric = "top9"'))
     with pytest.raises(RecipeError) as caught:
-        load_recipe(buckets)
-    assert caught.value.code == "no-bucket"
-    offered = [line.split("--bucket ")[1:] for line in caught.value.hint.splitlines()[1:]]
-    made = [load_recipe(buckets, parse_bucket([o.strip() for o in one])).name for one in offered]
-    assert made == ["tiny-length16-width4", "tiny-length32-width4"]
+        load_buckets(buckets)
+    assert caught.value.message.count("top9") == 1
+    buckets.write_text(text)
+    for length in (16, 32):
+        (folder / f"c_{length}.npz").unlink()
+    with pytest.raises(RecipeError) as caught:
+        load_buckets(buckets)
+    assert [line.split(":")[0] for line in caught.value.message.splitlines() if line.startswith("bucket")] == [
+        "bucket length=16 width=4", "bucket length=32 width=4",
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize("wrong", ["length = 16", "length = []", "length = [0]", "length = [1.5]", '"a b" = [1]'])  # fmt: skip
+@pytest.mark.parametrize("wrong", ["length = 16", "length = [8, 8]", "length = []", "length = [0]", "length = [1.5]", '"a b" = [1]'])  # fmt: skip
 def test_buckets_are_lists_of_sizes(folder: Path, wrong: str) -> None:
     (folder / "r.toml").write_text(f"{GOOD}\n[buckets]\n{wrong}\n")
     with pytest.raises(RecipeError, match=r"\[buckets\] should give sizes"):
@@ -252,6 +283,6 @@ def test_buckets_are_lists_of_sizes(folder: Path, wrong: str) -> None:
 
 @pytest.mark.parametrize("text", ["length", "length=", "=3", "length=-3", "length=x"])
 def test_a_bucket_on_the_command_line_is_name_and_size(text: str) -> None:
-    assert parse_bucket(["a=1", "b=20"]) == {"a": 1, "b": 20}
+    assert parse_bucket(["a=1", "b=20", "a=3", "a=1"]) == {"a": [1, 3], "b": [20]}
     with pytest.raises(RecipeError, match="is not NAME=SIZE"):
         parse_bucket([text])

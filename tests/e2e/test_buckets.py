@@ -1,0 +1,134 @@
+"""All buckets of a recipe by one command: run, gate, report, each with its own evidence and baseline."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgepipe import cli, pipeline
+from edgepipe.tflite_ops.tiny import tiny_tflite
+
+RECIPE = """\
+schema = 1
+name = "small"
+devices = ["localhost"]
+[buckets]
+length = [4, 8, 16]
+[model]
+file = "model_${length}.tflite"
+[measure]
+warmup = "10 ms"
+session = "10 ms"
+sessions = 3
+memory_sessions = 1
+[[gates]]
+gate = "size"
+max = "LIMIT"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for length in (4, 8, 16):
+        (tmp_path / f"model_{length}.tflite").write_bytes(tiny_tflite(size=length))
+    (tmp_path / "recipe.toml").write_text(RECIPE.replace("LIMIT", "1 MB"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def asked(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any]:
+    code = cli.main([*arguments, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def buckets_table(text: str) -> list[list[str]]:
+    """The cells of the summary, by line, size and latency joined to their units."""
+    lines = text[text.rindex("Buckets\n") :].splitlines()[2:]
+    return [line.split() for line in lines if line.startswith("  ")]
+
+
+@pytest.mark.slow
+def test_all_buckets_are_measured_judged_and_summed_up(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", "recipe.toml", "--device", "null://quiet", "--junit", "j.xml", "--markdown", "m.md"]  # fmt: skip
+    assert cli.main([*command, "--output", "out.tflite"]) == 3  # on a null device nothing passes
+    rows = buckets_table(capsys.readouterr().out)
+    assert [row[0] for row in rows] == ["length=4", "length=8", "length=16"]
+    assert all(row[3] == "localhost" and row[-1] == "INCONCLUSIVE" for row in rows)
+    assert len({row[1] for row in rows}) == 3  # three files, three sizes
+    for length in (4, 8, 16):
+        model = (folder / f"model_{length}.tflite").read_bytes()
+        assert (folder / f"out-length{length}.tflite").read_bytes() == model
+    suites = [s.get("name") for s in ET.parse(folder / "j.xml").getroot()]
+    assert suites == [f"small-length{n}" for n in (4, 8, 16)]
+    assert "### Buckets" in (folder / "m.md").read_text()
+    code, found = asked(capsys, "gate", "--promote")
+    assert code == 3
+    assert ["null device" in b["not_promoted"] for b in found["buckets"]] == [True] * 3
+
+
+def test_a_bucket_that_fails_stops_no_other_and_decides_the_exit_code(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = (folder / "model_8.tflite").stat().st_size
+    (folder / "recipe.toml").write_text(RECIPE.replace("LIMIT", f"{size} B"))
+    (folder / "model_4.tflite").write_bytes(b"no model")
+    code, found = asked(capsys, "run", "recipe.toml", "--no-devices", "--junit", "j.xml")
+    assert code == 1  # FAIL comes before the error of another bucket
+    assert [(b["bucket"]["length"], b["verdict"]) for b in found["buckets"]] == [(4, None), (8, "PASS"), (16, "FAIL")]  # fmt: skip
+    assert found["buckets"][0]["error"] == "wrong-format"
+    counts = [(s.get("errors"), s.get("failures")) for s in ET.parse(folder / "j.xml").getroot()]
+    assert counts == [("1", "0"), ("0", "0"), ("0", "1")]
+
+    code, _ = asked(capsys, "run", "recipe.toml", "--no-devices", "--bucket", "length=4", "--bucket", "length=8")  # fmt: skip
+    assert code == 2
+    code, one = asked(capsys, "run", "recipe.toml", "--no-devices", "--bucket", "length=8")
+    assert (code, one["bucket"], one["verdict"]) == (0, {"length": 8}, "PASS")
+    code, shown = asked(capsys, "report")
+    assert shown["bucket"] == {"length": 8}  # the latest command had but one
+
+
+def test_gate_and_report_take_all_buckets_of_the_latest_run(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["run", "recipe.toml", "--no-devices"]) == 0
+    capsys.readouterr()
+    code, found = asked(capsys, "gate")
+    assert (code, [b["bucket"]["length"] for b in found["buckets"]]) == (0, [4, 8, 16])
+    size = (folder / "model_8.tflite").stat().st_size
+    (folder / "strict.toml").write_text(RECIPE.replace("LIMIT", f"{size} B"))
+    code, found = asked(capsys, "gate", "--recipe", "strict.toml")
+    assert (code, [b["verdict"] for b in found["buckets"]]) == (1, ["PASS", "PASS", "FAIL"])
+    code, found = asked(capsys, "gate", "--recipe", "strict.toml", "--bucket", "length=4")
+    assert (code, found["verdict"]) == (0, "PASS")
+    code, found = asked(capsys, "report")
+    assert [b["recipe"] for b in found["buckets"]] == [f"small-length{n}" for n in (4, 8, 16)]
+    assert cli.main(["report"]) == 0
+    assert [row[-1] for row in buckets_table(capsys.readouterr().out)] == ["PASS"] * 3
+    code, found = asked(capsys, "check", "recipe.toml")
+    assert found["buckets"] == [{"length": n} for n in (4, 8, 16)]
+
+
+def test_what_was_interrupted_has_no_evidence_for_the_buckets_that_were_left_out(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = pipeline.run
+
+    def stopped(recipe: Any, *arguments: Any, **options: Any) -> Any:
+        if recipe.bucket == {"length": 8}:
+            raise KeyboardInterrupt
+        return whole(recipe, *arguments, **options)
+
+    monkeypatch.setattr(pipeline, "run", stopped)
+    assert cli.main(["run", "recipe.toml", "--no-devices"]) == 130
+    capsys.readouterr()
+    code, found = asked(capsys, "gate")
+    assert code == 3
+    assert [b["bucket"]["length"] for b in found["buckets"]] == [4]
+    assert cli.main(["gate"]) == 3
+    assert [row[-1] for row in buckets_table(capsys.readouterr().out)] == ["PASS", "begun", "begun"]
