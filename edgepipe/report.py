@@ -16,6 +16,7 @@ from edgepipe.layer_report import (
 )
 from edgepipe.measurement import Measurement, measurement_to_dict
 from edgepipe.metrics import METRICS
+from edgepipe.rescue import rung_table
 from edgepipe.routes import attempts_table
 from edgepipe.store import Run, device_name
 from edgepipe.table import Table as Table
@@ -167,6 +168,7 @@ def _tables(run: Run, record: Mapping[str, Any], *, layers: bool) -> list[Table]
     tables += [_stage_table(record), model_table(steps), *training_tables(steps)]
     facts = [(step.get("artifact") or {}).get("facts", {}) for step in steps]
     tables += [attempts_table(f) for f in facts if len(f.get("attempts", ())) > 1]
+    tables += [rung_table(f["rescue"]) for f in facts if f.get("rescue")]
     tables += layer_tables(steps) if layers else []
     tables.append(measurement_table("Model", run.load_measurements("model")))
     for device in record.get("devices", []):

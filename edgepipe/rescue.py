@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgepipe.data import DataSource
 from edgepipe.errors import DataError
+from edgepipe.table import Table
 from edgepipe.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -102,21 +103,28 @@ def _rung_facts(rung: Rung) -> dict[str, Any]:
 
 
 def rung_lines(facts: Mapping[str, Any]) -> list[str]:
-    """The rungs as a table of text, with the float model first."""
-    rows = [
-        ["rung", "score", "points lost", "bytes", "this host", "", "what was done"],
-        ["float", f"{facts['float_score']:.4f}", "", "", _latency(facts["float_latency_s"]), "", ""],
-    ]  # fmt: skip
+    """`rung_table` as lines of text, columns padded."""
+    table = rung_table(facts)
+    rows = [table.header, *table.rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]  # fmt: skip
+
+
+def rung_table(facts: Mapping[str, Any]) -> Table:
+    """The rungs of a ladder as it was recorded, with the float model first."""
+    rows: list[tuple[str, ...]] = [("float", f"{facts['float_score']:.4f}", "", "", _latency(facts["float_latency_s"]), "", "")]  # fmt: skip
     for rung in facts["rungs"]:
         interval = rung["interval_points"]
         within = f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else ""
         verdict = "holds" if rung["held"] else "" if rung["kept"] else "undone"
-        rows.append([
+        rows.append((
             rung["rung"], f"{rung['score']:.4f}", f"{rung['drop_points']:.2f}{within}", format_bytes(rung["bytes"]),
             _latency(rung["latency_s"]), verdict, rung["did"],
-        ])  # fmt: skip
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]  # fmt: skip
+        ))  # fmt: skip
+    header = ("rung", "score", "points lost", "bytes", "this host", "verdict", "what was done")
+    points = f"{facts['max_drop']:g} point{'s' * (facts['max_drop'] != 1)}"
+    title = f"Rungs of int8: {facts['metric']} on {facts['samples']} samples, at most {points} to be lost"  # fmt: skip
+    return Table(title, header, tuple(rows))
 
 
 def _latency(seconds: float | None) -> str:

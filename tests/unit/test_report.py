@@ -43,6 +43,14 @@ LAYERS = [
     {"layer": 7, "operator": "FULLY_CONNECTED", "sqnr_db": 24.0},
 ]
 
+RESCUE = {
+    "metric": "top1", "samples": 500, "max_drop": 1.0, "float_score": 0.98, "float_latency_s": 4e-5, "rungs": [
+        {"rung": "plain", "score": 0.9, "drop_points": 8.0, "interval_points": [5.5, 10.5], "bytes": 30000, "latency_s": 2e-5, "held": False, "kept": True, "did": "int8 with min_max ranges"},
+        {"rung": "ranges", "score": 0.89, "drop_points": 9.0, "interval_points": None, "bytes": 30000, "latency_s": 2e-5, "held": False, "kept": False, "did": "mse ranges instead of min_max"},
+        {"rung": "equalise", "score": 0.979, "drop_points": 0.1, "interval_points": [-0.4, 0.6], "bytes": 30512, "latency_s": None, "held": True, "kept": True, "did": "1 dead gain(s) set to 0"},
+    ],
+}  # fmt: skip
+
 
 def op(index: int, name: str, seconds: float) -> dict[str, object]:
     return {"index": index, "name": name, "where": "delegate", "seconds": seconds}
@@ -132,6 +140,7 @@ def run(tmp_path: Path) -> Run:
             {"step": "load", "cached": True, "artifact": {"kind": "torch", "sha256": "00" * 32, "facts": {}}},
             *compressed_steps(),
             {"step": "to_tflite", "cached": False, "seconds": 6.2, "artifact": artifact},
+            {"step": "quantize_int8", "cached": False, "seconds": 4.0, "artifact": {"kind": "tflite", "sha256": SHA, "facts": {"rescue": RESCUE}}},
             {"step": "evaluate", "cached": False, "seconds": 1.0},
         ],
         measured_against={"rpi4b_4gb": "b0" * 32},
