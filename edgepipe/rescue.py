@@ -14,7 +14,7 @@ from edgepipe.table import Table
 from edgepipe.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from edgepipe.array_ops.load import Samples
+    from edgepipe.array_ops.load import Samples, SampleStream
     from edgepipe.tflite_ops.ladder import Rescue, Rung
 
 log = logging.getLogger(__name__)
@@ -30,8 +30,8 @@ QAT_INFERENCES = 70
 
 
 def check_evaluation_data(
-    calibration: Samples,
-    evaluation: Samples,
+    calibration: Samples | SampleStream,
+    evaluation: Samples | SampleStream,
     sources: tuple[DataSource, DataSource],
     *,
     where: str,
@@ -60,14 +60,15 @@ def check_evaluation_data(
         log.warning("%d samples are in both the calibration and the evaluation data", common)
 
 
-def sample_hashes(samples: Samples) -> tuple[str, ...]:
+def sample_hashes(samples: Samples | SampleStream) -> tuple[str, ...]:
     """A short hash of each sample, over all its inputs as the source model gets them."""
     found = []
-    for row in range(len(samples)):
-        digest = hashlib.blake2b(digest_size=8)
-        for name in sorted(samples.inputs):
-            digest.update(samples.inputs[name][row].tobytes())
-        found.append(digest.hexdigest())
+    for chunk in samples.chunks():
+        for row in range(len(chunk)):
+            digest = hashlib.blake2b(digest_size=8)
+            for name in sorted(chunk.inputs):
+                digest.update(chunk.inputs[name][row].tobytes())
+            found.append(digest.hexdigest())
     return tuple(found)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from edgepipe.array_ops.layout import to_layout
-from edgepipe.array_ops.load import Samples, check_shape
+from edgepipe.array_ops.load import Samples, SampleStream, check_shape
 from edgepipe.artifact import TensorSpec
 from edgepipe.data import DataSource
 from edgepipe.errors import DataError
@@ -68,15 +69,15 @@ class CalibrationReport:
 
 
 def check_calibration(
-    samples: Samples,
+    samples: Samples | SampleStream,
     specs: Sequence[TensorSpec],
     *,
     source: DataSource | None = None,
-    reference: Samples | None = None,
+    reference: Samples | SampleStream | None = None,
     allow_random: bool = False,
     min_samples: int = 8,
 ) -> CalibrationReport:
-    """Check samples for a model with inputs ``specs``, both in the source layout.
+    """Check samples for a model with inputs ``specs``, both in the source layout, in one pass.
 
     ``source`` tells which scaling was declared, ``reference`` is data the model will be judged on.
     Raises DataError for: random data unless allowed, fewer than ``min_samples``, a wrong name,
@@ -99,28 +100,20 @@ def check_calibration(
         )
     warnings: list[str] = []
     statistics = []
+    compared = _measure(reference, specs) if reference is not None else {}
+    measured = _measure(samples, specs, only_finite=True)
     for spec in specs:
-        if spec.name not in samples.inputs:
-            raise DataError(
-                f"{samples.origin}: no samples for input {spec.name!r}",
-                hint=f"inputs there: {', '.join(samples.inputs)}",
-            )
-        array = samples.inputs[spec.name]
-        check_shape(array, spec, where=samples.origin)
-        if array.dtype != np.dtype(spec.dtype):
-            raise DataError(
-                f"{samples.origin}: input {spec.name!r} is {array.dtype},"
-                f" the model wants {spec.dtype}"
-            )
-        found = _statistics(array, spec, samples.origin)
+        seen = measured[spec.name]
+        found = seen.statistics(spec)
         statistics.append(found)
-        if array.dtype.kind == "f":
+        if seen.is_float:
             if not samples.is_random:
-                _check_constant(array, spec, samples.origin)
-                warnings += _constant_channels(array, spec)
+                _check_constant(seen, spec, samples.origin)
+                warnings += _constant_channels(seen, spec)
             warnings += _check_scaling(found, spec, source, samples.origin)
-            if reference is not None:
-                warnings += _compare_with(found, reference, spec)
+            if reference is not None and spec.name in compared:
+                other = compared[spec.name].statistics(spec)
+                warnings += _compare_with(found, other, reference.origin)
     if samples.is_random:
         warnings.append("calibrated on random noise, as asked for: a smoke test, not a result")
     return CalibrationReport(
@@ -145,20 +138,25 @@ def add_settling(report: CalibrationReport, settling: Settling) -> CalibrationRe
     return dataclasses.replace(report, settling=settling, warnings=warnings)
 
 
-def file_batches(samples: Samples, specs: Sequence[TensorSpec]) -> Iterator[list[np.ndarray]]:
+def file_batches(
+    samples: Samples | SampleStream, specs: Sequence[TensorSpec]
+) -> Iterator[list[np.ndarray]]:
     """Samples one batch of the file at a time: for each input, (batch, ...) in the file's layout.
 
     The last batch is filled up with its own last sample, which adds nothing to a range.
     """
     size = max((spec.shape[spec.layout.find("N")] if "N" in spec.layout else 1) for spec in specs)
     size = max(size, 1)
-    for start in range(0, len(samples), size):
-        rows = np.minimum(np.arange(start, start + size), len(samples) - 1)
+    rows = (
+        row
+        for chunk in samples.chunks()
+        for row in zip(*(chunk.inputs[spec.name] for spec in specs), strict=True)
+    )
+    while batch := list(itertools.islice(rows, size)):
+        batch += [batch[-1]] * (size - len(batch))
         yield [
-            np.ascontiguousarray(
-                to_layout(samples.inputs[spec.name][rows], spec.source_layout, spec.layout)
-            )
-            for spec in specs
+            np.ascontiguousarray(to_layout(np.stack(column), spec.source_layout, spec.layout))
+            for column, spec in zip(zip(*batch, strict=True), specs, strict=True)
         ]
 
 
@@ -208,50 +206,120 @@ def settle(
     )
 
 
-def _statistics(array: np.ndarray, spec: TensorSpec, origin: str) -> InputStatistics:
-    if array.dtype.kind == "f":
-        finite = np.isfinite(array)
-        if not finite.all():
-            bad = np.flatnonzero(~finite.reshape(len(array), -1).all(axis=1))
-            kinds = "NaN" if np.isnan(array).any() else "infinity"
+class _Measured:
+    """What one pass notes of an input; ``add`` takes (n, ...) of it at a time.
+
+    Mean and squared deviations are merged as in Chan, Golub and LeVeque 1979, "Updating formulae and
+    a pairwise algorithm for computing sample variances", eq. 2.1.
+    """
+
+    def __init__(self, first: np.ndarray, spec: TensorSpec) -> None:
+        self.first = first[0].copy()
+        self.shape, self.dtype = first.shape[1:], first.dtype
+        self.is_float = first.dtype.kind == "f"
+        axis = spec.layout.find("C")
+        # the axes that are not the channels'; none where channels are not told apart
+        has_channels = 0 < axis < first.ndim and first.shape[axis] > 1
+        self.others = tuple(i for i in range(first.ndim) if i != axis) if has_channels else ()
+        self.count = 0
+        self.mean, self.deviations = 0.0, 0.0
+        self.minimum = self.maximum = self.first.reshape(-1)[:1].copy()
+        self.channels: tuple[np.ndarray, np.ndarray] | None = None
+        self.all_same = True
+        self.bad, self.first_bad, self.has_nan = 0, 0, False
+
+    def add(self, array: np.ndarray) -> None:
+        if self.is_float:
+            finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
+            if not finite.all():
+                self.first_bad = self.first_bad if self.bad else self.count + int(finite.argmin())
+                self.bad += int((~finite).sum())
+                self.has_nan |= bool(np.isnan(array).any())
+        if self.bad:  # no figure means anything any more
+            self.count += len(array)
+            return
+        self.minimum = np.minimum(self.minimum, array.min())
+        self.maximum = np.maximum(self.maximum, array.max())
+        self.all_same &= bool((array == self.first).all())
+        if self.others:
+            low, high = array.min(axis=self.others), array.max(axis=self.others)
+            if self.channels is not None:
+                low, high = np.minimum(low, self.channels[0]), np.maximum(high, self.channels[1])
+            self.channels = low, high
+        mean, values = float(array.mean(dtype=np.float64)), self.first.size
+        before, new = self.count * values, len(array) * values
+        shift = mean - self.mean
+        self.deviations += float(array.var(dtype=np.float64)) * new + shift**2 * before * new / (before + new)  # fmt: skip
+        self.mean += shift * new / (before + new)
+        self.count += len(array)
+
+    def statistics(self, spec: TensorSpec) -> InputStatistics:
+        return InputStatistics(
+            name=spec.name,
+            shape=(self.count, *self.shape),
+            dtype=str(self.dtype),
+            minimum=float(self.minimum[0]),
+            maximum=float(self.maximum[0]),
+            mean=self.mean,
+            std=float(np.sqrt(self.deviations / max(self.count * self.first.size, 1))),
+        )
+
+
+def _measure(
+    samples: Samples | SampleStream, specs: Sequence[TensorSpec], *, only_finite: bool = False
+) -> dict[str, _Measured]:
+    """Input name -> what one pass over all samples finds of it. Inputs that are not there are left
+    out, or with ``only_finite``, as is what is not finite, a DataError."""
+    found: dict[str, _Measured] = {}
+    for chunk in samples.chunks():
+        for spec in specs:
+            array = chunk.inputs.get(spec.name)
+            if array is None and only_finite:
+                raise DataError(
+                    f"{samples.origin}: no samples for input {spec.name!r}",
+                    hint=f"inputs there: {', '.join(chunk.inputs)}",
+                )
+            if array is None:
+                continue
+            if only_finite:
+                check_shape(array.shape, spec, where=samples.origin)
+                if array.dtype != np.dtype(spec.dtype):
+                    raise DataError(
+                        f"{samples.origin}: input {spec.name!r} is {array.dtype},"
+                        f" the model wants {spec.dtype}"
+                    )
+            found.setdefault(spec.name, _Measured(array, spec)).add(array)
+    for spec in specs if only_finite else ():
+        seen = found[spec.name]
+        if seen.bad:
             raise DataError(
-                f"{origin}: input {spec.name!r} has {kinds} in {len(bad)} of {len(array)} samples,"
-                f" first in sample {bad[0]}",
+                f"{samples.origin}: input {spec.name!r} has {'NaN' if seen.has_nan else 'infinity'}"
+                f" in {seen.bad} of {len(samples)} samples, first in sample {seen.first_bad}",
                 hint="remove these samples, or mend the code that makes them",
                 code="not-finite",
             )
-    return InputStatistics(
-        name=spec.name,
-        shape=tuple(array.shape),
-        dtype=str(array.dtype),
-        minimum=float(array.min()),
-        maximum=float(array.max()),
-        mean=float(array.mean(dtype=np.float64)),
-        std=float(array.std(dtype=np.float64)),
-    )
+    return found
 
 
-def _check_constant(array: np.ndarray, spec: TensorSpec, origin: str) -> None:
-    if array.min() == array.max():
+def _check_constant(seen: _Measured, spec: TensorSpec, origin: str) -> None:
+    if seen.minimum[0] == seen.maximum[0]:
         raise DataError(
-            f"{origin}: input {spec.name!r} is {array.flat[0]:.6g} everywhere, in every sample",
+            f"{origin}: input {spec.name!r} is {seen.first.flat[0]:.6g} everywhere, in every sample",
             hint="look at how the samples were made: the file may hold an empty buffer",
             code="constant-data",
         )
-    if len(array) > 1 and bool((array == array[0]).all()):
+    if seen.count > 1 and seen.all_same:
         raise DataError(
-            f"{origin}: all {len(array)} samples of input {spec.name!r} are the same",
+            f"{origin}: all {seen.count} samples of input {spec.name!r} are the same",
             hint="give different samples",
             code="constant-data",
         )
 
 
-def _constant_channels(array: np.ndarray, spec: TensorSpec) -> list[str]:
-    axis = spec.layout.find("C")
-    if not 0 < axis < array.ndim or array.shape[axis] < 2:
+def _constant_channels(seen: _Measured, spec: TensorSpec) -> list[str]:
+    if seen.channels is None:
         return []
-    others = tuple(i for i in range(array.ndim) if i != axis)
-    flat = np.flatnonzero(array.min(axis=others) == array.max(axis=others))
+    flat = np.flatnonzero(seen.channels[0] == seen.channels[1])
     if not len(flat):
         return []
     return [f"input {spec.name!r}: channels {flat.tolist()} never change"]
@@ -298,19 +366,15 @@ def _check_scaling(
     return []
 
 
-def _compare_with(found: InputStatistics, reference: Samples, spec: TensorSpec) -> list[str]:
-    """Doubts where calibration and evaluation data look prepared differently."""
-    array = reference.inputs.get(spec.name)
-    if array is None:
-        return []
-    mean, std = float(array.mean(dtype=np.float64)), float(array.std(dtype=np.float64))
-    shift = abs(found.mean - mean) / max(std, 1e-12)
-    spread = max(found.std, 1e-12) / max(std, 1e-12)
+def _compare_with(found: InputStatistics, other: InputStatistics, origin: str) -> list[str]:
+    """Doubts where calibration and the data of ``origin`` look prepared differently."""
+    shift = abs(found.mean - other.mean) / max(other.std, 1e-12)
+    spread = max(found.std, 1e-12) / max(other.std, 1e-12)
     # Two honest draws of the same pictures differ by a few per cent; other preparation, such as a
     # forgotten division by 255 or another mean, by factors.
     if shift > 1 or not 1 / 3 < spread < 3:
         return [
-            f"input {spec.name!r}: calibration has mean {found.mean:.4g} and spread {found.std:.4g},"
-            f" {reference.origin} has {mean:.4g} and {std:.4g}: are both prepared the same way?"
+            f"input {found.name!r}: calibration has mean {found.mean:.4g} and spread {found.std:.4g},"
+            f" {origin} has {other.mean:.4g} and {other.std:.4g}: are both prepared the same way?"
         ]
     return []

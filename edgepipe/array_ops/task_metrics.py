@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from edgepipe.array_ops.load import call_function
+from edgepipe.array_ops.user_code import call_function
 from edgepipe.errors import DataError
 from edgepipe.schema import near_miss
 

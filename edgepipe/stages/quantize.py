@@ -12,10 +12,10 @@ from edgepipe.errors import ArtifactError, StageError, StageOptionError
 from edgepipe.predict import predict
 from edgepipe.schema import Unit, near_miss, record
 from edgepipe.stage import StageContext
-from edgepipe.stages.quantize_int8 import PARITY_SAMPLES, source_specs
+from edgepipe.stages.quantize_int8 import PARITY_SAMPLES, source_specs, spread_out
 
 if TYPE_CHECKING:
-    from edgepipe.array_ops.load import Samples
+    from edgepipe.array_ops.load import SampleStream
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Quantize:
         from importlib.metadata import version
 
         from edgepipe.array_ops.calibration import check_calibration, file_batches
-        from edgepipe.array_ops.load import load_samples
+        from edgepipe.array_ops.load import open_samples
         from edgepipe.tflite_ops import precisions
         from edgepipe.tflite_ops.calibrate import find_ranges
         from edgepipe.tflite_ops.flatbuffer import parse_model
@@ -82,7 +82,7 @@ class Quantize:
             )
         source = at_most(context.data[self.data], self.samples)
         specs = source_specs(artifact.inputs)
-        samples = load_samples(source, specs)
+        samples = open_samples(source, specs)
         content = precisions.prepared(content, self.precision, where=where)
         ranges = None
         if self.precision == "int16x8":
@@ -114,13 +114,12 @@ class Quantize:
             log.info("needs TensorFlow Lite %s or LiteRT: %s with %s", need["tflite"], need["operator"], need["why"])  # fmt: skip
         return dataclasses.replace(result, facts=facts)
 
-    def _parity(self, before: Artifact, after: Artifact, samples: Samples) -> dict[str, Any]:
+    def _parity(self, before: Artifact, after: Artifact, samples: SampleStream) -> dict[str, Any]:
         from edgepipe.array_ops.compare import compare
 
-        step = max(1, len(samples) // PARITY_SAMPLES)
-        chosen = {name: a[::step][:PARITY_SAMPLES] for name, a in samples.inputs.items()}
+        few = samples.take(spread_out(len(samples), PARITY_SAMPLES))
         try:
-            errors = compare(predict(before, chosen), predict(after, chosen))
+            errors = compare(predict(before, few.inputs), predict(after, few.inputs))
         except ArtifactError as exc:
             raise StageError(
                 f"cannot compare the {self.precision} model with the float model: {exc.message}",
@@ -139,7 +138,7 @@ class Quantize:
         return {
             "against": "float tflite",
             "reference_sha256": before.sha256,
-            "samples": len(next(iter(chosen.values()))),
+            "samples": len(few),
             "data": samples.origin,
             "random_data": samples.is_random,
             "outputs": {name: dataclasses.asdict(error) for name, error in errors.items()},

@@ -30,7 +30,7 @@ from edgepipe.stage import StageContext
 from edgepipe.stats import paired_difference_interval
 
 if TYPE_CHECKING:
-    from edgepipe.array_ops.load import Samples
+    from edgepipe.array_ops.load import SampleStream
     from edgepipe.tflite_ops.ladder import RoundWeights
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ class QuantizeInt8:
             file_batches,
             settle,
         )
-        from edgepipe.array_ops.load import load_samples
+        from edgepipe.array_ops.load import open_samples
         from edgepipe.tflite_ops import quantize as ops
         from edgepipe.tflite_ops.calibrate import find_ranges
         from edgepipe.tflite_ops.flatbuffer import parse_model
@@ -155,10 +155,10 @@ class QuantizeInt8:
         ops.check_quantizable(parse_model(content, where=where), where=where)
         specs = source_specs(artifact.inputs)
         source = self._source(context, self.data, self.samples)
-        samples = load_samples(source, specs)
+        samples = open_samples(source, specs)
         reference = None
         if self.compare_with:
-            reference = load_samples(self._source(context, self.compare_with, self.samples), specs)
+            reference = open_samples(self._source(context, self.compare_with, self.samples), specs)
         report = check_calibration(
             samples,
             specs,
@@ -237,7 +237,7 @@ class QuantizeInt8:
         return dataclasses.replace(result, facts=facts)
 
     def _rewritten(
-        self, artifact: Artifact, content: bytes, samples: Samples
+        self, artifact: Artifact, content: bytes, samples: SampleStream
     ) -> tuple[bytes, tuple[str, ...]]:
         """The float file in operators that have an int8 form, proven on samples, and what was done."""
         from edgepipe.array_ops.calibration import file_batches
@@ -261,7 +261,7 @@ class QuantizeInt8:
         artifact: Artifact,
         content: bytes,
         table: RangeTable,
-        samples: Samples,
+        samples: SampleStream,
         context: StageContext,
     ) -> tuple[bytes, RangeTable, bytes, dict[str, Any]]:
         """Climb the ladder: the float file that was quantised at last, its ranges, the int8 file and
@@ -411,7 +411,7 @@ class QuantizeInt8:
         self,
         before: Artifact,
         after: Artifact,
-        samples: Samples,
+        samples: SampleStream,
         float_content: bytes,
         quantized: bytes,
     ) -> dict[str, Any]:
@@ -420,10 +420,9 @@ class QuantizeInt8:
         from edgepipe.array_ops.compare import compare
         from edgepipe.tflite_ops.quantize import departures
 
-        step = max(1, len(samples) // PARITY_SAMPLES)
-        chosen = {name: a[::step][:PARITY_SAMPLES] for name, a in samples.inputs.items()}
+        few = samples.take(spread_out(len(samples), PARITY_SAMPLES))
         try:
-            errors = compare(predict(before, chosen), predict(after, chosen))
+            errors = compare(predict(before, few.inputs), predict(after, few.inputs))
         except ArtifactError as exc:
             raise StageError(
                 f"cannot compare the int8 model with the float model: {exc.message}",
@@ -434,8 +433,7 @@ class QuantizeInt8:
         worst = min(errors, key=lambda name: errors[name].sqnr_db)
         # a file that the ladder let pass was judged by what it is for
         if not self.max_drop and errors[worst].sqnr_db < self.min_sqnr:
-            few = dataclasses.replace(samples, inputs={n: a[:4] for n, a in chosen.items()})
-            rows = departures(float_content, quantized, file_batches(few, before.inputs))
+            rows = departures(float_content, quantized, file_batches(few.take(range(min(4, len(few)))), before.inputs))  # fmt: skip
             first = next((r for r in rows if r[2] < self.min_sqnr), None)
             at = f"; the first tensor below it is {first[0]!r}, made by {first[1]} ({first[2]:.1f} dB)" if first else ""  # fmt: skip
             raise StageError(
@@ -450,11 +448,17 @@ class QuantizeInt8:
         return {
             "against": "float tflite",
             "reference_sha256": before.sha256,
-            "samples": len(next(iter(chosen.values()))),
+            "samples": len(few),
             "data": samples.origin,
             "random_data": samples.is_random,
             "outputs": {name: dataclasses.asdict(error) for name, error in errors.items()},
         }
+
+
+def spread_out(total: int, count: int) -> range:
+    """At most ``count`` of ``total`` samples, evenly spaced from the first."""
+    step = max(1, total // count)
+    return range(0, min(total, step * count), step)
 
 
 def _round_weights(seed: int) -> RoundWeights | None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from edgepipe.array_ops.layout import to_layout
-from edgepipe.array_ops.load import DAMAGED
+from edgepipe.array_ops.readers import DAMAGED
 from edgepipe.artifact import TensorSpec
 from edgepipe.errors import DataError
 from edgepipe.tflite_ops.run import dequantize, invoke_once, open_tflite, quantize

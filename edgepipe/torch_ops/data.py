@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from edgepipe.array_ops.load import LazyDataset, load_samples
+from edgepipe.array_ops.load import SampleStream, load_samples, open_samples
 from edgepipe.artifact import TensorSpec
 from edgepipe.data import DataSource
 from edgepipe.errors import DataError
@@ -18,7 +18,7 @@ def training_set(source: DataSource, specs: Sequence[TensorSpec]) -> TrainingSet
     """The samples of ``source`` prepared for inputs ``specs``: in memory, or (kind ``dataset``) read
     batch by batch. Raises DataError where there are no labels."""
     if source.kind == "dataset":
-        return _Lazy(LazyDataset(source, specs))
+        return _Lazy(open_samples(source, specs, kept_bytes=0))
     samples = load_samples(source, specs)
     if samples.labels is None:
         raise _no_labels(source)
@@ -26,18 +26,18 @@ def training_set(source: DataSource, specs: Sequence[TensorSpec]) -> TrainingSet
 
 
 class _Lazy:
-    def __init__(self, dataset: LazyDataset) -> None:
-        self.dataset = dataset
+    def __init__(self, stream: SampleStream) -> None:
+        self.stream = stream
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.stream)
 
     def batch(self, rows: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        inputs, labels = self.dataset.read(rows.tolist())
-        if labels is None or labels.dtype.kind not in "iu":
-            raise _no_labels(self.dataset.source)
-        tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in inputs.values()]
-        return tensors, torch.from_numpy(labels.astype(np.int64))
+        found = self.stream.take(rows.numpy())
+        if found.labels is None or found.labels.dtype.kind not in "iu":
+            raise _no_labels(self.stream.source)
+        tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in found.inputs.values()]
+        return tensors, torch.from_numpy(found.labels.astype(np.int64))
 
 
 def _no_labels(source: DataSource) -> DataError:

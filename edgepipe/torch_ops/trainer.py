@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from edgepipe.array_ops.load import call_function
+from edgepipe.array_ops.user_code import call_function
 from edgepipe.errors import StageError
 from edgepipe.torch_ops.edits import sparse_weights
 from edgepipe.torch_ops.run import same_outputs

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from edgepipe.array_ops.load import LazyDataset, load_samples
+from edgepipe.array_ops.load import load_samples, open_samples
 from edgepipe.artifact import TensorSpec
 from edgepipe.data import AudioPreprocess, DataSource, ImagePreprocess
 from edgepipe.errors import DataError
@@ -342,17 +342,19 @@ def test_the_sign_language_zip_loads_with_its_ten_labels(data_dir):
 
 
 DATASET = """
+from pathlib import Path
 import numpy as np
 
 class Squares:
     def __init__(self, count):
-        self.count, self.read = count, []
+        self.count = count
     def __len__(self):
         return self.count
     def __getitem__(self, row):
         if row == 13:
             raise OSError("disk broke")
-        self.read.append(row)
+        with open(Path(__file__).parent / "read", "a") as file:
+            file.write(f"{row} ")
         return np.full((1, 2, 2), row, np.float32), row % 3
 
 def make(count=10):
@@ -374,15 +376,17 @@ def dataset_source(folder: Path, **options: Any) -> DataSource:
 def test_a_dataset_is_read_sample_by_sample(tmp_path: Path) -> None:
     spec = TensorSpec("x", (1, 1, 2, 2))
     source = dataset_source(tmp_path, args={"count": 10}, not_fold=(0, 2), mean=(1.0,), std=(2.0,))
-    lazy = LazyDataset(source, [spec])
+    lazy = open_samples(source, [spec])
     assert len(lazy) == 5
-    inputs, labels = lazy.read([0, 4])
-    assert lazy.items.read == [1, 9]
-    assert labels is not None
-    assert labels.tolist() == [1, 0]
-    assert inputs["x"][:, 0, 0, 0].tolist() == [0.0, 4.0]  # (1 - 1) / 2, (9 - 1) / 2
+    found = lazy.take([4, 0])
+    assert (tmp_path / "read").read_text().split() == ["1", "9"]
+    assert found.labels is not None
+    assert found.labels.tolist() == [0, 1]
+    assert found.inputs["x"][:, 0, 0, 0].tolist() == [4.0, 0.0]  # (9 - 1) / 2, (1 - 1) / 2
+    lazy.take([4])
+    assert (tmp_path / "read").read_text().split() == ["1", "9"]  # kept
     whole = load_samples(source, [spec])
-    np.testing.assert_array_equal(whole.inputs["x"][[0, 4]], inputs["x"])
+    np.testing.assert_array_equal(whole.inputs["x"][[4, 0]], found.inputs["x"])
     assert whole.labels is not None
     assert whole.labels.tolist() == [1, 0, 2, 1, 0]
 

@@ -1,0 +1,131 @@
+"""Functions that a recipe names: the user's own code, loaded and called with errors that name its line."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+from edgepipe.data import split_reference
+from edgepipe.errors import DataError
+from edgepipe.schema import near_miss
+
+
+def load_function(
+    reference: str, root: Path | None
+) -> tuple[Callable[..., Any], contextlib.AbstractContextManager[None]]:
+    """The function ``"file.py:name"`` or ``"package.module:name"``, and a context to call it in.
+
+    Inside the context the file's own folder is importable, so that it may import its neighbours.
+    Raises DataError where the file, module or name does not exist or its import fails.
+    """
+    module, name = split_reference(reference, root)
+    if isinstance(module, Path):
+        if not module.is_file():
+            raise DataError(
+                f"{module} (named by {reference!r}) does not exist",
+                hint="the path is relative to the recipe's folder",
+                code="no-such-file",
+            )
+        context = _importable(module.parent)
+    else:
+        context = _importable(root or Path.cwd())
+    with context:
+        try:
+            loaded = (
+                _load_file(module) if isinstance(module, Path) else importlib.import_module(module)
+            )
+        except Exception as exc:
+            raise user_error(exc, f"importing {reference!r}", str(module)) from exc
+    function = getattr(loaded, name, None)
+    if not callable(function):
+        legal = [n for n, v in vars(loaded).items() if callable(v) and not n.startswith("_")]
+        raise DataError(
+            f"{reference!r}: {module} has no function {name!r}{near_miss(name, legal)}",
+            hint=f"functions there: {', '.join(legal) or 'none'}",
+        )
+    return function, context
+
+
+def call_function(reference: str, root: Path | None, *args: object, **options: object) -> Any:
+    """Call the user's function; whatever it raises becomes a DataError with its file and line."""
+    function, context = load_function(reference, root)
+    with context:
+        try:
+            return function(*args, **options)
+        except Exception as exc:
+            module, _ = split_reference(reference, root)
+            raise user_error(exc, f"calling {reference!r}", str(module)) from exc
+
+
+class _importable(contextlib.AbstractContextManager[None]):
+    """Puts a folder first on sys.path while the user's code runs.
+
+    Modules that code of another folder imported from beside itself are forgotten first: two recipes
+    may each have a ``helper.py``.
+    """
+
+    _neighbours: ClassVar[dict[str, str]] = {}  # module -> the folder it was found beside
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __enter__(self) -> None:
+        for name in [n for n, folder in self._neighbours.items() if folder != self.folder]:
+            sys.modules.pop(name, None)
+            del self._neighbours[name]
+        self.before = set(sys.modules)
+        sys.path.insert(0, self.folder)
+
+    def __exit__(self, *exc: object) -> None:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(self.folder)
+        for name in set(sys.modules) - self.before:
+            file = getattr(sys.modules.get(name), "__file__", None) or ""
+            beside = str(Path(self.folder, name.partition(".")[0]))
+            if file == f"{beside}.py" or file.startswith(beside + os.sep):
+                self._neighbours[name] = self.folder
+
+
+def _load_file(path: Path) -> ModuleType:
+    """A fresh module from a file, under a name that shadows no other module."""
+    name = f"_edgepipe_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickling look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
+    return module
+
+
+def user_error(exc: Exception, doing: str, module: str) -> DataError:
+    """The user's exception with the last line of *their* file that it passed through."""
+    if isinstance(exc, DataError):
+        return exc
+    frames = traceback.extract_tb(exc.__traceback__)
+    file = getattr(sys.modules.get(module), "__file__", None) or module
+    theirs = [f for f in frames if f.filename == file]
+    if isinstance(exc, SyntaxError) and exc.filename:
+        place = f"{exc.filename}, line {exc.lineno}"
+    elif theirs or frames:
+        frame = (theirs or frames)[-1]
+        place = f"{frame.filename}, line {frame.lineno}"
+    else:
+        place = module
+    return DataError(
+        f"{doing} failed: {type(exc).__name__}: {exc} ({place})",
+        hint="mend the function; --debug shows the whole traceback",
+        code="user-function-failed",
+    )
