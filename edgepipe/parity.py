@@ -11,6 +11,7 @@ from edgepipe.artifact import Artifact, TensorSpec
 from edgepipe.data import DataSource
 from edgepipe.errors import ArtifactError, StageError
 from edgepipe.predict import predict
+from edgepipe.state import PARITY_STEPS, data_inputs, is_stateful, with_steps
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,8 +27,8 @@ def parity_inputs(
     Returns source input name -> (n + seeds, ...) in the source layout and dtype, n being
     ``samples`` or as many as the data has. Row n + k is noise of seed k: uniform between the least
     and the largest real value of that input. Without ``source`` there is only noise: standard
-    normal, or 0 and 1 for integers. Raises DataError where the data does not fit ``specs``, or is
-    NaN or infinite.
+    normal, or 0 and 1 for integers. Of a model with state they are sequences of at most `PARITY_STEPS`
+    steps. Raises DataError where the data does not fit ``specs``, or is NaN or infinite.
     """
     from edgepipe.array_ops.noise import with_noise
 
@@ -37,6 +38,10 @@ def parity_inputs(
 
         limit = min(source.limit, samples) if source.limit else samples
         real = load_samples(dataclasses.replace(source, limit=limit), specs).inputs
+    if is_stateful(specs):
+        real = {name: array[:, :PARITY_STEPS] for name, array in real.items()}
+        steps = next((array.shape[1] for array in real.values()), PARITY_STEPS)
+        specs = with_steps(data_inputs(specs), steps)
     return with_noise(real, specs, seeds)
 
 
@@ -48,7 +53,7 @@ def verify(
     max_relative_error: float,
     stage: str,
 ) -> dict[str, Any]:
-    """Run both models on the same inputs and compare every output; returns the evidence.
+    """Run both models on the same inputs and compare every output, at every step; returns the evidence.
 
     ``inputs`` are as `parity_inputs` makes them. The evidence (``Artifact.facts["parity"]``) holds
     per output max abs error, that relative to max|reference|, SQNR and cosine. Raises StageError
@@ -58,7 +63,8 @@ def verify(
     from edgepipe.array_ops.compare import compare
 
     try:
-        errors = compare(predict(reference, inputs), predict(candidate, inputs))
+        found = [predict(m, inputs, steps="each", states=True) for m in (reference, candidate)]
+        errors = compare(*found)
     except ArtifactError as exc:
         raise StageError(
             f"cannot show that the {candidate.kind} model computes the same as the "
@@ -82,10 +88,12 @@ def verify(
     worst = min(error.sqnr_db for error in errors.values())
     samples = len(next(iter(inputs.values()))) if inputs else 0
     log.info("%s = %s on %d inputs: SQNR at least %.1f dB", candidate.kind, reference.kind, samples, worst)  # fmt: skip
+    sequences = is_stateful(reference.inputs)
     return {
         "reference": reference.kind,
         "reference_sha256": reference.sha256,
         "samples": samples,
+        **({"steps": next(iter(inputs.values())).shape[1]} if sequences else {}),
         "max_relative_error": max_relative_error,
         "outputs": outputs,
     }

@@ -33,26 +33,29 @@ def batch_axis(layout: str) -> int:
     return max(layout.find("N"), 0)
 
 
-def data_inputs(specs: Sequence[TensorSpec], *, steps: int = FREE) -> tuple[TensorSpec, ...]:
+def data_inputs(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
     """What data must give for inputs ``specs``: those that are no state, with their axis of steps.
 
-    ``x (1, 16, 40) NCL`` beside a state becomes ``(1, steps, 16, 40) NTCL``; without state nothing
-    changes. By default each sequence may be as long as it is.
+    ``x (1, 16, 40) NCL`` beside a state becomes ``(1, FREE, 16, 40) NTCL``, for sequences of any
+    length; without state nothing changes.
     """
     if not is_stateful(specs):
         return tuple(specs)
-    return tuple(_sequence(spec, steps) for spec in specs if not spec.fed_by)
+    return tuple(_sequence(spec) for spec in specs if not spec.fed_by)
 
 
-def is_sequence(spec: TensorSpec) -> bool:
-    """Whether data for it may have any number of steps: see `data_inputs`."""
-    return spec.shape[1:2] == (FREE,)
+def with_steps(specs: Sequence[TensorSpec], steps: int = PARITY_STEPS) -> tuple[TensorSpec, ...]:
+    """Specs of `data_inputs` with a number of steps where they leave it free."""
+    return tuple(
+        dataclasses.replace(s, shape=(s.shape[0], steps, *s.shape[2:])) if s.shape[1:2] == (FREE,) else s
+        for s in specs
+    )  # fmt: skip
 
 
-def _sequence(spec: TensorSpec, steps: int) -> TensorSpec:
+def _sequence(spec: TensorSpec) -> TensorSpec:
     letter = next(c for c in "TSUVWXYZ" if c not in spec.layout + spec.source_layout)
     layouts = [f"{t[:1]}{letter}{t[1:]}" if t else "" for t in (spec.layout, spec.source_layout)]
-    shape = (*spec.shape[:1], steps, *spec.shape[1:])
+    shape = (*spec.shape[:1], FREE, *spec.shape[1:])
     return dataclasses.replace(spec, shape=shape, layout=layouts[0], source_layout=layouts[1])
 
 
@@ -79,12 +82,23 @@ def with_state(artifact: Artifact, wiring: Mapping[str, str]) -> Artifact:
                 f"{name} = {output!r}: the input is {ours.dtype} {list(ours.shape)}, the output {theirs.dtype} {list(theirs.shape)}",
                 "a state has the same shape and dtype where it comes out and where it goes in again",
             )
-    feeds = {output: inputs[name] for name, output in wiring.items()}
+    states = {name: _in_torch_layout(inputs[name]) for name in wiring}
+    feeds = {output: states[name] for name, output in wiring.items()}
     return dataclasses.replace(
         artifact,
-        inputs=tuple(dataclasses.replace(s, fed_by=wiring.get(s.name, "")) for s in artifact.inputs),
+        inputs=tuple(
+            dataclasses.replace(states[s.name], fed_by=wiring[s.name]) if s.name in states else s
+            for s in artifact.inputs
+        ),
         outputs=like_inputs(artifact.outputs, feeds),
-    )  # fmt: skip
+    )
+
+
+def _in_torch_layout(spec: TensorSpec) -> TensorSpec:
+    """A state (2, 1, 64) of unknown layout is that of an RNN: (layers, N, channels), in ONNX as in PyTorch."""
+    if spec.layout == spec.source_layout == "NCL" and spec.shape[0] != 1 and spec.shape[1] == 1:
+        return dataclasses.replace(spec, layout="LNC", source_layout="LNC")
+    return spec
 
 
 def like_inputs(

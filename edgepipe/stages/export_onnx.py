@@ -29,7 +29,7 @@ class ExportOnnx:
     ops: ClassVar[tuple[str, ...]] = (
         "edgepipe.torch_ops.export", "edgepipe.torch_ops.model", "edgepipe.torch_ops.edits", "edgepipe.torch_ops.attention",
         "edgepipe.torch_ops.pt2", "edgepipe.torch_ops.run", "edgepipe.tflite_ops.onnx_model",
-        "edgepipe.parity", "edgepipe.predict", "edgepipe.array_ops",
+        "edgepipe.parity", "edgepipe.predict", "edgepipe.state", "edgepipe.array_ops",
     )  # fmt: skip
     packages: ClassVar[tuple[str, ...]] = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")
 

@@ -14,6 +14,7 @@ from edgepipe.errors import ArtifactError
 from edgepipe.host_memory import check_fits
 from edgepipe.schema import record
 from edgepipe.stage import StageContext
+from edgepipe.state import check_names, with_state
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ class ModelSource:
     ``"package.module:function"``, called with ``args``; ``weights`` is its state dict
     (.safetensors, .pth, .pt), without which it starts from seeded random ones. ``file`` is an
     .onnx, .tflite or .pt2 (torch.export.save). ``outputs`` names the outputs of a PyTorch model
-    in order (default: output_0, output_1, ...).
+    in order (default: output_0, output_1, ...). ``state`` says which input is fed by which output of
+    the step before (`edgepipe.state`).
     """
 
     builder: str = ""
@@ -51,6 +53,7 @@ class ModelSource:
     weights: Path | None = None
     inputs: tuple[TensorOption, ...] = ()
     outputs: tuple[str, ...] = ()
+    state: dict[str, str] = dataclasses.field(default_factory=dict)
     # folder that relative paths are relative to; filled in by the recipe loader
     root: Path | None = None
 
@@ -64,13 +67,16 @@ class LoadModel:
 
     name: ClassVar[str] = "load"
     title: ClassVar[str] = "load and check the model"
-    ops: ClassVar[tuple[str, ...]] = ("edgepipe.torch_ops", "edgepipe.tflite_ops.onnx_model")
+    ops: ClassVar[tuple[str, ...]] = ("edgepipe.torch_ops", "edgepipe.tflite_ops.onnx_model", "edgepipe.state")  # fmt: skip
     packages: ClassVar[tuple[str, ...]] = ("torch", "safetensors", "onnx", "onnxruntime")
 
     source: ModelSource
 
     def run(self, context: StageContext) -> Artifact:
         """The source model as an artifact. Raises ArtifactError where it is not a working model."""
+        return with_state(self._load(context), self.source.state)
+
+    def _load(self, context: StageContext) -> Artifact:
         source = self.source
         check_source(source)
         given = source.file or source.weights
@@ -130,11 +136,16 @@ def check_source(source: ModelSource) -> None:
             code="no-inputs",
         )
     names = [option.name for option in source.inputs]
+    if source.builder:
+        check_names(source.state, names, source.outputs)
     for option in source.inputs:
         where = f"[[model.inputs]] {option.name!r}"
         if names.count(option.name) > 1:
             raise ArtifactError(f"{where} is declared twice", hint="give each input its own name")
-        if option.shape and (option.shape[0] != 1 or min(option.shape) < 1):
+        batch = option.shape[:1]
+        if option.name in source.state and 1 in option.shape[:2]:  # (layers, N, C) of an RNN
+            batch = (1,)
+        if option.shape and (batch != (1,) or min(option.shape) < 1):
             raise ArtifactError(
                 f"{where}: shape {list(option.shape)} should begin with the batch, 1, and have no zeros",
                 hint=f"shape = {[1, *option.shape[1:]]}",

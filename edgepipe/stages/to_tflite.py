@@ -18,6 +18,7 @@ from edgepipe import toolchain
 from edgepipe.artifact import Artifact, TensorSpec, hash_path, make_artifact
 from edgepipe.errors import ArtifactError, MissingExtra, StageError, StageOptionError
 from edgepipe.parity import parity_inputs, verify
+from edgepipe.predict import single_steps
 from edgepipe.routes import (
     ROUTES,
     Attempt,
@@ -30,9 +31,12 @@ from edgepipe.routes import (
 )
 from edgepipe.schema import Unit, near_miss, record
 from edgepipe.stage import StageContext
+from edgepipe.state import batch_axis
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from edgepipe.tflite_ops.convert import Match
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +105,7 @@ class ToTflite:
     produces: ClassVar[str] = "tflite"
     ops: ClassVar[tuple[str, ...]] = (
         "edgepipe.tflite_ops.convert", "edgepipe.tflite_ops.run", "edgepipe.tflite_ops.bisect",
-        "edgepipe.tflite_ops.onnx_model", "edgepipe.tflite_ops.onnx_rewrites", "edgepipe.tflite_ops.sparse", "edgepipe.parity", "edgepipe.array_ops.compare",
+        "edgepipe.tflite_ops.onnx_model", "edgepipe.tflite_ops.onnx_rewrites", "edgepipe.tflite_ops.sparse", "edgepipe.parity", "edgepipe.predict", "edgepipe.state", "edgepipe.array_ops.compare", "edgepipe.array_ops.roll",
         "edgepipe.array_ops.noise", "edgepipe.toolchain", "edgepipe.toolchains", "edgepipe.routes",
         "edgepipe.tflite_ops.candidates", "edgepipe.tflite_ops.stand_in", "edgepipe.tflite_ops.rewrite", "edgepipe.torch_ops.export", "edgepipe.torch_ops.pt2",
     )  # fmt: skip
@@ -156,11 +160,12 @@ class ToTflite:
         prepared = prepare_onnx(artifact.path, artifact.inputs, batch=self.batch)
         source = context.data[self.data] if self.data_names() else None
         inputs = parity_inputs(source, artifact.inputs, self.parity_samples, self.parity_seeds)
+        rows = single_steps(artifact, inputs)
         needed = source_transposes(artifact.path)
         own = source_operators(artifact.path)
         target = context.work_dir / "model.tflite"
         with tempfile.TemporaryDirectory(prefix="edgepipe-to_tflite-") as folder:
-            job = _Job(self, artifact, context, layouts, inputs, prepared, Path(folder))
+            job = _Job(self, artifact, context, layouts, inputs, rows, prepared, Path(folder))
             attempts: list[Attempt] = []
             proven: list[_Proven] = []
             failures: list[Exception] = []
@@ -237,13 +242,17 @@ class ToTflite:
 
 @dataclasses.dataclass
 class _Job:
-    """Everything that the attempts to convert one model share."""
+    """Everything that the attempts to convert one model share.
+
+    ``inputs`` are for `predict`; ``rows`` are single inferences, of every input (n, ...).
+    """
 
     options: ToTflite
     artifact: Artifact
     context: StageContext
     layouts: Mapping[str, str]
     inputs: dict[str, np.ndarray]
+    rows: dict[str, np.ndarray]
     prepared: bytes
     folder: Path
 
@@ -405,8 +414,9 @@ class _Job:
         if self.options.sparse:
             path.write_bytes(store_sparse(path.read_bytes(), where="model.tflite"))
         tolerance = self.options.max_relative_error
-        # the first real sample and the last of noise: what fits both is no coincidence
-        rows = [self.inputs[spec.name][[0, -1]] for spec in self.artifact.inputs]
+        # a real sample and the last of noise: what fits both is no coincidence; no state is at its start
+        first = self._count() // len(next(iter(self.inputs.values()))) - 1
+        rows = [self._row(spec, [first, -1]) for spec in self.artifact.inputs]
         try:
             match = match_tensors(
                 self.artifact.path, path, self.artifact.inputs, self.artifact.outputs, rows,
@@ -422,7 +432,9 @@ class _Job:
         except StageError as exc:
             raise self._departed(made, exc) from exc
         self._check_output_layouts(match.outputs)
-        stateful = keeps_state(path, {n: a[[-1]] for n, a in self.inputs.items()}, match.inputs)
+        self._check_state(match)
+        last = {spec.name: self._row(spec, [-1]) for spec in self.artifact.inputs}
+        stateful = keeps_state(path, last, match.inputs)
         if stateful and not self.options.streaming:
             raise _failed(
                 "the converted model keeps state from one inference to the next: the same input gives another output the second time",
@@ -437,6 +449,26 @@ class _Job:
                 code="no-state", context=self.context,
             )  # fmt: skip
         return _Proven(path, match.inputs, match.outputs, parity, variable_tensors)
+
+    def _count(self) -> int:
+        spec = self.artifact.inputs[0]
+        return self.rows[spec.name].shape[batch_axis(spec.layout)]
+
+    def _row(self, spec: TensorSpec, numbers: Sequence[int]) -> np.ndarray:
+        """Some of `rows` for one input of the source."""
+        return self.rows[spec.name].take(numbers, axis=batch_axis(spec.layout))
+
+    def _check_state(self, match: Match) -> None:
+        """Raises StageError where a state comes out in another layout than it goes in."""
+        outputs = {spec.name: spec for spec in match.outputs}
+        for spec in match.inputs:
+            fed = outputs.get(spec.fed_by, spec)
+            if fed.layout != spec.layout:
+                raise _failed(
+                    f"the converter made state {spec.name} {spec.layout}, and {fed.name}, which feeds it, {fed.layout}",
+                    hint=f'keep_layout = ["{spec.name}"]',
+                    code="state-layout", context=self.context,
+                )  # fmt: skip
 
     def _check_output_layouts(self, outputs: Sequence[TensorSpec]) -> None:
         """Raises StageError where an output of the file has not the layout that was asked for."""
@@ -458,11 +490,11 @@ class _Job:
         from edgepipe.array_ops.layout import to_layout
         from edgepipe.tflite_ops.bisect import first_departure
 
-        count = len(next(iter(self.inputs.values())))
+        count = self._count()
         batch = converted.inputs[0].shape[0]
         departure = None
         for index in (count - 1, *range(count - 1)):  # the last is noise, which hides least
-            rows = {name: array[[index]].repeat(batch, axis=0) for name, array in self.inputs.items()}  # fmt: skip
+            rows = {spec.name: self._row(spec, [index] * batch) for spec in self.artifact.inputs}
             with contextlib.suppress(ArtifactError):  # a file that fails on these inputs
                 departure = first_departure(
                     self.artifact.path,
