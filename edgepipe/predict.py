@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from edgepipe.artifact import Artifact
 from edgepipe.state import Steps, answers, batch_axis, is_stateful
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from edgepipe.array_ops.load import Samples, SampleStream
+
+    S = TypeVar("S", Samples, SampleStream)
 
 
 def predict(
@@ -51,6 +56,13 @@ def single_steps(artifact: Artifact, inputs: Mapping[str, np.ndarray]) -> dict[s
     return one_by_one(opened(artifact), artifact.inputs, inputs)
 
 
+def with_states(samples: S, artifact: Artifact) -> S:
+    """Samples that `array_ops.calibration.file_batches` turns into single inferences of a model with state."""
+    if not is_stateful(artifact.inputs):
+        return samples
+    return dataclasses.replace(samples, states_from=opened(artifact))
+
+
 def opened(
     artifact: Artifact,
 ) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
@@ -59,15 +71,13 @@ def opened(
 
     run: Callable[[list[np.ndarray]], list[np.ndarray]]
     if artifact.kind == "tflite":
-        from edgepipe.tflite_ops.run import run_tflite
+        from edgepipe.tflite_ops.run import tflite_runner
 
-        def run(arrays: list[np.ndarray]) -> list[np.ndarray]:
-            return run_tflite(artifact.path, arrays, artifact.inputs, artifact.outputs)
+        run = tflite_runner(artifact.path, artifact.inputs, artifact.outputs)
     elif artifact.kind == "onnx":
-        from edgepipe.tflite_ops.run import run_onnx
+        from edgepipe.tflite_ops.run import onnx_runner
 
-        def run(arrays: list[np.ndarray]) -> list[np.ndarray]:
-            return run_onnx(artifact.path, arrays, artifact.inputs, artifact.outputs)
+        run = onnx_runner(artifact.path, artifact.inputs, artifact.outputs)
     else:
         from edgepipe.torch_ops.run import open_torch
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from edgepipe.array_ops.layout import to_layout
 from edgepipe.array_ops.load import Samples, SampleStream, check_shape
+from edgepipe.array_ops.roll import one_by_one
 from edgepipe.artifact import TensorSpec
 from edgepipe.data import DataSource
 from edgepipe.errors import DataError
+from edgepipe.state import batch_axis, is_stateful
 
 # "A few hundred": the LiteRT post-training quantisation guide asks for 100-500 samples.
 ENOUGH_SAMPLES = 100
@@ -66,6 +68,9 @@ class CalibrationReport:
     inputs: tuple[InputStatistics, ...]
     warnings: tuple[str, ...]
     settling: Settling | None = None
+    # how many there were to take ``samples`` from, and whether ``samples = "auto"`` took them
+    available: int = 0
+    is_auto: bool = False
 
 
 def check_calibration(
@@ -143,21 +148,34 @@ def file_batches(
 ) -> Iterator[list[np.ndarray]]:
     """Samples one batch of the file at a time: for each input, (batch, ...) in the file's layout.
 
-    The last batch is filled up with its own last sample, which adds nothing to a range.
+    The last batch is filled up with its own last sample, which adds nothing to a range. Of a model with
+    state every step of a sequence is a sample, with the states that ``samples.states_from`` gives it.
     """
     size = max((spec.shape[spec.layout.find("N")] if "N" in spec.layout else 1) for spec in specs)
     size = max(size, 1)
+    axes = [batch_axis(spec.source_layout) for spec in specs]
     rows = (
         row
         for chunk in samples.chunks()
-        for row in zip(*(chunk.inputs[spec.name] for spec in specs), strict=True)
-    )
+        for inputs in [_single_steps(chunk, specs)]
+        for row in zip(*(np.moveaxis(inputs[s.name], a, 0) for s, a in zip(specs, axes, strict=True)), strict=True)
+    )  # fmt: skip
     while batch := list(itertools.islice(rows, size)):
         batch += [batch[-1]] * (size - len(batch))
         yield [
-            np.ascontiguousarray(to_layout(np.stack(column), spec.source_layout, spec.layout))
-            for column, spec in zip(zip(*batch, strict=True), specs, strict=True)
+            np.ascontiguousarray(
+                to_layout(np.stack(column, axis=axis), spec.source_layout, spec.layout)
+            )
+            for column, spec, axis in zip(zip(*batch, strict=True), specs, axes, strict=True)
         ]
+
+
+def _single_steps(chunk: Samples, specs: Sequence[TensorSpec]) -> Mapping[str, np.ndarray]:
+    if not is_stateful(specs):
+        return chunk.inputs
+    if chunk.states_from is None:
+        raise DataError("sequences for a model with state, but no model to take the states from")
+    return one_by_one(chunk.states_from, specs, chunk.inputs)
 
 
 def settle(

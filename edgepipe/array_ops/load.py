@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from edgepipe.array_ops.readers import DECODED, READERS, Reader, remembering, where_text
+from edgepipe.array_ops.roll import Run
 from edgepipe.artifact import TensorSpec
 from edgepipe.data import DataSource
 from edgepipe.errors import DataError
@@ -28,7 +29,8 @@ class Samples:
 
     ``inputs`` maps each of its input names to (N, ...) in its layout and dtype, batch axis first.
     ``labels`` is (N, ...) or None; for folders of files int64 indices into ``classes``. ``origin``
-    says in words where they come from.
+    says in words where they come from; ``states_from`` is the model that a sequence's states are taken
+    from, where its steps are run as single inferences.
     """
 
     inputs: dict[str, np.ndarray]
@@ -36,6 +38,7 @@ class Samples:
     classes: tuple[str, ...]
     origin: str
     is_random: bool = False
+    states_from: Run | None = None
 
     def __len__(self) -> int:
         return int(next(iter(self.inputs.values())).shape[0])
@@ -64,6 +67,7 @@ class SampleStream:
     specs: tuple[TensorSpec, ...]
     rows: np.ndarray
     reader: Reader
+    states_from: Run | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -87,7 +91,9 @@ class SampleStream:
                 spec.name: _fit(raw[spec.name], spec, self.source, where=where)
                 for spec in self.specs
             }
-            yield Samples(inputs, labels, self.reader.classes, self.origin, self.is_random)
+            yield Samples(
+                inputs, labels, self.reader.classes, self.origin, self.is_random, self.states_from
+            )
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> SampleStream:
         """A stream of the samples with these numbers, each once and in stored order."""
@@ -124,7 +130,9 @@ class SampleStream:
                 f"{where_text(self.source)}: some samples have a label and some have none",
                 hint="labels need one row for each sample",
             )
-        return Samples(whole, joined, self.reader.classes, self.origin, self.is_random)
+        return Samples(
+            whole, joined, self.reader.classes, self.origin, self.is_random, self.states_from
+        )
 
 
 def load_samples(source: DataSource, specs: Sequence[TensorSpec]) -> Samples:

@@ -28,6 +28,8 @@ _stderr_lock = threading.RLock()
 # onnxruntime's wheels send usage events to its maker unless told not to; a user's models are theirs.
 onnxruntime.disable_telemetry_events()
 
+# Inputs (N, ...) in the file's order and layout -> its outputs
+Runner = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 # Samples run at once through a model whose batch is not fixed: bounds memory, nothing else.
 DYNAMIC_BATCH = 32
 # One inference of a model for small devices takes seconds even on a busy host.
@@ -40,7 +42,14 @@ def run_onnx(
     input_specs: Sequence[TensorSpec],
     output_specs: Sequence[TensorSpec],
 ) -> list[np.ndarray]:
-    """Outputs of an ONNX model for N samples, in the file's order and layout, one thread.
+    """Outputs of an ONNX model for N samples: see `onnx_runner`."""
+    return onnx_runner(path, input_specs, output_specs)(arrays)
+
+
+def onnx_runner(
+    path: Path, input_specs: Sequence[TensorSpec], output_specs: Sequence[TensorSpec]
+) -> Runner:
+    """An ONNX model, loaded once: N samples -> outputs in the file's order and layout, one thread.
 
     ``arrays[i]`` is input *i* of the file, (N, ...) in its layout; a fixed batch is looped over.
     Graphs holding QuantizeLinear run unoptimised: onnxruntime's fused int8 kernels saturate on
@@ -51,7 +60,6 @@ def run_onnx(
     names = [item.name for item in session.get_inputs()]
     shapes = [_onnx_shape(item.shape) for item in session.get_inputs()]
     dtypes = [_ONNX_DTYPES.get(item.type, np.float32) for item in session.get_inputs()]
-    _check_count(path, len(names), len(arrays), "inputs")
     _check_count(path, len(session.get_outputs()), len(output_specs), "outputs")
 
     def invoke(batch: list[np.ndarray]) -> list[np.ndarray]:
@@ -67,7 +75,11 @@ def run_onnx(
                 hint="the samples must have the shapes and dtypes the model declares",
             ) from exc
 
-    return _run_in_batches(path, arrays, input_specs, output_specs, shapes, invoke)
+    def run(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        _check_count(path, len(names), len(arrays), "inputs")
+        return _run_in_batches(path, arrays, input_specs, output_specs, shapes, invoke)
+
+    return run
 
 
 def run_tflite(
@@ -76,7 +88,15 @@ def run_tflite(
     input_specs: Sequence[TensorSpec],
     output_specs: Sequence[TensorSpec],
 ) -> list[np.ndarray]:
-    """Outputs of a TFLite model for N samples, in the file's order and layout, one thread.
+    """Outputs of a TFLite model for N samples: see `tflite_runner`."""
+    _check_count(path, len(input_specs), len(arrays), "inputs")
+    return tflite_runner(path, input_specs, output_specs)(arrays)
+
+
+def tflite_runner(
+    path: Path, input_specs: Sequence[TensorSpec], output_specs: Sequence[TensorSpec]
+) -> Runner:
+    """A TFLite model, loaded once: N samples -> outputs in the file's order and layout, one thread.
 
     ``arrays[i]`` is input *i* of the file as real values, (N, ...) in its layout; quantized inputs
     are quantised with the file's scale and zero point and outputs dequantised. A fixed batch is
@@ -86,7 +106,7 @@ def run_tflite(
     """
     interpreter = open_tflite(path)
     inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
-    _check_count(path, len(inputs), len(arrays), "inputs")
+    _check_count(path, len(inputs), len(input_specs), "inputs")
     _check_count(path, len(outputs), len(output_specs), "outputs")
     for detail, spec in zip([*inputs, *outputs], [*input_specs, *output_specs], strict=True):
         _check_quantization(path, detail, spec)
@@ -98,7 +118,7 @@ def run_tflite(
         return [dequantize(interpreter.get_tensor(d["index"]), d) for d in outputs]
 
     shapes: list[tuple[int | None, ...]] = [tuple(int(n) for n in d["shape"]) for d in inputs]
-    return _run_in_batches(path, arrays, input_specs, output_specs, shapes, invoke)
+    return lambda arrays: _run_in_batches(path, arrays, input_specs, output_specs, shapes, invoke)
 
 
 def open_onnx(
