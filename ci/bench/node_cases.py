@@ -9,6 +9,7 @@ inputs, and its outputs are compared with the specification's here, apart from t
 pass         converted, and equal to the specification's outputs
 refused      the stage said no; counted by its reason code (``unsupported-op``, ``parity``, ...)
 WRONG        accepted, and not equal: there shall be none
+disputed     accepted, and equal to what onnxruntime computes, which is not what the specification says
 bug          an exception that is no error of edgepipe's, a crash or a timeout
 
 Exporters write weights, axes and shapes into the file, where these cases feed them in; so all but the
@@ -46,7 +47,7 @@ from edgepipe.stage import StageContext
 from edgepipe.stages.to_tflite import ToTflite
 from edgepipe.store import write_json
 from edgepipe.tflite_ops.onnx_model import onnx_specs
-from edgepipe.tflite_ops.run import run_tflite
+from edgepipe.tflite_ops.run import open_onnx, run_tflite
 
 ROUTES = get_args(get_type_hints(ToTflite)["route"])
 # float32 through other kernels; of the largest value, as everywhere in edgepipe
@@ -102,10 +103,18 @@ def make_row(case: TestCase, route: str, folder: Path) -> Row:
     for spec, result in zip(made.outputs, results, strict=True):
         if not spec.shape:  # one sample of a scalar is (1,)
             result = result.reshape(())
-        problem = difference(expected[spec.name], moved(result, spec.layout, spec.source_layout))
+        result = moved(result, spec.layout, spec.source_layout)
+        problem = difference(expected[spec.name], result)
         if problem:
-            return row | {"verdict": "WRONG", "code": "", "message": f"{spec.name}: {problem}"}
+            theirs = onnxruntime_says(path, fed)[spec.name]
+            verdict = "WRONG" if difference(theirs, result) else "disputed"
+            return row | {"verdict": verdict, "code": "", "message": f"{spec.name}: {problem}"}
     return row | {"verdict": "pass", "code": "", "message": ""}
+
+
+def onnxruntime_says(path: Path, fed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    session = open_onnx(path)
+    return dict(zip((v.name for v in session.get_outputs()), session.run(None, fed), strict=True))
 
 
 def convert(source: Artifact, fed: dict[str, np.ndarray], route: str, folder: Path) -> Artifact:
@@ -172,14 +181,15 @@ def row_of(case: TestCase, route: str, work: Path) -> Row:
 
 
 def by_operator(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """Operator -> how many ``cases``, ``pass``, ``bug`` and ``WRONG``; ``refused`` by reason code."""
+    """Operator -> how many ``cases``, ``pass``, ``disputed``, ``bug`` and ``WRONG``; ``refused`` by reason code."""
     found = {}
     for op in sorted({row["op"] for row in rows}):
         mine = [row for row in rows if row["op"] == op]
         n = collections.Counter(row["verdict"] for row in mine)
         codes = collections.Counter(row["code"] for row in mine if row["verdict"] == "refused")
         found[op] = {
-            "cases": len(mine), "pass": n["pass"], "refused": dict(codes.most_common()), "bug": n["bug"], "WRONG": n["WRONG"],
+            "cases": len(mine), "pass": n["pass"], "refused": dict(codes.most_common()),
+            "disputed": n["disputed"], "bug": n["bug"], "WRONG": n["WRONG"],
         }  # fmt: skip
     return found
 
@@ -191,13 +201,15 @@ def table(rows: Sequence[Row]) -> list[str]:
     lines = [
         f"{len(rows)} cases: {count['pass']} pass ({100 * count['pass'] / max(len(rows), 1):.0f} %), "
         f"{count['refused']} refused ({', '.join(f'{code} {n}' for code, n in reasons.most_common())}), "
-        f"{count['bug']} bugs, {count['WRONG']} WRONG",
-        "", "| operator | cases | pass | refused | bug | WRONG |", "|---|---|---|---|---|---|",
+        f"{count['disputed']} disputed, {count['bug']} bugs, {count['WRONG']} WRONG",
+        "", "| operator | cases | pass | refused | disputed | bug | WRONG |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for op, n in by_operator(rows).items():
         why = ", ".join(f"{code} {k}" for code, k in n["refused"].items()) or "0"
-        lines.append(f"| {op} | {n['cases']} | {n['pass']} | {why} | {n['bug']} | {n['WRONG']} |")
-    bad = [row for row in rows if row["verdict"] in ("WRONG", "bug")]
+        lines.append(
+            f"| {op} | {n['cases']} | {n['pass']} | {why} | {n['disputed']} | {n['bug']} | {n['WRONG']} |"
+        )
+    bad = [row for row in rows if row["verdict"] in ("WRONG", "bug", "disputed")]
     return [*lines, "", *(f"- {r['verdict']} {r['case']}: {r['code']} {' '.join(r['message'].split())[:200]}" for r in bad)]  # fmt: skip
 
 
