@@ -36,6 +36,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="model.onnx, model.pt2, model.tflite, or a builder: file.py:function or package.module:function")  # fmt: skip
     parser.add_argument("--weights", type=Path, metavar="FILE", help="state dict for a builder (.safetensors, .pth)")  # fmt: skip
     parser.add_argument("--input", action="append", default=[], metavar="NAME=1x3x224x224[:NCHW]", help="an input of a builder, in order; may be repeated")  # fmt: skip
+    parser.add_argument("--state", action="append", default=[], metavar="INPUT=OUTPUT", help="an input that is state, and the output that feeds it at the next step (h=output_1); samples are then sequences; may be repeated")  # fmt: skip
 
 
 def model_source(args: argparse.Namespace) -> ModelSource:
@@ -49,14 +50,24 @@ def model_source(args: argparse.Namespace) -> ModelSource:
             raise RequestError(f"--input {text!r} is not NAME=SHAPE", hint="like --input image=1x3x224x224, or with a layout: --input image=1x224x224x3:NHWC")  # fmt: skip
         shape = tuple(int(n) for n in match[2].split("x"))
         inputs.append(TensorOption(name=match[1], shape=shape, layout=match[3] or ""))
+    state = {}
+    for text in args.state:
+        name, equals, output = text.rpartition("=")
+        if not (name and equals and output):
+            raise RequestError(
+                f"--state {text!r} is not INPUT=OUTPUT", hint="like --state h=output_1"
+            )
+        state[name] = output
     root = Path.cwd()
     if Path(args.model).suffix.lower() in SOURCE_KINDS or ":" not in args.model:
         if not Path(args.model).is_file():
             raise RequestError(f"model file {args.model} does not exist", hint="check the path", code="no-such-file")  # fmt: skip
-        return ModelSource(file=Path(args.model), weights=args.weights, inputs=tuple(inputs), root=root)  # fmt: skip
+        return ModelSource(file=Path(args.model), weights=args.weights, inputs=tuple(inputs), state=state, root=root)  # fmt: skip
     if not inputs:
         raise RequestError(f"the inputs of builder {args.model} are not declared", hint="--input image=1x3x96x96, one for each")  # fmt: skip
-    return ModelSource(builder=args.model, weights=args.weights, inputs=tuple(inputs), root=root)
+    return ModelSource(
+        builder=args.model, weights=args.weights, inputs=tuple(inputs), state=state, root=root
+    )
 
 
 def model_kind(source: ModelSource) -> str:

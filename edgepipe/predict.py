@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from edgepipe.artifact import Artifact
-from edgepipe.state import Steps, answers, batch_axis, is_stateful
+from edgepipe.state import Steps, answer_names, batch_axis, is_stateful
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +31,7 @@ def predict(
     between layouts happen here, from the artifact's tensor specs. Fixed batch sizes are looped over.
 
     A model with state takes sequences, (N, T, ...) for each input that is no state, each from zeros,
-    and gives its answers (`state.answers`) at the last step, (N, ...), or at ``each``, (N, T, ...).
+    and gives its answers (`state.answer_names`) at the last step, (N, ...), or at ``each``, (N, T, ...).
     ``states`` adds the outputs that feed states.
     """
     run = opened(artifact)
@@ -39,7 +39,7 @@ def predict(
         return run(inputs)
     from edgepipe.array_ops.roll import roll_outputs
 
-    names = [spec.name for spec in artifact.outputs] if states else answers(artifact)
+    names = [spec.name for spec in artifact.outputs] if states else answer_names(artifact)
     return roll_outputs(run, artifact.inputs, inputs, names, steps=steps)
 
 

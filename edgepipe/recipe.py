@@ -23,6 +23,7 @@ from edgepipe.schema import build, near_miss, read_toml, record
 from edgepipe.stage import Stage, earlier_of, files_of, functions_of, profiles_of
 from edgepipe.stages import STAGES, stage_class
 from edgepipe.stages.load import ModelSource, check_source
+from edgepipe.state import EXPLICIT, STREAMING, Steps
 
 SCHEMA = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # part of a folder's name
@@ -44,11 +45,15 @@ class EvaluateOptions:
     ``reference`` says which model the accuracy drop is counted from: 0 = the model the recipe
     starts from, n = the result of stage n. Default: 0 where the model comes with weights, else 1
     (the first stage trains it).
+
+    ``steps``: which answers of a model with state are judged, those of the ``last`` step of each sequence
+    or of ``each`` (labels (N, T); a function of your own then gets (N, T, ...)).
     """
 
     data: str
     metric: str = "top1"
     reference: int | None = None
+    steps: Steps = "last"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +174,7 @@ def load_recipe(path: Path, bucket: Mapping[str, int] | None = None) -> Recipe:
             if profile not in known_profiles:
                 problems.append(f"[[stages]] {number} ({stage.name}): unknown profile {profile!r}{near_miss(profile, list(known_profiles))} (`edgepipe devices list` shows them)")  # fmt: skip
     _check_streaming(stages, problems)
+    _check_state(model, evaluate, data, stages, problems)
     _check_evaluation(evaluate, known_data, stages, gates, root, problems)
     if any(gate and gate.scope == "device" for gate in gates) and not devices:
         problems.append("devices: some gates need a device, but none is named")
@@ -337,6 +343,8 @@ def _judged_like(
             f"[[stages]] {number} ({stage.name}): evaluate = {stage.evaluate!r} is what the recipe is"
             " judged by in the end: choosing by it would flatter the result; name a set of its own"
         )
+    if hasattr(stage, "steps"):
+        stage = dataclasses.replace(stage, steps=evaluate.steps)
     return stage if stage.metric else dataclasses.replace(stage, metric=evaluate.metric)
 
 
@@ -417,13 +425,6 @@ def _check_order(kind: str, stages: list[Any], problems: list[str]) -> str:
     return kind
 
 
-# Samples are run one by one from fresh state, on this host and on boards, and ranges are taken so.
-_STREAMING = (
-    "the model of [[stages]] {number} keeps its state from one inference to the next (streaming = true), but samples are"
-    " run from fresh state each: {what} as it will be used; its latency and memory can be measured"
-)
-
-
 def _streaming_stage(stages: list[Any]) -> int:
     """Number of the first stage that makes a streaming model; 0 where there is none."""
     return next((n for n, stage in enumerate(stages, 1) if getattr(stage, "streaming", False)), 0)
@@ -434,8 +435,31 @@ def _check_streaming(stages: list[Any], problems: list[str]) -> None:
     streaming = _streaming_stage(stages)
     for number, stage in enumerate(stages, 1):
         if stage and streaming and number > streaming:
-            what = _STREAMING.format(number=streaming, what="no ranges can be taken of it")
-            problems.append(f"[[stages]] {number} ({stage.name}): {what}")
+            what = STREAMING.format(cannot="no ranges can be taken of it")
+            problems.append(f"[[stages]] {number} ({stage.name}): the model of [[stages]] {streaming} {what} ({EXPLICIT})")  # fmt: skip
+
+
+# Stages that run training samples through the model one by one.
+TRAINING = ("finetune", "distill", "qat", "prune", "sparsify", "low_rank")
+
+
+def _check_state(
+    model: ModelSource | None, evaluate: EvaluateOptions | None, data: Mapping[str, DataSource],
+    stages: list[Any], problems: list[str],
+) -> None:  # fmt: skip
+    """What goes with a model with state, whose samples are sequences."""
+    state = model.state if model is not None else {}
+    if evaluate is not None and evaluate.steps == "each" and not state:
+        problems.append('[evaluate] steps = "each": the model has no [model.state], so there is one step')  # fmt: skip
+    for name, source in data.items():
+        for known in sorted({*source.inputs} & {*state}):
+            problems.append(f"[data.{name}] inputs: {known!r} is state ([model.state] {known} = {state[known]!r}): it starts at zero and takes no data")  # fmt: skip
+    for number, stage in enumerate(stages, 1):
+        if state and stage and stage.name in TRAINING and stage.data_names():
+            problems.append(
+                f"[[stages]] {number} ({stage.name}): cannot train on sequences yet, and the model has [model.state];"
+                " train it before, and give the weights"
+            )
 
 
 def _check_evaluation(
@@ -457,7 +481,7 @@ def _check_evaluation(
     streaming = _streaming_stage(stages)
     if streaming:
         problems.append(
-            f"[evaluate]: {_STREAMING.format(number=streaming, what='nothing can be evaluated')}"
+            f"[evaluate]: the model of [[stages]] {streaming} {STREAMING.format(cannot='nothing can be evaluated')} ({EXPLICIT})"
         )
     if evaluate.data not in known_data:
         problems.append(f"[evaluate] data: no [data.{evaluate.data}]{near_miss(evaluate.data, sorted(known_data))}")  # fmt: skip

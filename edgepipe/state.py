@@ -21,6 +21,12 @@ Steps = Literal["last", "each"]
 FREE = -1
 # Steps that two models are compared on, and those of noise: wrong wiring shows at the second.
 PARITY_STEPS = 8
+# What is said of state inside the file (``streaming = true``), and what to do instead.
+STREAMING = (
+    "keeps its state from one inference to the next (streaming = true), but samples are run from fresh state each:"
+    " {cannot} as it will be used; its latency and memory can be measured"
+)
+EXPLICIT = 'give the state inputs and outputs of its own and wire them: [model.state] h = "h_next"'
 
 
 def is_stateful(specs: Sequence[TensorSpec]) -> bool:
@@ -59,7 +65,22 @@ def _sequence(spec: TensorSpec) -> TensorSpec:
     return dataclasses.replace(spec, shape=shape, layout=layouts[0], source_layout=layouts[1])
 
 
-def answers(artifact: Artifact) -> tuple[str, ...]:
+def state_numbers(artifact: Artifact) -> list[tuple[int, int]]:
+    """(Number of a state input, number of the output that feeds it) for each, in the file's order."""
+    outputs = [spec.name for spec in artifact.outputs]
+    return [(i, outputs.index(s.fed_by)) for i, s in enumerate(artifact.inputs) if s.fed_by]
+
+
+def refuse_streaming(artifact: Artifact, cannot: str) -> None:
+    """Raise ArtifactError (``streaming``) for a file that keeps its state in itself between inferences.
+
+    ``cannot`` says what is not possible with samples that are run from fresh state each.
+    """
+    if artifact.facts.get("streaming"):
+        raise ArtifactError(f"{artifact.path.name} {STREAMING.format(cannot=cannot)}", hint=EXPLICIT, code="streaming")  # fmt: skip
+
+
+def answer_names(artifact: Artifact) -> tuple[str, ...]:
     """The outputs that a model is judged by: those that feed no state, or all where every one does."""
     states = {spec.fed_by for spec in artifact.inputs}
     names = tuple(spec.name for spec in artifact.outputs)

@@ -12,6 +12,7 @@ import numpy as np
 from edgepipe.array_ops.user_code import call_function
 from edgepipe.errors import DataError
 from edgepipe.schema import near_miss
+from edgepipe.state import Steps
 
 Score = Callable[[np.ndarray, np.ndarray], float]
 Predict = Callable[[np.ndarray], np.ndarray]
@@ -181,6 +182,31 @@ def task_metric(
         return value
     output, known = _checked(name, outputs, labels)
     return TASK_METRICS[name].score(output, known)
+
+
+def as_judged(
+    name: str, outputs: Mapping[str, np.ndarray], labels: np.ndarray, *, steps: Steps
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Answers and labels as the functions here take them.
+
+    With ``steps = "each"`` they are (N, T, ...) both, and a built-in metric counts every step as a sample,
+    (N * T, ...); a function of the user's own gets them as they are. Raises DataError where labels have
+    no step axis of that length.
+    """
+    if steps == "last" or ":" in name:
+        return dict(outputs), labels
+    wanted = next(iter(outputs.values())).shape[:2]
+    if labels.shape[:2] != wanted:
+        raise DataError(
+            f"labels {labels.shape} for {wanted[0]} sequences of {wanted[1]} steps, each of which is judged",
+            hint='give labels (samples, steps, ...), or judge the last step: [evaluate] steps = "last"',
+        )
+    return {n: _flat(array) for n, array in outputs.items()}, _flat(labels)
+
+
+def _flat(array: np.ndarray) -> np.ndarray:
+    """(N, T, ...) -> (N * T, ...)"""
+    return array.reshape(-1, *array.shape[2:])
 
 
 def correct(

@@ -98,6 +98,9 @@ def recipe_text(
         )
     for option in source.inputs:
         lines += ["", *_input_lines(option)]
+    if source.state:
+        lines += ["", "# input = the output that feeds it at the next step", "[model.state]"]
+        lines += [f"{_quoted(name)} = {_quoted(output)}" for name, output in source.state.items()]
     lines += ["", "# Representative samples, prepared as the model wants them: a few hundred real ones.", "[data.calibration]"]  # fmt: skip
     if data is not None and data.kind == "python":
         lines += ['kind = "python"', f"function = {reference(data.function)}"]
