@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from edgepipe.units import format_seconds
 if TYPE_CHECKING:
     import numpy as np
 
+    from edgepipe.array_ops.compare import OutputError
     from edgepipe.tflite_ops.layer_noise import LayerNoise, Repairs
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,12 @@ CLIPPED = 0.001
 # A range that data uses a quarter of has lost two of its eight bits.
 HALF_USED = 0.25
 STEPS = 255
+# Samples that the rungs of the ladder are tried on (as `ladder.COMPARED`).
+RUNG_SAMPLES = 64
+# Points of the task metric within which a rung mends a model, as `quantize --max-drop` would be told.
+RUNG_DROP = 1.0
+# What is named where no rung mends a layer.
+NO_RUNG = "qat"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +53,7 @@ class Layer:
     alone is int8; None where it was not tried. ``score_if_float`` is the task metric, and
     ``noise_if_float`` the noise of the outputs, if it alone is float. ``why`` says what is wrong with it,
     ``rung`` which rung of the ladder mends that; both "" for a layer that is not at fault.
+    ``noise_after`` is its noise alone after that rung; None where the rung is named by rule only.
     """
 
     noise: LayerNoise
@@ -54,10 +62,30 @@ class Layer:
     score_if_float: float | None = None
     why: str = ""
     rung: str = ""
+    noise_after: float | None = None
 
     @property
     def is_at_fault(self) -> bool:
         return self.noise_alone is not None and self.noise_alone > FAULT
+
+
+@dataclasses.dataclass(frozen=True)
+class TriedRung:
+    """A rung of the ladder that was tried on the whole file, like its first one, ``plain``.
+
+    ``noise``, ``sqnr_db`` and ``score`` are of its outputs, as of `Explanation`; ``held`` says that the
+    model is mended (`RUNG_DROP`, without labels `FAULT`), ``kept`` that later rungs build on it.
+    ``noise_alone`` is what each of the worst layers alone puts on the outputs then.
+    """
+
+    rung: str
+    did: str
+    noise: float
+    sqnr_db: float
+    score: float | None
+    held: bool
+    kept: bool
+    noise_alone: Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +104,7 @@ class Explanation:
     made_noise: float | None
     made_score: float | None
     metric: str
+    rungs: tuple[TriedRung, ...] = ()
 
     @property
     def at_fault(self) -> list[Layer]:
@@ -93,12 +122,14 @@ def explain_layers(
     evaluation: DataSource | None = None,
     metric: str = "top1",
     root: Path,
+    try_rungs: bool = True,
 ) -> Explanation:
     """Compare two TFLite files of one model on real samples, tensor by tensor.
 
     ``data`` gives up to `SAMPLES` inputs. With an ``evaluation`` set with labels the task metric is
     told too. Sensitivity is measured, by files made for it: each layer alone in int8, and for the
-    worst `TRIED_IN_FLOAT` the layer alone in float. Raises StageError and ArtifactError as
+    worst `TRIED_IN_FLOAT` the layer alone in float. With ``try_rungs`` the ladder is climbed as well,
+    and the rung that is named for each of these is the first that mended it. Raises StageError and ArtifactError as
     `comparable`, DataError where the samples do not fit or ``evaluation`` has no labels.
     """
     from edgepipe.array_ops.calibration import file_batches
@@ -148,11 +179,90 @@ def explain_layers(
             )
             given_back[name] = judge(predict(trial, judged.inputs))
     made_noise, made_score = given_back.get("", (None, None))
+    rungs: tuple[TriedRung, ...] = ()
+    if try_rungs and worst:
+        few = load_samples(at_most(data, RUNG_SAMPLES), specs)
+        rungs = _tried_rungs(
+            content, quantised, list(file_batches(few, float_model.inputs)),
+            [la.noise.layer for la in worst[:TRIED_IN_FLOAT]],
+            lambda trial: (*judge(found := predict(trial, judged.inputs)), compare(expected, found)),
+            None if labels is None else task_metric(metric, expected, labels, root=root),
+        )  # fmt: skip
+        layers = [_with_tried_rung(la, rungs) for la in layers]
     return Explanation(
+        rungs=rungs,
         layers=tuple(_with_gain(la, given_back) for la in layers), samples=len(samples), data=samples.origin,
         sqnr_db=min(e.sqnr_db for e in errors.values()), output_noise=output_noise, score=score, made_noise=made_noise, made_score=made_score, metric=metric,
         float_score=None if labels is None else task_metric(metric, expected, labels, root=root),
     )  # fmt: skip
+
+
+def _tried_rungs(
+    content: bytes,
+    quantised: Artifact,
+    batches: Sequence[Sequence[np.ndarray]],
+    layers: Sequence[str],
+    judge: Callable[[Artifact], tuple[float, float | None, Mapping[str, OutputError]]],
+    float_score: float | None,
+) -> tuple[TriedRung, ...]:
+    """Climb the ladder from ``content`` (as `comparable` gives it) with the ranges of ``quantised``;
+    nothing where the quantiser cannot make one of its files."""
+    from edgepipe.tflite_ops.flatbuffer import parse_model
+    from edgepipe.tflite_ops.inspect import model_specs
+    from edgepipe.tflite_ops.ladder import Judgement
+    from edgepipe.tflite_ops.layer_noise import noise_alone_by_rung
+
+    judged: dict[bytes, tuple[float, float | None, float]] = {}
+
+    def like(ours: Sequence[TensorSpec], theirs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+        return tuple(
+            dataclasses.replace(mine, dtype=new.dtype, scale=new.scale, zero_point=new.zero_point)
+            for mine, new in zip(ours, theirs, strict=True)
+        )
+
+    with tempfile.TemporaryDirectory(prefix="edgepipe-") as folder:
+        path = Path(folder) / "rung.tflite"
+
+        def judgement(int8: bytes) -> Judgement:
+            path.write_bytes(int8)
+            inputs, outputs = model_specs(parse_model(int8, where="the rung"), where="the rung")
+            trial = make_artifact("tflite", path, inputs=like(quantised.inputs, inputs), outputs=like(quantised.outputs, outputs))  # fmt: skip
+            noise, score, errors = judge(trial)
+            judged[int8] = noise, score, min(e.sqnr_db for e in errors.values())
+            if score is None or float_score is None:
+                return Judgement(1 - noise, 100 * noise, len(batches))
+            return Judgement(score, 100 * (float_score - score), len(batches))
+
+        log.info("trying the rungs of the ladder")
+        try:
+            found = noise_alone_by_rung(
+                content, quantised.path.read_bytes(), layers, batches, judge=judgement,
+                max_drop=100 * FAULT if float_score is None else RUNG_DROP,
+            )  # fmt: skip
+        except StageError as exc:
+            log.warning("the rungs cannot be tried, so they are named by rule: %s", exc.message)
+            return ()
+    rows = []
+    for rung, made, alone in found:
+        noise, score, sqnr_db = judged[made]
+        rows.append(TriedRung(rung.name, rung.did, noise, sqnr_db, score, rung.held, rung.kept, alone))  # fmt: skip
+    return tuple(rows)
+
+
+def _with_tried_rung(layer: Layer, rungs: Sequence[TriedRung]) -> Layer:
+    """The first rung that brings a layer's noise below `FAULT`; else the one that mends the model in
+    spite of it; else none, with the least noise that any left. One that was not tried stays as it is."""
+    name = layer.noise.layer
+    if not rungs or name not in rungs[0].noise_alone:
+        return layer
+    mended = next((r for r in rungs if r.kept and r.noise_alone[name] <= FAULT), None)
+    mended = mended or next((r for r in rungs if r.held), None)
+    if mended is rungs[0]:  # the model holds as it is: nothing was tried
+        return layer
+    if mended is None:
+        least = min(r.noise_alone[name] for r in rungs)
+        return dataclasses.replace(layer, rung=NO_RUNG, noise_after=least)
+    return dataclasses.replace(layer, rung=mended.rung, noise_after=mended.noise_alone[name])
 
 
 def _with_gain(layer: Layer, given_back: Mapping[str, tuple[float, float | None]]) -> Layer:
@@ -313,10 +423,43 @@ def summary(found: Explanation) -> list[str]:
         lines[0] += f"; {found.metric} {found.score:.4f}, float {found.float_score:.4f}"
     for layer in found.at_fault:
         noise = f"{layer.noise.operator} {short_name(layer.noise.layer)!r} alone puts {layer.noise_alone:.2g} of noise on the outputs"  # fmt: skip
-        lines.append(f"{noise}: {layer.why}; rung: {layer.rung}{_gain_text(layer, found)}")
+        lines.append(f"{noise}: {layer.why}; rung: {_rung_text(layer)}{_gain_text(layer, found)}")
+    if found.rungs and not any(r.held for r in found.rungs):
+        best = min(found.rungs, key=lambda r: r.noise)
+        lines.append(
+            f"no rung that was tried mends the whole model (least noise {best.noise:.2g}, by {best.rung}): float32"
+            " doors where they are int8, learned rounding (quantize --max-drop), or QAT"
+        )
     if not found.at_fault:
         lines.append("no layer alone spoils the outputs (noise above -20 dB)")
     return lines
+
+
+def _rung_text(layer: Layer) -> str:
+    if layer.noise_after is None:
+        return f"{layer.rung} (by rule, not tried)"
+    if layer.rung == NO_RUNG:
+        return f"none that was tried mends it (least noise {layer.noise_after:.2g}): learned rounding (quantize --max-drop) or QAT"  # fmt: skip
+    return f"{layer.rung} (tried: {layer.noise_after:.2g} of noise left)"
+
+
+def rungs_table(found: Explanation) -> Table:
+    """What each rung that was tried made of the outputs and of the worst layers; no rows where none was."""
+    layers = list(found.rungs[0].noise_alone) if found.rungs else []
+    metric = [found.metric] if found.score is not None else []
+    header = ("rung", "SQNR", "noise", *metric, *(f"{short_name(n)} alone" for n in layers), "verdict", "what was done")  # fmt: skip
+    by_name = {la.noise.layer: la for la in found.layers}
+
+    def row(name: str, sqnr_db: float, noise: float, score: float | None, alone: Sequence[float | None], *rest: str) -> tuple[str, ...]:  # fmt: skip
+        scores = [f"{score:.4f}"] if score is not None else []
+        return (name, f"{sqnr_db:.1f} dB", f"{noise:.2g}", *scores, *("" if a is None else f"{a:.2g}" for a in alone), *rest)  # fmt: skip
+
+    rows = [row("as it is", found.sqnr_db, found.output_noise, found.score, [by_name[n].noise_alone for n in layers], "", "")]  # fmt: skip
+    for r in found.rungs:
+        verdict = "holds" if r.held else "" if r.kept else "undone"
+        rows.append(row(r.rung, r.sqnr_db, r.noise, r.score, [r.noise_alone[n] for n in layers], verdict, r.did))  # fmt: skip
+    allowed = f"{found.metric} within {RUNG_DROP:g} point of float" if metric else f"noise of at most {FAULT:g}"  # fmt: skip
+    return Table(f"Rungs tried, from the cheapest on, up to {allowed} (learned rounding left out)", header, tuple(rows) if found.rungs else ())  # fmt: skip
 
 
 def _gain_text(layer: Layer, found: Explanation) -> str:

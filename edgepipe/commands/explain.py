@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metric", default="top1", help="task metric of --evaluate: top1, ... or file.py:function (default: top1)")  # fmt: skip
     parser.add_argument("--layout", default="", metavar="NCHW", help="order of the samples' axes where it is not the file's")  # fmt: skip
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with plots; it loads nothing from anywhere")  # fmt: skip
+    parser.add_argument("--no-try", action="store_true", help="name rungs by rule, without trying them (a file for each rung and layer at fault)")  # fmt: skip
     add_device_arguments(parser)
 
 
@@ -60,10 +61,12 @@ def run(args: argparse.Namespace, out: Output) -> int:
         if int8_model is None:
             int8_model = layer_explain.plain_int8(float_model, data, Path(folder) / "plain-int8.tflite")  # fmt: skip
         found = layer_explain.explain_layers(
-            float_model, int8_model, data, evaluation=evaluation, metric=args.metric, root=Path.cwd()
+            float_model, int8_model, data, evaluation=evaluation, metric=args.metric, root=Path.cwd(),
+            try_rungs=not args.no_try,
         )  # fmt: skip
         ops, where = _operators(args, int8_model)
-    tables = [layer_explain.ops_table(ops, device=where)] if ops else []
+    tables = [layer_explain.rungs_table(found)] if found.rungs else []
+    tables += [layer_explain.ops_table(ops, device=where)] if ops else []
     title = f"{int8_model.path.name} against {float_model.path.name}"
     if args.html:
         with replacing(args.html) as temporary:

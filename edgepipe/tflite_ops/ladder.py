@@ -91,10 +91,22 @@ class Rung:
 
 
 @dataclasses.dataclass(frozen=True)
+class Plan:
+    """How to make the int8 file."""
+
+    content: bytes
+    ranges: Mapping[str, Range]
+    method: str
+    corrected: bool = False
+    precision: Mapping[str, Precision] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class Rescue:
     """Where the ladder ended. ``content`` is the int8 file of the last rung, ``float_content`` what it
     was made from, ``precision`` the layers that are not int8. ``causes`` are sentences about what was
-    wrong with the model, ``culprits`` the layers that would spoil it alone, worst first."""
+    wrong with the model, ``culprits`` the layers that would spoil it alone, worst first. ``made`` is how
+    the file of each rung was made, and that file."""
 
     content: bytes
     float_content: bytes
@@ -105,21 +117,11 @@ class Rescue:
     causes: tuple[str, ...]
     culprits: tuple[Sensitivity, ...]
     float_latency_s: float | None = None
+    made: tuple[tuple[Plan, bytes], ...] = ()
 
     @property
     def held(self) -> bool:
         return self.rungs[-1].held
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """How to make the int8 file."""
-
-    content: bytes
-    ranges: Mapping[str, Range]
-    method: str
-    corrected: bool = False
-    precision: Mapping[str, Precision] = dataclasses.field(default_factory=dict)
 
 
 Judge = Callable[[bytes], Judgement]
@@ -140,19 +142,22 @@ def climb(
     allow_float: Sequence[str],
     round_weights: RoundWeights | None,
     where: str,
+    precision: Mapping[str, Precision] | None = None,
+    states: Sequence[tuple[int, int]] = (),
 ) -> Rescue:
     """Climb until ``judge`` finds a drop of at most ``max_drop`` points; the result says if one held.
 
     ``content`` is the float file with activations fused, ``ranges`` those of plain calibration by
     ``method``. ``batches`` gives the calibration data, (1, ...) for each input, as often as it is
     called. Layers are put into float only if their operator is in ``allow_float``, into 16 bits
-    wherever the quantiser can.
+    wherever the quantiser can. ``precision`` are those that are not int8 from the start,
+    ``states`` as for `quantize.quantize`.
     """
     return _Ladder(
         batches=batches, judge=judge, max_drop=max_drop, input_dtype=input_dtype,
         output_dtype=output_dtype, allow_float=tuple(allow_float), round_weights=round_weights,
-        where=where, original=content,
-    ).climb(_Plan(content, ranges, method))  # fmt: skip
+        where=where, original=content, states=states,
+    ).climb(Plan(content, ranges, method, precision=precision or {}))  # fmt: skip
 
 
 class _Ladder:
@@ -161,10 +166,10 @@ class _Ladder:
     def __init__(
         self, *, batches: Batches, judge: Judge, max_drop: float, input_dtype: IoDtype,
         output_dtype: IoDtype, allow_float: tuple[str, ...], round_weights: RoundWeights | None,
-        where: str, original: bytes,
+        where: str, original: bytes, states: Sequence[tuple[int, int]],
     ) -> None:  # fmt: skip
         self.batches, self.judge, self.max_drop = batches, judge, max_drop
-        self.doors: dict[str, Any] = {"input_dtype": input_dtype, "output_dtype": output_dtype}
+        self.doors: dict[str, Any] = {"input_dtype": input_dtype, "output_dtype": output_dtype, "states": states}  # fmt: skip
         self.allow_float, self.round_weights, self.where = allow_float, round_weights, where
         self.original = original
         # (step * k)th samples, so that a set sorted by class is seen whole
@@ -174,13 +179,13 @@ class _Ladder:
         self.many = list(itertools.islice(batches(), 0, LEARNED_FROM * wide, wide))
         self.expected = outputs_of(original, self.few, where=where)
         self.rungs: list[Rung] = []
-        self.files: list[bytes] = []
+        self.made: list[tuple[Plan, bytes]] = []
         self.causes: list[str] = []
         self.culprits: list[Sensitivity] = []
         self.known_noise: dict[bytes, float] = {}
         self.judged: dict[bytes, Judgement] = {}
 
-    def climb(self, plan: _Plan) -> Rescue:
+    def climb(self, plan: Plan) -> Rescue:
         steps = (self._better_ranges, self._equalised, self._bias, self._rounded, self._mixed)
         try:
             made = self._step("plain", f"int8 with {plan.method} ranges", plan)
@@ -203,7 +208,7 @@ class _Ladder:
             plan, made = step(plan, made)
         float_latency, rungs = None, tuple(self.rungs)
         if len(rungs) > 1:
-            float_latency, *latencies = host_latencies([self.original, *self.files])
+            float_latency, *latencies = host_latencies([self.original, *(m for _, m in self.made)])
             rungs = tuple(
                 dataclasses.replace(rung, latency_s=latency)
                 for rung, latency in zip(rungs, latencies, strict=True)
@@ -212,11 +217,12 @@ class _Ladder:
             content=made, float_content=plan.content, ranges=plan.ranges, method=plan.method,
             precision=plan.precision, rungs=rungs, causes=tuple(self.causes),
             culprits=tuple(self.culprits), float_latency_s=float_latency,
+            made=tuple(self.made),
         )  # fmt: skip
 
     # --- rungs ---
 
-    def _better_ranges(self, plan: _Plan, made: bytes) -> tuple[_Plan, bytes]:
+    def _better_ranges(self, plan: Plan, made: bytes) -> tuple[Plan, bytes]:
         candidates = self._range_candidates(plan)
         best = min(candidates, key=lambda c: self._noise(c[1]))
         if best[1] == made or self._noise(best[1]) >= self.rungs[-1].noise:
@@ -224,7 +230,7 @@ class _Ladder:
             return plan, made
         return self._accept("ranges", f"{best[0].method} ranges instead of {plan.method}", best[0], plan, made, content=best[1])  # fmt: skip
 
-    def _range_candidates(self, plan: _Plan) -> list[tuple[_Plan, bytes]]:
+    def _range_candidates(self, plan: Plan) -> list[tuple[Plan, bytes]]:
         limits = collect_ranges(plan.content, self.batches(), where=self.where).table()
         histograms = collect_histograms(plan.content, self.batches(), limits, where=self.where)
         tables: dict[str, Mapping[str, Range]] = {plan.method: plan.ranges, "min_max": limits}
@@ -233,7 +239,7 @@ class _Ladder:
         plans = [dataclasses.replace(plan, ranges=t, method=m) for m, t in tables.items()]
         return [(p, self._make(p)) for p in plans]
 
-    def _equalised(self, plan: _Plan, made: bytes) -> tuple[_Plan, bytes]:
+    def _equalised(self, plan: Plan, made: bytes) -> tuple[Plan, bytes]:
         before = channel_statistics(plan.content, self.batches(), where=self.where)
         content, repaired = repair_dead_channels(plan.content, before, where=self.where)
         self.causes += repaired
@@ -249,7 +255,7 @@ class _Ladder:
         if not options:
             log.info("rung equalise: no dead channels with absurd weights, no pair of layers to equalise")  # fmt: skip
             return plan, made
-        best: tuple[_Plan, bytes] | None = None
+        best: tuple[Plan, bytes] | None = None
         for option in options:
             check_unchanged(self.original, option, self.few, where=self.where)
             for candidate in self._range_candidates(dataclasses.replace(plan, content=option)):
@@ -260,14 +266,14 @@ class _Ladder:
             did = did[:1]
         return self._accept("equalise", ", ".join(did) + f", {best[0].method} ranges", best[0], plan, made, content=best[1])  # fmt: skip
 
-    def _bias(self, plan: _Plan, made: bytes) -> tuple[_Plan, bytes]:
+    def _bias(self, plan: Plan, made: bytes) -> tuple[Plan, bytes]:
         new = dataclasses.replace(plan, corrected=True)
         content, layers = correct_biases(plan.content, made, self.few, where=self.where)
         return self._accept("bias", f"biases of {layers} layers corrected", new, plan, made, content=content)  # fmt: skip
 
-    def _rounded(self, plan: _Plan, made: bytes) -> tuple[_Plan, bytes]:
+    def _rounded(self, plan: Plan, made: bytes) -> tuple[Plan, bytes]:
         if self.round_weights is None:
-            log.info("rung rounding: needs PyTorch, which is not installed")
+            log.info("rung rounding: left out (no PyTorch, or not asked for)")
             return plan, made
         bare = self._make(dataclasses.replace(plan, corrected=False))
         content, did = self.round_weights(plan.content, bare, self.many)
@@ -275,7 +281,7 @@ class _Ladder:
         new = dataclasses.replace(plan, content=content)
         return self._accept("rounding", did, new, plan, made)
 
-    def _mixed(self, plan: _Plan, made: bytes) -> tuple[_Plan, bytes]:
+    def _mixed(self, plan: Plan, made: bytes) -> tuple[Plan, bytes]:
         limits = collect_ranges(plan.content, self.batches(), where=self.where).table()
         ranked = layer_sensitivity(plan.content, plan.ranges, self.few, where=self.where)
         self.culprits = [s for s in ranked if s.noise > CULPRIT][:CULPRITS_NAMED] or ranked[:1]
@@ -295,14 +301,14 @@ class _Ladder:
         return plan, made
 
     def _fewest(
-        self, plan: _Plan, kind: Precision, ranked: Sequence[str], limits: Mapping[str, Range]
-    ) -> tuple[_Plan, bytes] | None:
+        self, plan: Plan, kind: Precision, ranked: Sequence[str], limits: Mapping[str, Range]
+    ) -> tuple[Plan, bytes] | None:
         """The fewest of the worst layers that hold, found by doubling and halving; else all of them.
 
         With 16 bits there is no need to clip: tensors of such layers get their whole range.
         """
         graph = parse_model(plan.content, where=self.where).subgraphs[0]
-        tried: dict[int, tuple[_Plan, bytes]] = {}
+        tried: dict[int, tuple[Plan, bytes]] = {}
 
         def holds(count: int) -> bool:
             precision = {**plan.precision, **dict.fromkeys(ranked[:count], kind)}
@@ -335,7 +341,7 @@ class _Ladder:
 
     # --- what they share ---
 
-    def _make(self, plan: _Plan) -> bytes:
+    def _make(self, plan: Plan) -> bytes:
         made = quantize(plan.content, plan.ranges, precision=plan.precision, where=self.where, **self.doors)  # fmt: skip
         check_full_integer(made, allow_float=self.allow_float, where=self.where)
         if plan.corrected:
@@ -355,12 +361,12 @@ class _Ladder:
             self.judged[key] = self.judge(content)
         return self.judged[key]
 
-    def _step(self, name: str, did: str, plan: _Plan, content: bytes | None = None) -> bytes:
+    def _step(self, name: str, did: str, plan: Plan, content: bytes | None = None) -> bytes:
         made = self._make(plan) if content is None else content
         judged = self._judge(made)
         held = judged.drop_points <= self.max_drop
         self.rungs.append(Rung(name, did, judged, self._noise(made), len(made), held, kept=True))
-        self.files.append(made)
+        self.made.append((plan, made))
         log.info(
             "rung %s (%s): score %.4f, %+.2f points lost, %s",
             name, did, judged.score, judged.drop_points, "holds" if held else "does not hold",
@@ -368,8 +374,8 @@ class _Ladder:
         return made
 
     def _accept(
-        self, name: str, did: str, new: _Plan, old: _Plan, made: bytes, *, content: bytes | None = None
-    ) -> tuple[_Plan, bytes]:  # fmt: skip
+        self, name: str, did: str, new: Plan, old: Plan, made: bytes, *, content: bytes | None = None
+    ) -> tuple[Plan, bytes]:  # fmt: skip
         """Judge the new plan; the old one stays unless the new has a better score, or as good a one
         with less noise."""
         before = next(r for r in reversed(self.rungs) if r.kept)

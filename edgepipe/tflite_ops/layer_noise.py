@@ -11,11 +11,15 @@ import numpy as np
 from edgepipe.array_ops.compare import sqnr_db
 from edgepipe.array_ops.ranges import METHODS, Range
 from edgepipe.errors import ArtifactError
+from edgepipe.tflite_ops.bias import correct_biases
 from edgepipe.tflite_ops.calibrate import collect_histograms
 from edgepipe.tflite_ops.channels import ChannelStatistics, channel_statistics
 from edgepipe.tflite_ops.equalise import equalise, repair_dead_channels
 from edgepipe.tflite_ops.flatbuffer import CONVERSIONS, Subgraph, Tensor, parse_model
+from edgepipe.tflite_ops.inspect import describe_model
+from edgepipe.tflite_ops.ladder import Judge, Rung, climb
 from edgepipe.tflite_ops.quantize import (
+    IoDtype,
     Precision,
     check_quantizable,
     collect_ranges,
@@ -25,7 +29,12 @@ from edgepipe.tflite_ops.quantize import (
 from edgepipe.tflite_ops.rewrite import rewrite
 from edgepipe.tflite_ops.run import invoke_once, open_tflite
 from edgepipe.tflite_ops.run import quantize as stored
-from edgepipe.tflite_ops.sensitivity import layer_sensitivity, layers_of
+from edgepipe.tflite_ops.sensitivity import (
+    layer_sensitivity,
+    layers_of,
+    noise_share,
+    outputs_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -320,3 +329,56 @@ def find_repairs(float_content: bytes, batches: Batches) -> Repairs:
         equalisable=frozenset(about(s)[0] for s in equalised),
         dead_gains={n: f"it{what.removesuffix(': set to 0')}" for n, what in map(about, repaired)},
     )
+
+
+def noise_alone_by_rung(
+    float_content: bytes,
+    quantised: bytes,
+    layers: Sequence[str],
+    batches: Batches,
+    *,
+    judge: Judge,
+    max_drop: float,
+) -> list[tuple[Rung, bytes, dict[str, float]]]:
+    """Climb the ladder from a quantised file's own ranges: each rung, its file, and the noise that each
+    of ``layers`` alone puts on the outputs (0 to 1) if it is made as that rung makes it.
+
+    As `noise_alone`, the other layers are float. Rounding is left out: it takes about a second for
+    each layer. Doors, float operators and 16-bit layers are those of ``quantised``. ``judge`` and
+    ``max_drop`` as for `climb`, whose errors this raises.
+    """
+    where = "the float model"
+    graph = parse_model(quantised, where="the quantised model").subgraphs[0]
+    ranges = ranges_in(quantised, collect_ranges(float_content, batches, where=where).table())
+    islands = describe_model(parse_model(quantised, where=where)).float_islands
+    rescue = climb(
+        float_content, ranges, "the file's own", batches=lambda: batches, judge=judge, max_drop=max_drop,
+        input_dtype=_door(graph, graph.inputs), output_dtype=_door(graph, graph.outputs),
+        allow_float=sorted({o for island in islands for o in island.computing}), round_weights=None,
+        precision=_other_precision(float_content, quantised), where=where,
+    )  # fmt: skip
+    expected = outputs_of(float_content, batches, where=where)
+    found = []
+    for rung, (plan, content) in zip(rescue.rungs, rescue.made, strict=True):
+        names = layers_of(parse_model(plan.content, where=where).subgraphs[0])
+        noise = {}
+        for layer in layers:
+            others: dict[str, Precision] = {n: "float" for n in names if n != layer}
+            if layer in plan.precision:
+                others[layer] = plan.precision[layer]
+            alone = quantize(
+                plan.content, plan.ranges, input_dtype="float32", output_dtype="float32",
+                precision=others, where=where,
+            )  # fmt: skip
+            if plan.corrected:
+                alone, _ = correct_biases(plan.content, alone, batches, where=where)
+            noise[layer] = noise_share(expected, outputs_of(alone, batches, where=where))
+        found.append((rung, content, noise))
+    return found
+
+
+def _door(graph: Subgraph, tensors: Sequence[int]) -> IoDtype:
+    """What a file's inputs, or its outputs, are for who uses it; one of the quantiser's choices."""
+    dtypes = {graph.tensors[i].dtype for i in tensors}
+    kinds: tuple[IoDtype, ...] = ("int8", "uint8")
+    return next((kind for kind in kinds if kind in dtypes), "float32")

@@ -15,11 +15,14 @@ from edgepipe.errors import ArtifactError, StageError
 from edgepipe.layer_explain import (
     Explanation,
     Layer,
+    TriedRung,
+    _with_tried_rung,
     advise,
     as_dict,
     explain_layers,
     layers_table,
     plain_int8,
+    rungs_table,
     short_name,
     summary,
     why_builtin,
@@ -167,6 +170,18 @@ def test_explain_names_the_cause_of_each_network_that_int8_ruins(name, tmp_path)
     harmless = {la.noise.layer for la in found.layers} - {la.noise.layer for la in found.at_fault}
     assert {"pool", "flat"} <= harmless
     assert as_dict(found)["at_fault"][0] == layer
+    # the rung is the one that the ladder ends with (tests/e2e/test_rescue.py), and was tried
+    assert [r.rung for r in found.rungs if r.held] == [rung] == [found.rungs[-1].rung]
+    assert all(la.rung == rung and la.noise_after < 0.01 < la.noise_alone for la in found.at_fault)
+    before = [r.noise_alone[layer] for r in found.rungs[:-1]]
+    assert min(before) > 0.04
+    assert found.rungs[-1].score > found.float_score - 0.01 > found.rungs[0].score
+    assert found.rungs[0].noise == pytest.approx(found.output_noise, rel=0.05)
+    assert found.rungs[-1].sqnr_db > found.sqnr_db + 1
+    assert "tried:" in summary(found)[1]
+    named = rungs_table(found)
+    assert short_name(layer) + " alone" in named.header
+    assert len(named.rows) == 1 + len(found.rungs)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +223,35 @@ def test_files_that_cannot_be_compared_are_refused_by_name():
 
 
 # --- the page
+
+
+TRIED = (
+    TriedRung("plain", "", 0.5, 3.0, None, False, True, {"a": 0.4, "b": 0.2}),
+    TriedRung("ranges", "", 0.6, 3.0, None, False, False, {"a": 0.001, "b": 0.2}),
+    TriedRung("equalise", "", 0.2, 7.0, None, False, True, {"a": 0.002, "b": 0.03}),
+)
+
+
+@pytest.mark.parametrize(
+    ("layer", "held", "rung", "left"),
+    [
+        ("a", False, "equalise", 0.002),  # not ranges, which was undone as it made the rest worse
+        ("b", True, "equalise", 0.03),  # the model holds in spite of it
+        ("b", False, "qat", 0.03),
+        ("c", False, "bias", None),  # not among the worst, so not tried
+    ],
+)
+def test_a_layer_gets_the_first_rung_that_stands_and_mends_it(layer, held, rung, left):
+    rungs = (*TRIED[:2], dataclasses.replace(TRIED[2], held=held))
+    told = _with_tried_rung(Layer(noise(layer), 0.4, why="w", rung="bias"), rungs)
+    assert (told.rung, told.noise_after) == (rung, left)
+
+
+def test_a_model_that_holds_as_it_is_leaves_rungs_to_the_rule():
+    holds = (dataclasses.replace(TRIED[0], held=True),)
+    layer = Layer(noise("a"), 0.4, why="w", rung="bias")
+    assert _with_tried_rung(layer, holds) == layer
+    assert "bias (by rule, not tried)" in summary(explanation(layer))[1]
 
 
 def explanation(*layers):
