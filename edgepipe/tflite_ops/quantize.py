@@ -232,9 +232,16 @@ def _producers(activation: Operator, graph: Subgraph) -> list[Operator]:
 
 
 def collect_ranges(
-    content: bytes, batches: Iterable[Sequence[np.ndarray]], *, where: str, total: int = 0
+    content: bytes,
+    batches: Iterable[Sequence[np.ndarray]],
+    *,
+    where: str,
+    total: int = 0,
+    so_far: Ranges | None = None,
 ) -> Ranges:
     """Run the float model on each batch and note the range of every activation, in one pass.
+
+    ``so_far`` is what batches before these gave: the result is that of all of them in one go.
 
     A batch holds one array for each input, of exactly the file's shape and dtype and in its order.
     Memory: all activations of one inference, and 8 bytes for each tensor and one of `MAX_ROWS`
@@ -247,6 +254,9 @@ def collect_ranges(
     rows = np.empty((MAX_ROWS, 2, len(tensors)), np.float32)
     moving = np.empty((2, len(tensors)))
     seen = 0
+    if so_far is not None:
+        seen, moving = so_far.batches, so_far.moving
+        rows[: len(so_far.minima), 0], rows[: len(so_far.minima), 1] = so_far.minima, so_far.maxima
     shown = time.monotonic()
     for batch in batches:
         _invoke(interpreter, batch, where=where)
@@ -335,6 +345,7 @@ def quantize(
     input_dtype: IoDtype = "int8",
     output_dtype: IoDtype = "int8",
     precision: Mapping[str, Precision] | None = None,
+    states: Sequence[tuple[int, int]] = (),
     where: str = "the model",
 ) -> bytes:
     """A float32 .tflite -> int8 .tflite, with the given range of every activation tensor.
@@ -344,8 +355,76 @@ def quantize(
     float32 leaves one QUANTIZE or DEQUANTIZE there. Inputs and outputs that are integers stay.
     Operators without an integer form stay in float between DEQUANTIZE and QUANTIZE: look for them
     with `float_reasons`. ``precision`` says for single operators, by the name of the first tensor
-    they make, that they compute with 16-bit activations or in float. Raises StageError where litert-quantizer fails.
+    they make, that they compute with 16-bit activations or in float. ``states`` are (number of an input,
+    number of the output that feeds it): both get one scale and zero point, so that an application copies
+    bytes. Raises StageError where litert-quantizer fails, or cannot give a state one scale.
     """
+    names = _state_names(content, states, where=where)
+    ranges = {**ranges, **_joined(ranges, names)}
+    made = _quantized(content, ranges, input_dtype, output_dtype, precision or {}, where)
+    # what makes a state may have a scale of its own, like TANH's 1 / 128, which its input then takes
+    own = _own_ranges(made, states, names, where=where)
+    if own:
+        made = _quantized(content, {**ranges, **own}, input_dtype, output_dtype, precision or {}, where)  # fmt: skip
+    if left := _own_ranges(made, states, names, where=where):
+        raise StageError(
+            f"{where}: state {next(iter(left))!r} has another scale than the output that feeds it",
+            stage=STAGE,
+            hint='give states float doors: input_dtype = "float32" and output_dtype = "float32"',
+            code="state-scale",
+        )
+    return made
+
+
+def _state_names(
+    content: bytes, states: Sequence[tuple[int, int]], *, where: str
+) -> list[tuple[str, str]]:
+    """The tensors of each state: where it goes in and where it comes out."""
+    if not states:
+        return []
+    graph = parse_model(content, where=where).subgraphs[0]
+    return [(graph.tensors[graph.inputs[i]].name, graph.tensors[graph.outputs[j]].name) for i, j in states]  # fmt: skip
+
+
+def _joined(
+    ranges: Mapping[str, tuple[float, float]], names: Sequence[tuple[str, str]]
+) -> dict[str, tuple[float, float]]:
+    """The union of both ranges for the two tensors of each state."""
+    found = {}
+    for pair in names:
+        lows, highs = zip(*(ranges[name] for name in pair if name in ranges), strict=True)
+        found.update(dict.fromkeys(pair, (min(lows), max(highs))))
+    return found
+
+
+def _own_ranges(
+    made: bytes, states: Sequence[tuple[int, int]], names: Sequence[tuple[str, str]], *, where: str
+) -> dict[str, tuple[float, float]]:
+    """State input -> the range of the output that feeds it, where they have not one scale.
+
+    Example: an output of scale 1 / 128 and zero point 0 holds -1 to 127 / 128.
+    """
+    graph = parse_model(made, where=where).subgraphs[0]
+    found = {}
+    for (i, j), (name, _) in zip(states, names, strict=True):
+        into, out = graph.tensors[graph.inputs[i]], graph.tensors[graph.outputs[j]]
+        if not into.scales and not out.scales:  # float doors
+            continue
+        if not out.scales or not np.allclose(into.scales, out.scales, rtol=1e-6) or into.zero_points != out.zero_points:  # fmt: skip
+            scale, zero = (out.scales or (1.0,))[0], (out.zero_points or (0,))[0]
+            least = 0 if out.dtype == "uint8" else -128
+            found[name] = (scale * (least - zero), scale * (least + 255 - zero))
+    return found
+
+
+def _quantized(
+    content: bytes,
+    ranges: Mapping[str, tuple[float, float]],
+    input_dtype: IoDtype,
+    output_dtype: IoDtype,
+    precision: Mapping[str, Precision],
+    where: str,
+) -> bytes:
     content = _scalar_limits(content, where=where)
     ranges = {**ranges, **fixed_ranges(content, where=where)}
     content, hidden = hide(content, where=where)
@@ -367,7 +446,7 @@ def quantize(
     with _quiet():
         try:
             tool = quantizer.Quantizer(content)
-            tool.load_quantization_recipe(_recipe(input_dtype, output_dtype, precision or {}))
+            tool.load_quantization_recipe(_recipe(input_dtype, output_dtype, precision))
             result = tool.quantize(
                 statistics, enable_progress_bar=False, enable_progress_report=False
             )
