@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-devices", action="store_true", help="stop after evaluation; device gates become INCONCLUSIVE")  # fmt: skip
     parser.add_argument("--remeasure", action="store_true", help="measure again even if nothing changed")  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FILE", help="also copy the shipped model here if no gate failed (of several buckets: FILE-length16 and so on)")  # fmt: skip
+    parser.add_argument("--merge", type=Path, metavar="FILE", help="also write all buckets as one .tflite, a signature for each, if no gate failed")  # fmt: skip
     parser.add_argument("--baselines", type=Path, metavar="DIR", help="where baselines lie (default: the recipe's folder, else ci/baselines)")  # fmt: skip
     ci_output.add_arguments(parser)
 
@@ -49,13 +50,17 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 def _run(args: argparse.Namespace, out: Output, ci: CiOutput) -> int:
     from edgepipe import pipeline, report
-    from edgepipe.errors import EdgepipeError, worst_exit_code
+    from edgepipe.errors import EXIT_FAIL, EdgepipeError, worst_exit_code
     from edgepipe.inventory import resolve_targets
+    from edgepipe.merge import check_mergeable, merge_buckets
     from edgepipe.recipe import load_buckets, parse_bucket
     from edgepipe.store import Store, check_output
 
     recipes = load_buckets(args.recipe, parse_bucket(args.bucket))
     check_output(args.output)
+    check_output(args.merge, option="--merge")
+    if args.merge:
+        check_mergeable(recipes)
     for recipe in recipes:
         _check_output_kind(args.output, recipe)
     targets = [
@@ -76,7 +81,7 @@ def _run(args: argparse.Namespace, out: Output, ci: CiOutput) -> int:
         out.json(_as_dict(result, record))
         return EXIT_CODES[result.status]
 
-    runs, records, entries, codes = [], [], [], []
+    runs, records, entries, codes, results = [], [], [], [], []
     for run, outcome in pipeline.run_buckets(recipes, store, targets=targets, **options):
         record = run.read()
         runs.append(run)
@@ -87,13 +92,23 @@ def _run(args: argparse.Namespace, out: Output, ci: CiOutput) -> int:
             entries.append({"run": run.id, "bucket": record["bucket"], "verdict": None, **outcome.as_dict()})  # fmt: skip
         else:
             codes.append(EXIT_CODES[outcome.status])
+            results.append(outcome)
             entries.append(_as_dict(outcome, record))
             _hand_over(outcome, _output_of(args.output, record["bucket"]), out)
         out.text("")
     if marks := ci.write(records, report.render_all(runs, markdown=True)):
         out.text(marks)
     out.text(report.text_table(report.buckets_table(runs, records)))
-    out.json({"buckets": entries})
+    merged = None
+    if args.merge and len(results) == len(recipes) and EXIT_FAIL not in codes:
+        merged = merge_buckets(recipes, results, args.merge)
+        out.text(
+            f"merged into {args.merge}: {merged['bytes']:,} bytes, {merged['bytes_apart']:,} apart;"
+            f" signatures {', '.join(merged['samples'])}"
+        )
+    elif args.merge:
+        out.text(f"not merged into {args.merge}: a bucket failed")
+    out.json({"buckets": entries, **({"merged": merged} if args.merge else {})})
     return worst_exit_code(codes)
 
 

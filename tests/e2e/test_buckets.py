@@ -7,9 +7,11 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from edgepipe import cli, pipeline
+from edgepipe.tflite_ops.flatbuffer import parse_model
 from edgepipe.tflite_ops.tiny import tiny_tflite
 
 RECIPE = """\
@@ -132,3 +134,33 @@ def test_what_was_interrupted_has_no_evidence_for_the_buckets_that_were_left_out
     assert [b["bucket"]["length"] for b in found["buckets"]] == [4]
     assert cli.main(["gate"]) == 3
     assert [row[-1] for row in buckets_table(capsys.readouterr().out)] == ["PASS", "begun", "begun"]
+
+
+def test_all_buckets_are_merged_into_one_file_with_a_signature_each(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", "recipe.toml", "--no-devices", "--merge", "all.tflite"]
+    assert cli.main(command) == 2
+    assert "on real samples, but this recipe has none" in capsys.readouterr().err
+    text = (folder / "recipe.toml").read_text()
+    data = '[data.test]\nkind = "npy"\npath = "x_${length}.npy"\n'
+    (folder / "recipe.toml").write_text(text + data)
+    for length in (4, 8, 16):
+        np.save(f"x_{length}.npy", np.random.default_rng(0).normal(0, 1, (5, length)).astype(np.float32))  # fmt: skip
+    code, found = asked(capsys, *command)
+    assert code == 0
+    assert found["merged"]["samples"] == {"length4": 5, "length8": 5, "length16": 5}
+    model = parse_model((folder / "all.tflite").read_bytes(), where="all")
+    assert [s.key for s in model.signatures] == ["length4", "length8", "length16"]
+    code, shown = asked(capsys, "report")
+    assert [b["merged"]["sha256"] for b in shown["buckets"]] == [found["merged"]["sha256"]] * 3
+
+    # nothing is handed over of a recipe one of whose buckets failed
+    (folder / "all.tflite").unlink()
+    size = (folder / "model_8.tflite").stat().st_size
+    (folder / "recipe.toml").write_text(RECIPE.replace("LIMIT", f"{size} B") + data)
+    code, found = asked(capsys, *command)
+    assert (code, found["merged"]) == (1, None)
+    assert not (folder / "all.tflite").exists()
+    assert cli.main([*command, "--bucket", "length=8"]) == 2
+    assert "there is only one" in capsys.readouterr().err

@@ -30,7 +30,7 @@ ALLOWED = {
 # Layers: a module imports only from its own layer or one further right.
 LAYERS = (
     ("edgepipe.cli", "edgepipe.commands", "edgepipe.__main__"),
-    ("edgepipe.pipeline", "edgepipe.judge", "edgepipe.report", "edgepipe.layer_report", "edgepipe.ci_output", "edgepipe.recipe", "edgepipe.adhoc", "edgepipe.frontier", "edgepipe.layer_html"),
+    ("edgepipe.pipeline", "edgepipe.merge", "edgepipe.judge", "edgepipe.report", "edgepipe.layer_report", "edgepipe.ci_output", "edgepipe.recipe", "edgepipe.adhoc", "edgepipe.frontier", "edgepipe.layer_html"),
     ("edgepipe.bench", "edgepipe.benchmark_model", "edgepipe.evaluate", "edgepipe.inventory", "edgepipe.lab", "edgepipe.baseline", "edgepipe.explain", "edgepipe.layer_explain", "edgepipe.calibration", "edgepipe.op_timing", "edgepipe.testing", "edgepipe.probe", "edgepipe.doctor"),
     ("edgepipe.stages", "edgepipe.device", "edgepipe.store", "edgepipe.runtime", "edgepipe.parity", "edgepipe.input_range", "edgepipe.routes", "edgepipe.payload", "edgepipe.preflight", "edgepipe.job", "edgepipe.crunner", "edgepipe.glibc", "edgepipe.android", "edgepipe.op_table", "edgepipe.emulator"),
     ("edgepipe.predict", "edgepipe.toolchain", "edgepipe.toolchains"),
