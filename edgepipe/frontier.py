@@ -187,12 +187,12 @@ def check_judged_by(
     made: Mapping[str, Artifact | EdgepipeError], calibration: DataSource, evaluation: DataSource
 ) -> None:
     """DataError where the labelled samples are those that ranges are taken from."""
-    from edgepipe.array_ops.load import load_samples
+    from edgepipe.array_ops.load import open_samples
 
     float_model = made[FLOAT]
     assert isinstance(float_model, Artifact)
     sources = (calibration, evaluation)
-    ours, theirs = (load_samples(s, source_specs(float_model.inputs)) for s in sources)
+    ours, theirs = (open_samples(s, source_specs(float_model.inputs)) for s in sources)
     check_evaluation_data(ours, theirs, sources, where="--data and --evaluate")
 
 

@@ -45,7 +45,7 @@ from edgepipe.measurement import (
 from edgepipe.op_table import estimate_change, gain_note, load_op_table
 from edgepipe.profile import find_profile
 from edgepipe.recipe import Recipe, bucket_text
-from edgepipe.rescue import check_evaluation_data
+from edgepipe.rescue import KEPT_HASHES, check_evaluation_data
 from edgepipe.resources import profile_paths, target_dir
 from edgepipe.stage import (
     StageContext,
@@ -324,7 +324,7 @@ def _check_evaluation_data(recipe: Recipe, inputs: Sequence[TensorSpec], store: 
     """
     if recipe.evaluate is None:
         return
-    from edgepipe.array_ops.load import load_samples
+    from edgepipe.array_ops.load import open_samples
 
     evaluation = recipe.data[recipe.evaluate.data]
     for stage in recipe.stages:
@@ -333,14 +333,15 @@ def _check_evaluation_data(recipe: Recipe, inputs: Sequence[TensorSpec], store: 
             name = getattr(stage, "data", "")
         if not name:
             continue
-        source = at_most(recipe.data[name], getattr(stage, "samples", 0))
+        samples = getattr(stage, "samples", 0)
+        source = at_most(recipe.data[name], KEPT_HASHES if samples == "auto" else samples)
         found_by = ("edgepipe.pipeline", "edgepipe.rescue", "edgepipe.array_ops")
         key = step_key("check_evaluation_data", {}, found_by, ("numpy",), [fingerprint(source), fingerprint(evaluation), repr(inputs)])  # fmt: skip
         if store.entry(key):
             continue
         with store.building(key) as work_dir:
             if work_dir is not None:
-                calibration, judged_by = (load_samples(s, inputs) for s in (source, evaluation))
+                calibration, judged_by = (open_samples(s, inputs) for s in (source, evaluation))
                 where = f"[data.{recipe.evaluate.data}] and the [data.{name}] of {stage.name}"
                 check_evaluation_data(calibration, judged_by, (source, evaluation), where=where)
                 write_json(work_dir / "result.json", {})

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import heapq
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from edgepipe.data import DataSource
@@ -24,6 +26,9 @@ log = logging.getLogger(__name__)
 SAME_DATA = 0.1
 # Below so many samples one of them is worth a point or more of accuracy.
 ENOUGH_SAMPLES = 100
+# Hashes of calibration samples that a record keeps: the smallest of them all, which are as good as a
+# random choice (Broder 1997, "On the resemblance and containment of documents", section 4).
+KEPT_HASHES = 4096
 # CPU time of one sample of a QAT step (64 at once) over that of an inference of the float file, both on
 # one thread: 68 for the keyword spotter (ci/bench/int8_rescue.py --qat)
 QAT_INFERENCES = 70
@@ -45,9 +50,10 @@ def check_evaluation_data(
     if calibration.is_random or evaluation.is_random:
         return
     bare = [dataclasses.replace(s, limit=0, seed=0) for s in sources]
-    ours, theirs = set(sample_hashes(calibration)), set(sample_hashes(evaluation))
-    common = len(ours & theirs)
-    share = max(common / len(ours), common / len(theirs)) if ours and theirs else 0.0
+    theirs = set(sample_hashes(evaluation))
+    found = Counter(digest for digest in sample_hashes(calibration) if digest in theirs)
+    common = len(found)
+    share = max(found.total() / max(1, len(calibration)), common / max(1, len(theirs)))
     if bare[0] == bare[1] or share >= SAME_DATA:
         same = "are the same source" if bare[0] == bare[1] else f"have {common} samples in common"
         raise DataError(
@@ -60,16 +66,29 @@ def check_evaluation_data(
         log.warning("%d samples are in both the calibration and the evaluation data", common)
 
 
-def sample_hashes(samples: Samples | SampleStream) -> tuple[str, ...]:
+def sample_hashes(samples: Samples | SampleStream) -> Iterator[str]:
     """A short hash of each sample, over all its inputs as the source model gets them."""
-    found = []
     for chunk in samples.chunks():
         for row in range(len(chunk)):
             digest = hashlib.blake2b(digest_size=8)
             for name in sorted(chunk.inputs):
                 digest.update(chunk.inputs[name][row].tobytes())
-            found.append(digest.hexdigest())
-    return tuple(found)
+            yield digest.hexdigest()
+
+
+def kept_hashes(samples: Samples | SampleStream) -> list[str]:
+    """What a record keeps of calibration samples: the `KEPT_HASHES` smallest of their hashes."""
+    return heapq.nsmallest(KEPT_HASHES, sample_hashes(samples))
+
+
+def in_common(samples: Samples | SampleStream, kept: Collection[str], calibrated: int) -> int:
+    """How many samples are among the ``calibrated`` ones of which `kept_hashes` are ``kept``.
+
+    Exact where all were kept; else an estimate, from the share that was.
+    """
+    known = set(kept)
+    found = sum(digest in known for digest in sample_hashes(samples))
+    return round(found * max(1.0, calibrated / max(1, len(kept))))
 
 
 def rescue_facts(rescue: Rescue, **context: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgepipe.adhoc import add_model_arguments
 from edgepipe.cli import Output
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{door}-dtype", choices=("int8", "uint8", "float32"), default="int8", help=f"type of the model's {door}s (default: int8)")  # fmt: skip
     parser.add_argument("--allow-float", nargs="*", default=[], metavar="OP", help="operators that may stay in floating point")  # fmt: skip
     parser.add_argument("--allow-random", action="store_true", help="accept --data random, for smoke tests only")  # fmt: skip
+    parser.add_argument("--samples", type=_sample_count, default="auto", metavar="auto|N", help="how many of --data to take ranges from: as many as it takes for them to settle, or at most N (0: all; default: auto)")  # fmt: skip
     parser.add_argument("--method", choices=("min_max", "moving_average", "percentile", "mse", "kl"), default="min_max", help="how activation ranges follow from the samples (default: min_max)")  # fmt: skip
     parser.add_argument("--max-drop", metavar="'1 point'", help="climb the rescue ladder until the file loses no more than this; needs --evaluate")  # fmt: skip
     parser.add_argument("--evaluate", metavar="SAMPLES", help="inputs with labels to judge by, with --max-drop or --all; not those of --data")  # fmt: skip
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         "allow_float": args.allow_float,
         "allow_random": args.allow_random,
         "method": args.method,
+        "samples": args.samples,
     }
     source = adhoc.model_source(args)
     data = adhoc.data_source(args.data)
@@ -85,6 +87,14 @@ def run(args: argparse.Namespace, out: Output) -> int:
         out.text("\n".join(f"  {line}" for line in rung_lines(model.facts["rescue"])))
     out.json({**artifact_to_dict(model), "output": str(output)})
     return 0
+
+
+def _sample_count(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number")
+    return int(text)
 
 
 def _device_given(args: argparse.Namespace) -> bool:
@@ -117,7 +127,7 @@ def _run_all(
     def make(*precisions: str) -> dict[str, Artifact | EdgepipeError]:
         return frontier.make_all(
             source, adhoc.TO_FLOAT[adhoc.model_kind(source)], data, Store(Path(args.store)), folder,
-            precisions=precisions, int8=options, others={"allow_random": args.allow_random}, more=more,
+            precisions=precisions, int8=options, others={"allow_random": args.allow_random, "samples": args.samples}, more=more,
         )  # fmt: skip
 
     def compare(made: dict[str, Artifact | EdgepipeError]) -> list[frontier.Row]:

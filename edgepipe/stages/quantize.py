@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -12,7 +13,13 @@ from edgepipe.errors import ArtifactError, StageError, StageOptionError
 from edgepipe.predict import predict
 from edgepipe.schema import Unit, near_miss, record
 from edgepipe.stage import StageContext
-from edgepipe.stages.quantize_int8 import PARITY_SAMPLES, source_specs, spread_out
+from edgepipe.stages.quantize_int8 import (
+    ENOUGH_UNSETTLED,
+    PARITY_SAMPLES,
+    check_samples,
+    source_specs,
+    spread_out,
+)
 
 if TYPE_CHECKING:
     from edgepipe.array_ops.load import SampleStream
@@ -27,8 +34,8 @@ class Quantize:
     ``precision``: ``dynamic_int8`` (int8 weights, activations made int8 while it runs),
     ``weight_int8`` and ``weight_int4`` (turned back into floats to compute), ``float16``, or
     ``int16x8`` (integer arithmetic: activations int16, weights int8). ``data`` names real samples:
-    ranges of ``int16x8`` come from up to ``samples`` of them, and every file is run by LiteRT on some
-    and must keep ``min_sqnr`` against the float file, over all outputs.
+    ranges of ``int16x8`` come from ``samples`` of them, as for ``quantize_int8``, and every file is run
+    by LiteRT on some and must keep ``min_sqnr`` against the float file, over all outputs.
     """
 
     name: ClassVar[str] = "quantize"
@@ -55,10 +62,13 @@ class Quantize:
 
     precision: Literal["dynamic_int8", "weight_int8", "weight_int4", "float16", "int16x8"]
     data: str = "calibration"
-    samples: int = 500
+    samples: int | Literal["auto"] = "auto"
     allow_random: bool = False
     min_samples: int = 8
     min_sqnr: Annotated[float, Unit("level")] = 10.0
+
+    def __post_init__(self) -> None:
+        check_samples(self.samples, stage=self.name)
 
     def data_names(self) -> tuple[str, ...]:
         return (self.data,)
@@ -66,10 +76,10 @@ class Quantize:
     def run(self, artifact: Artifact, context: StageContext) -> Artifact:
         from importlib.metadata import version
 
-        from edgepipe.array_ops.calibration import check_calibration, file_batches
+        from edgepipe.array_ops.calibration import CalibrationReport, check_calibration
         from edgepipe.array_ops.load import open_samples
         from edgepipe.tflite_ops import precisions
-        from edgepipe.tflite_ops.calibrate import find_ranges
+        from edgepipe.tflite_ops.calibrate import in_order, looks, settled_ranges
         from edgepipe.tflite_ops.flatbuffer import parse_model
         from edgepipe.tflite_ops.quantize import check_quantizable
 
@@ -80,21 +90,30 @@ class Quantize:
                 f"quantize: there is no data set {self.data!r}{near_miss(self.data, list(context.data))}",
                 hint=f"add [data.{self.data}] to the recipe (known: {', '.join(context.data) or 'none'})",
             )
-        source = at_most(context.data[self.data], self.samples)
+        needs_ranges = self.precision == "int16x8"
+        wanted = self.samples if needs_ranges or self.samples != "auto" else ENOUGH_UNSETTLED
+        source = at_most(context.data[self.data], 0 if wanted == "auto" else wanted)
         specs = source_specs(artifact.inputs)
         samples = open_samples(source, specs)
-        content = precisions.prepared(content, self.precision, where=where)
-        ranges = None
-        if self.precision == "int16x8":
-            check_calibration(
-                samples, specs, source=source, reference=None,
+        report, ranges = None, None
+
+        def check(taken: SampleStream) -> CalibrationReport:
+            return check_calibration(
+                taken, specs, source=source,
                 allow_random=self.allow_random, min_samples=self.min_samples,
             )  # fmt: skip
-            log.info("calibrating on %d samples", len(samples))
-            ranges, _ = find_ranges(
-                content, lambda: file_batches(samples, artifact.inputs),
-                method="min_max", where=where, total=len(samples),
+
+        if needs_ranges:  # bad data is told before anything is computed
+            report = check(in_order(samples, looks(len(samples), wanted)[0]))
+        content = precisions.prepared(content, self.precision, where=where)
+        if report is not None:
+            samples, report, found = settled_ranges(
+                content, samples, artifact.inputs, report, samples=wanted, check=check,
+                where=where, seed=context.seed,
             )  # fmt: skip
+            for warning in report.warnings:
+                log.warning("calibration: %s", warning)
+            ranges = found.table()
         made = precisions.make_precision(content, self.precision, ranges=ranges, where=where)
         path = context.work_dir / "model.tflite"
         path.write_bytes(made)
@@ -103,6 +122,7 @@ class Quantize:
         facts: dict[str, Any] = {
             "precision": self.precision,
             "parity": self._parity(artifact, result, samples),
+            **({"calibration": json.loads(json.dumps(dataclasses.asdict(report)))} if report else {}),
             "bytes": {"before": artifact.size_bytes, "after": len(made)},
             "float_weights": precisions.float_weights(made, where=where),
             "float_operators": precisions.float_operators(made, where=where),

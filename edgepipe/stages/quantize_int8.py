@@ -20,16 +20,17 @@ from edgepipe.range_table import RangeTable, read_table, table_text
 from edgepipe.rescue import (
     ENOUGH_SAMPLES,
     check_evaluation_data,
+    kept_hashes,
     qat_advice,
     rescue_facts,
     rung_lines,
-    sample_hashes,
 )
 from edgepipe.schema import Unit, near_miss, record
 from edgepipe.stage import StageContext
 from edgepipe.stats import paired_difference_interval
 
 if TYPE_CHECKING:
+    from edgepipe.array_ops.calibration import CalibrationReport
     from edgepipe.array_ops.load import SampleStream
     from edgepipe.tflite_ops.ladder import RoundWeights
 
@@ -40,6 +41,10 @@ log = logging.getLogger(__name__)
 PARITY_SAMPLES = 64
 # Real samples that a rewritten file must agree on with the one it was made from
 REWRITE_SAMPLES = 8
+# Samples that calibration data is compared with: enough for a mean and a spread
+COMPARED_SAMPLES = 500
+# Samples taken with "auto" where the ranges are given: those of a usual calibration set
+ENOUGH_UNSETTLED = 500
 LEARNED = "learned"
 DEFAULT_METRIC = "top1"
 
@@ -48,7 +53,8 @@ DEFAULT_METRIC = "top1"
 class QuantizeInt8:
     """Activations int8 with scale and zero point, weights int8 symmetric per output channel.
 
-    ``data`` names the calibration set and ``samples`` caps how many of it are used (a seeded choice).
+    ``data`` names the calibration set. ``samples = "auto"`` takes as many of it, in a seeded order, as
+    activation ranges need to settle, all if they never do; a number is a cap (a seeded choice; 0: all).
     ``method`` says how each activation's range follows from them: the union of the samples' ranges
     (``min_max``), their moving average, without 0.01 % of the values at each end (``percentile``),
     with the least squared error (``mse``), or nearest in distribution (``kl``). ``ranges`` names a
@@ -97,7 +103,7 @@ class QuantizeInt8:
     )
 
     data: str = "calibration"
-    samples: int = 500
+    samples: int | Literal["auto"] = "auto"
     method: Literal["min_max", "moving_average", "percentile", "mse", "kl"] = "min_max"
     ranges: Path | None = None
     input_dtype: Literal["int8", "uint8", "float32"] = "int8"
@@ -115,6 +121,7 @@ class QuantizeInt8:
     metric: str = ""
 
     def __post_init__(self) -> None:
+        check_samples(self.samples, stage=self.name)
         if self.max_drop < 0 or bool(self.max_drop) != bool(self.evaluate):
             raise StageOptionError(
                 "quantize_int8: max_drop is above 0 points and goes with evaluate, data to judge by",
@@ -138,15 +145,10 @@ class QuantizeInt8:
     def run(self, artifact: Artifact, context: StageContext) -> Artifact:
         from importlib.metadata import version
 
-        from edgepipe.array_ops.calibration import (
-            add_settling,
-            check_calibration,
-            file_batches,
-            settle,
-        )
+        from edgepipe.array_ops.calibration import check_calibration, file_batches
         from edgepipe.array_ops.load import open_samples
+        from edgepipe.tflite_ops import calibrate
         from edgepipe.tflite_ops import quantize as ops
-        from edgepipe.tflite_ops.calibrate import find_ranges
         from edgepipe.tflite_ops.flatbuffer import parse_model
         from edgepipe.tflite_ops.sparse import sparsity_facts
 
@@ -154,36 +156,53 @@ class QuantizeInt8:
         where = artifact.path.name
         ops.check_quantizable(parse_model(content, where=where), where=where)
         specs = source_specs(artifact.inputs)
-        source = self._source(context, self.data, self.samples)
+        given = self._given_ranges(artifact, context)
+        # where nothing settles there is nothing to tell how many
+        wanted = ENOUGH_UNSETTLED if self.samples == "auto" and given is not None else self.samples
+        source = self._source(context, self.data, 0 if wanted == "auto" else wanted)
         samples = open_samples(source, specs)
         reference = None
         if self.compare_with:
-            reference = open_samples(self._source(context, self.compare_with, self.samples), specs)
-        report = check_calibration(
-            samples,
-            specs,
-            source=source,
-            reference=reference,
-            allow_random=self.allow_random,
-            min_samples=self.min_samples,
-        )
+            reference = open_samples(
+                self._source(context, self.compare_with, COMPARED_SAMPLES), specs
+            )
 
+        def check(taken: SampleStream) -> CalibrationReport:
+            return check_calibration(
+                taken,
+                specs,
+                source=source,
+                reference=reference,
+                allow_random=self.allow_random,
+                min_samples=self.min_samples,
+            )
+
+        # bad data is told before anything is computed
+        first = calibrate.in_order(samples, calibrate.looks(len(samples), wanted)[0])
+        report = check(first)
         content, fused = ops.fuse_activations(content, where=where)
         for line in fused:
             log.info("fused %s", line)
-        content, rewritten = self._rewritten(artifact, content, samples)
-        given = self._given_ranges(artifact, context)
+        content, rewritten = self._rewritten(artifact, content, first)
         if given is None:
-            log.info("calibrating on %d samples", len(samples))
-            found, ranges = find_ranges(
+            samples, report, ranges = calibrate.settled_ranges(
+                content,
+                samples,
+                artifact.inputs,
+                report,
+                samples=wanted,
+                check=check,
+                where=where,
+                seed=context.seed,
+            )
+            found, _ = calibrate.find_ranges(
                 content,
                 lambda: file_batches(samples, artifact.inputs),
                 method=self.method,
                 where=where,
                 total=len(samples),
+                ranges=ranges,
             )
-            settling = settle(ranges.minima, ranges.maxima, ranges.names, batches=ranges.batches, seed=context.seed)  # fmt: skip
-            report = add_settling(report, settling)
             table = RangeTable(found, self.method, len(samples), report.origin)
         else:
             ops.check_ranges(given.ranges, content, where=where)
@@ -229,7 +248,7 @@ class QuantizeInt8:
             "fused_activations": list(fused),
             "rewritten": list(rewritten),
             # so that an evaluation on the same samples can say so
-            "calibration_samples": list(sample_hashes(samples)),
+            "calibration_samples": kept_hashes(samples),
             **sparsity_facts(quantized, where=path.name),
             "quantizer": f"litert-quantizer {version('litert-quantizer')}",
             "runtime": f"ai-edge-litert {version('ai-edge-litert')}",
@@ -453,6 +472,14 @@ class QuantizeInt8:
             "random_data": samples.is_random,
             "outputs": {name: dataclasses.asdict(error) for name, error in errors.items()},
         }
+
+
+def check_samples(samples: int | Literal["auto"], *, stage: str) -> None:
+    """StageOptionError for a negative number."""
+    if samples != "auto" and samples < 0:
+        raise StageOptionError(
+            f"{stage}: samples = {samples} is negative", hint='write "auto", a number, or 0 for all'
+        )
 
 
 def spread_out(total: int, count: int) -> range:

@@ -1,7 +1,9 @@
-"""The range of every activation of a float file, by any method, in at most two passes over the data."""
+"""The range of every activation of a float file, by any method, in at most two passes over the data,
+and how many samples that takes."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,7 +11,10 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from edgepipe.array_ops.calibration import CalibrationReport, add_settling, file_batches, settle
+from edgepipe.array_ops.load import SampleStream
 from edgepipe.array_ops.ranges import METHODS, Histogram, Range, add_values, new_histogram
+from edgepipe.artifact import TensorSpec
 from edgepipe.errors import StageError
 from edgepipe.tflite_ops.flatbuffer import parse_model
 from edgepipe.tflite_ops.quantize import STAGE, Ranges, activations, collect_ranges
@@ -21,21 +26,98 @@ Method = Literal["min_max", "moving_average", "percentile", "mse", "kl"]
 # the methods that need a histogram, which is a second pass
 FROM_HISTOGRAMS = tuple(m for m in get_args(Method) if m in METHODS)
 _PROGRESS_S = 2.0
+# With ``samples = "auto"`` ranges are looked at after so many samples, then twice as many, and so on:
+# 256 are amid the 100 to 500 that LiteRT's guide to post-training quantisation asks for.
+FIRST_LOOK = 256
+Samples = int | Literal["auto"]
 
 # Calibration data, from its beginning each time it is called
 Batches = Callable[[], Iterable[Sequence[np.ndarray]]]
 
 
+def looks(available: int, samples: Samples) -> tuple[int, ...]:
+    """After how many samples ranges are looked at: of 1,000, 256, 512 and 1,000 with ``"auto"``."""
+    if samples != "auto":
+        return (available,)
+    counts = [FIRST_LOOK]
+    while counts[-1] < available:
+        counts.append(2 * counts[-1])
+    return (*counts[:-1], available)
+
+
+def in_order(samples: SampleStream, count: int) -> SampleStream:
+    """The first ``count`` in the seeded order of the data set, in which ``"auto"`` takes them."""
+    if count >= len(samples):
+        return samples
+    return samples.subset(_order(samples)[:count])
+
+
+def _order(samples: SampleStream) -> np.ndarray:
+    return np.random.default_rng(samples.source.seed).permutation(len(samples))
+
+
+def settled_ranges(
+    content: bytes,
+    available: SampleStream,
+    specs: Sequence[TensorSpec],
+    first: CalibrationReport,
+    *,
+    samples: Samples,
+    check: Callable[[SampleStream], CalibrationReport],
+    where: str,
+    seed: int,
+) -> tuple[SampleStream, CalibrationReport, Ranges]:
+    """The samples that were taken of those ``available``, what was found of them, and their ranges.
+
+    With ``"auto"`` samples are taken in a seeded order until activation ranges have settled
+    (`array_ops.calibration.settle`) or there are no more; with a number, all of ``available``.
+    ``specs`` are the file's inputs. ``check`` is asked before samples are run, but for those of the
+    first look, of which ``first`` tells.
+    """
+    order = _order(available)
+    ranges: Ranges | None = None
+    report, taken = first, 0
+    for count in looks(len(available), samples):
+        chosen = in_order(available, count)
+        report = check(chosen) if taken else first
+        log.info("calibrating on %d samples", count)
+        more = available if count - taken == len(available) else available.subset(order[taken:count])  # fmt: skip
+        ranges = collect_ranges(content, file_batches(more, specs), where=where, total=count, so_far=ranges)  # fmt: skip
+        settling = settle(ranges.minima, ranges.maxima, ranges.names, batches=ranges.batches, seed=seed)  # fmt: skip
+        taken = count
+        if settling.is_settled:
+            break
+    assert ranges is not None
+    report = dataclasses.replace(
+        add_settling(report, settling), available=len(available), is_auto=samples == "auto"
+    )
+    if samples == "auto":
+        log.info(
+            "samples = auto took %d of %d: %s (the second half widened them by %.1f %% on average)",
+            taken, len(available), "ranges have settled" if settling.is_settled else "ranges have not settled",
+            100 * settling.growth,
+        )  # fmt: skip
+    return chosen, report, ranges
+
+
 def find_ranges(
-    content: bytes, batches: Batches, *, method: Method, where: str, total: int = 0
+    content: bytes,
+    batches: Batches,
+    *,
+    method: Method,
+    where: str,
+    total: int = 0,
+    ranges: Ranges | None = None,
 ) -> tuple[dict[str, Range], Ranges]:
     """Tensor name -> (low, high) by ``method``, and the ranges batch by batch behind it.
 
     ``min_max`` is the union of all samples' ranges; ``moving_average`` what litert-quantizer and
     TensorFlow do by default; ``percentile`` (99.99 at each end), ``mse`` and ``kl`` read
     `array_ops.ranges` histograms, which a second pass fills. Memory depends on the model alone.
+    ``ranges`` are those of these very batches, where they are known already.
     """
-    ranges = collect_ranges(content, batches(), where=where, total=total)
+    if ranges is None:
+        ranges = collect_ranges(content, batches(), where=where, total=total)
     if method == "min_max":
         return ranges.table(), ranges
     if method == "moving_average":

@@ -19,7 +19,7 @@ from edgepipe.input_range import check_input_range
 from edgepipe.pipeline import run
 from edgepipe.predict import predict
 from edgepipe.recipe import load_recipe
-from edgepipe.rescue import sample_hashes
+from edgepipe.rescue import kept_hashes
 from edgepipe.stage import StageContext
 from edgepipe.stages.load import LoadModel, ModelSource
 from edgepipe.store import Store
@@ -183,7 +183,7 @@ def test_samples_that_the_ranges_were_taken_from_are_counted_and_told(tmp_path, 
     values, labels = pixels(60)
     values = values / 127.5 - 1
     np.savez(tmp_path / "d.npz", x=values, labels=labels)
-    seen = sample_hashes(Samples({"x": values[:20]}, None, (), origin=""))
+    seen = kept_hashes(Samples({"x": values[:20]}, None, (), origin=""))
     model = classifier(tmp_path)
     model = dataclasses.replace(model, facts={"calibration_samples": list(seen)})
     roles = dict.fromkeys(("shipped", "float_model", "reference"), model)

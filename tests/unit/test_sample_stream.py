@@ -14,13 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgepipe import rescue
 from edgepipe.array_ops import readers
 from edgepipe.array_ops.calibration import check_calibration, file_batches
 from edgepipe.array_ops.load import Samples, open_samples
 from edgepipe.artifact import TensorSpec
 from edgepipe.data import DataSource
 from edgepipe.errors import DataError
-from edgepipe.rescue import sample_hashes
+from edgepipe.rescue import in_common, kept_hashes, sample_hashes
 
 SPECS = (TensorSpec("x", (1, 2, 3), layout="NCT"), TensorSpec("y", (1, 4)))
 
@@ -123,7 +124,7 @@ def test_what_is_found_of_a_stream_is_what_numpy_finds(count: int, block: int, s
         np.savez(path, x=x, y=y)
         stream = open_samples(DataSource(kind="npz", path=path), SPECS)
         report = check_calibration(stream, SPECS, min_samples=1, reference=stream)
-        assert sample_hashes(stream) == sample_hashes(whole)
+        assert list(sample_hashes(stream)) == list(sample_hashes(whole))
         for ours, theirs in zip(file_batches(stream, SPECS), file_batches(whole, SPECS), strict=True):  # fmt: skip
             np.testing.assert_array_equal(ours[0], theirs[0])
             np.testing.assert_array_equal(ours[1], theirs[1])
@@ -144,7 +145,7 @@ from edgepipe.array_ops.calibration import check_calibration, file_batches
 from edgepipe.array_ops.load import open_samples
 from edgepipe.artifact import TensorSpec
 from edgepipe.data import DataSource
-from edgepipe.rescue import sample_hashes
+from edgepipe.rescue import kept_hashes
 
 def peak():
     return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -156,6 +157,7 @@ check_calibration(stream.subset(range(100)), [spec])
 before = peak()
 check_calibration(stream, [spec])
 assert sum(1 for _ in file_batches(stream, [spec])) == len(stream)
+kept_hashes(stream)
 stream.take([5, len(stream) - 1])
 print(peak() - before)
 """
@@ -173,3 +175,16 @@ def test_memory_does_not_grow_with_the_number_of_samples(form: str, tmp_path: Pa
     done = subprocess.run([sys.executable, "-c", READ, str(path)], capture_output=True, text=True, check=True)  # fmt: skip
     # 24.6 MB as stored and 98 MB as floats; a few blocks of 1 MiB as floats are held at once
     assert int(done.stdout) < 8e6
+
+
+def test_kept_hashes_are_all_up_to_a_number_and_then_estimate_how_many_are_common() -> None:
+    values = np.random.default_rng(0).normal(size=(3000, 4)).astype(np.float32)
+    whole = Samples({"y": values}, None, (), origin="m")
+    few = whole.take(range(0, 200))
+    assert sorted(sample_hashes(whole)) == kept_hashes(whole)
+    assert in_common(few, kept_hashes(whole), len(whole)) == 200
+    with mock.patch.object(rescue, "KEPT_HASHES", 600):
+        kept = kept_hashes(whole)
+    assert len(kept) == 600
+    # a fifth of them is kept: 40 of 200 are found, give or take 3 times sqrt(200 * 0.2 * 0.8)
+    assert 200 - 85 <= in_common(few, kept, len(whole)) <= 200 + 85
