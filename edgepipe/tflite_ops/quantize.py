@@ -460,7 +460,34 @@ def _quantized(
         raise StageError(f"litert-quantizer made no model of {where}", stage=STAGE)
     made = show(inline_buffers(bytes(result.quantized_model)), hidden, where=where)
     _refuse_absurd_scales(made, where=where)
-    return made
+    return _read_before_doors(made, where=where)
+
+
+def _read_before_doors(content: bytes, *, where: str) -> bytes:
+    """Integer operators that read a graph output read it before its door, not after.
+
+    A state that also goes on inside the model is both. litert-quantizer 0.11 lets its readers have what
+    DEQUANTIZE (or QUANTIZE to uint8) makes of it for the outside, which their kernels refuse or misread.
+    """
+    graph = parse_model(content, where=where).subgraphs[0]
+    inside = {
+        o.outputs[0]: o.inputs[0]
+        for o in graph.operators
+        if o.name in ("DEQUANTIZE", "QUANTIZE") and o.outputs[0] in graph.outputs and graph.tensors[o.inputs[0]].scales
+    }  # fmt: skip
+    wrong = [
+        (n, k, inside[i])
+        for n, o in enumerate(graph.operators)
+        if o.name not in ("DEQUANTIZE", "QUANTIZE") and graph.tensors[o.outputs[0]].scales
+        for k, i in enumerate(o.inputs)
+        if i in inside
+    ]  # fmt: skip
+    if not wrong:
+        return content
+    model = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
+    for number, position, tensor in wrong:
+        model.subgraphs[0].operators[number].inputs[position] = tensor
+    return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
 
 
 def _scalar_limits(content: bytes, *, where: str) -> bytes:
