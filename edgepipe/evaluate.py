@@ -17,8 +17,9 @@ from edgepipe.data import DataSource
 from edgepipe.errors import ArtifactError, TransferError
 from edgepipe.input_range import check_input_range
 from edgepipe.measurement import Measurement, single
-from edgepipe.predict import predict
-from edgepipe.rescue import sample_hashes
+from edgepipe.predict import predict, single_steps, with_states
+from edgepipe.rescue import in_common
+from edgepipe.state import Steps, answer_names, is_stateful, refuse_streaming
 from edgepipe.units import format_bytes
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ FLIPS_KEPT = 20
 def evaluate(
     *, shipped: Artifact, float_model: Artifact, reference: Artifact,
     inputs: tuple[TensorSpec, ...], source: DataSource, metric: str, root: Path,
+    steps: Steps = "last",
 ) -> tuple[Measurement, ...]:  # fmt: skip
     """Run three models on the same samples and compare.
 
@@ -52,18 +54,15 @@ def evaluate(
     the metric judges each sample. Drop and parity of a quantised file name the layers that add most
     noise (``layers``), measured on a few samples whether or not a gate will fail: it takes no longer
     than evaluating those.
+
+    Each model with state keeps its own along a sequence. ``steps`` says which of its answers count; where
+    each does, there is no interval but for a metric that judges whole sequences: steps are not independent.
     """
     from edgepipe.array_ops.compare import compare
     from edgepipe.array_ops.load import load_samples
-    from edgepipe.array_ops.task_metrics import task_metric
+    from edgepipe.array_ops.task_metrics import as_judged, task_metric
 
-    if shipped.facts.get("streaming"):
-        raise ArtifactError(
-            f"{shipped.path.name} keeps its state from one inference to the next, but samples are run from fresh state each:"
-            " what it is worth in use cannot be evaluated",
-            hint="leave [evaluate] out, and judge its latency, memory and size",
-            code="streaming",
-        )
+    refuse_streaming(shipped, "nothing can be evaluated")
     started = time.monotonic()
     samples = load_samples(source, inputs)
     outputs: dict[str, dict[str, Any]] = {}
@@ -71,7 +70,7 @@ def evaluate(
     for role, model in named:
         if model.sha256 not in outputs:
             log.info("running the %s model on %d samples", role, len(samples))
-            outputs[model.sha256] = predict(model, samples.inputs)
+            outputs[model.sha256] = predict(model, samples.inputs, steps=steps, states=True)
     context: dict[str, Any] = {
         "model_sha256": shipped.sha256,
         "float_sha256": float_model.sha256,
@@ -80,11 +79,13 @@ def evaluate(
         "data": samples.origin,
         "random_data": samples.is_random,
         "metric": metric,
+        **({"steps": steps} if is_stateful(inputs) else {}),
         "seconds": round(time.monotonic() - started, 2),
     }
-    known = set(shipped.facts.get("calibration_samples", ()))
+    known = shipped.facts.get("calibration_samples", ())
     if known:
-        common = sum(digest in known for digest in sample_hashes(samples))
+        calibrated = shipped.facts.get("calibration", {}).get("samples", 0)
+        common = in_common(samples, known, calibrated)
         context["calibration_samples_in_common"] = common
         if common:
             log.warning(
@@ -101,15 +102,19 @@ def evaluate(
         log.info("the evaluation data has no labels: no task metric")
         return tuple(measured)
 
-    def value(model: Artifact) -> float:
-        return task_metric(metric, outputs[model.sha256], samples.labels, root=root)
+    judged = {m.sha256: {n: outputs[m.sha256][n] for n in answer_names(m)} for _, m in named}
+    for sha256, found in judged.items():
+        judged[sha256], labels = as_judged(metric, found, samples.labels, steps=steps)
 
-    check_input_range(reference, samples, metric=metric, score=value(reference), root=root)
+    def value(model: Artifact) -> float:
+        return task_metric(metric, judged[model.sha256], labels, root=root)
+
+    check_input_range(reference, samples, metric=metric, score=value(reference), root=root, steps=steps)  # fmt: skip
     measured.append(single("task_metric", "", value(shipped), context))
     measured.append(single("task_metric_float", "", value(float_model), context))
     measured.append(single("task_metric_reference", "", value(reference), context))
     paired = _paired(
-        metric, outputs[reference.sha256], outputs[shipped.sha256], samples.labels, samples.classes, root
+        metric, judged[reference.sha256], judged[shipped.sha256], labels, samples.classes, root, steps
     )  # fmt: skip
     drop = 100 * (value(reference) - value(shipped))
     measured.append(single("accuracy_drop", "points", drop, {**context, **layers, **paired}))
@@ -118,7 +123,7 @@ def evaluate(
 
 def _paired(
     metric: str, reference: Mapping[str, np.ndarray], candidate: Mapping[str, np.ndarray],
-    labels: np.ndarray, classes: Sequence[str], root: Path,
+    labels: np.ndarray, classes: Sequence[str], root: Path, steps: Steps,
 ) -> dict[str, Any]:  # fmt: skip
     """``interval_points`` of the drop and ``by_class``; nothing where the metric counts no samples."""
     from edgepipe.array_ops.task_metrics import by_class, correct
@@ -127,11 +132,11 @@ def _paired(
     is_right = correct(metric, candidate, labels, root=root)
     if was_right is None or is_right is None:
         return {}
-    _, low, high = stats.paired_difference_interval(was_right.tolist(), is_right.tolist())
-    return {
-        "interval_points": [100 * low, 100 * high],
-        "by_class": by_class(labels, was_right, is_right, classes),
-    }
+    found: dict[str, Any] = {"by_class": by_class(labels, was_right, is_right, classes)}
+    if steps == "last" or ":" in metric:  # the steps of one sequence go wrong together
+        _, low, high = stats.paired_difference_interval(was_right.tolist(), is_right.tolist())
+        found["interval_points"] = [100 * low, 100 * high]
+    return found
 
 
 def _noisiest_layers(
@@ -144,7 +149,7 @@ def _noisiest_layers(
     from edgepipe.tflite_ops.quantize import noisiest_layers
 
     inputs = {name: array[:LAYER_SAMPLES] for name, array in samples.inputs.items()}
-    few = dataclasses.replace(samples, inputs=inputs)
+    few = with_states(dataclasses.replace(samples, inputs=inputs), float_model)
     try:
         return noisiest_layers(
             float_model.path.read_bytes(),
@@ -164,12 +169,16 @@ def _noisiest_layers(
 class DeviceEvaluation:
     """Samples that a board shall answer, and what its answers are judged by.
 
-    ``inputs`` by input name, (n, ...) in the source layout; ``labels`` (n, ...) or None; ``indices``
+    ``inputs`` by input name, (n, ...) in the source layout, one inference each; ``samples`` the same as
+    `predict` takes them. They differ for a model with state: a board is given every step of n sequences of
+    ``length`` with the state that this host had there, as inferences on their own. Where the board gives
+    what this host does for each, it gives it for the sequence. ``labels`` (n, ...) or None; ``indices``
     (n,) are their numbers in the evaluation set. ``reference`` is the model the accuracy drop is
     counted from. ``context`` goes into the record: how many of how many, how chosen, metric, data.
     """
 
     inputs: Mapping[str, Any]
+    samples: Mapping[str, Any]
     labels: Any
     indices: Any
     classes: tuple[str, ...]
@@ -177,11 +186,13 @@ class DeviceEvaluation:
     root: Path
     reference: Artifact
     context: Mapping[str, Any]
+    length: int = 1
+    steps: Steps = "last"
 
 
 def choose_evaluation(
     *, shipped: Artifact, reference: Artifact, inputs: tuple[TensorSpec, ...], source: DataSource,
-    metric: str, root: Path, count: int, seed: int,
+    metric: str, root: Path, count: int, seed: int, steps: Steps = "last",
 ) -> DeviceEvaluation:  # fmt: skip
     """A seeded sample of ``count`` from the evaluation data, classes in proportion; 0 means all.
 
@@ -195,8 +206,14 @@ def choose_evaluation(
     batch = max((s.shape[max(s.layout.find("N"), 0)] for s in shipped.inputs if s.shape), default=1)
     wanted = math.ceil(count / max(batch, 1)) * max(batch, 1)
     chosen, is_stratified = stratified_sample(wanted, len(samples), samples.labels, seed=seed)
+    inputs_of = {name: array[chosen] for name, array in samples.inputs.items()}
+    length, forced = 1, {}
+    if is_stateful(inputs):
+        length = next(iter(inputs_of.values())).shape[1]
+        forced = {"length": length, "steps": steps, "states": "this host's at every step"}
     return DeviceEvaluation(
-        inputs={name: array[chosen] for name, array in samples.inputs.items()},
+        inputs=single_steps(shipped, inputs_of),
+        samples=inputs_of,
         labels=None if samples.labels is None else samples.labels[chosen],
         indices=chosen,
         classes=samples.classes,
@@ -212,7 +229,10 @@ def choose_evaluation(
             "data": samples.origin,
             "random_data": samples.is_random,
             "metric": metric,
+            **forced,
         },
+        length=length,
+        steps=steps,
     )
 
 
@@ -254,7 +274,7 @@ def device_measurements(
     ``device_task_metric`` and ``device_accuracy_drop`` (with paired 95 % interval and classes), as
     far as its metric and labels allow. Raises DataError where the answers are not this file's.
     """
-    from edgepipe.array_ops.task_metrics import predictions, task_metric
+    from edgepipe.array_ops.task_metrics import as_judged, predictions, task_metric
     from edgepipe.tflite_ops.raw import mismatch, read_outputs, real_outputs, stored_outputs
     from edgepipe.tflite_ops.run import is_delegated
 
@@ -278,15 +298,18 @@ def device_measurements(
     measured = [single("device_mismatch", "", found.share, {**context, **details})]
     if evaluation is None:
         return tuple(measured)
-    n = samples.count * samples.batch  # the rest of the last batch was not run
+    n = samples.count * samples.batch // evaluation.length  # the rest of the last batch was not run
     facts = {**context, **evaluation.context, "samples": n}
     metric, root = evaluation.metric, evaluation.root
-    device = real_outputs(model.path, on_device, model.outputs)
-    host = real_outputs(model.path, on_host, model.outputs)
-    labels = None if evaluation.labels is None else evaluation.labels[:n]
+    device = _answers_of(model, real_outputs(model.path, on_device, model.outputs), evaluation, n)
+    host = _answers_of(model, real_outputs(model.path, on_host, model.outputs), evaluation, n)
+    known = None if evaluation.labels is None else evaluation.labels[:n]
 
-    device_says, host_says = predictions(metric, device), predictions(metric, host)
-    if device_says is not None and host_says is not None:
+    says = [predictions(metric, _each_apart(found, evaluation)) for found in (device, host)]
+    if says[0] is not None and says[1] is not None:
+        # a flip of a sequence whose every step is judged is one at any of them
+        each = evaluation.steps == "each"
+        device_says, host_says = ((s.reshape(n, -1, *s.shape[1:]) if each else s) for s in says)
         moved = (device_says != host_says).reshape(n, -1).any(axis=1)
         listed = [
             _flip(evaluation, i, host_says, device_says)
@@ -294,20 +317,44 @@ def device_measurements(
         ]
         flips = {**facts, "flips": listed, "flipped": int(moved.sum())}
         measured.append(single("device_flips", "", float(moved.mean()), flips))
-    if labels is None:
+    if known is None:
         log.info("the evaluation data has no labels: no task metric of the device")
         return tuple(measured)
 
     log.info("running the reference model on %d samples", n)
-    reference = predict(evaluation.reference, {k: v[:n] for k, v in evaluation.inputs.items()})
+    given = {k: v[:n] for k, v in evaluation.samples.items()}
+    reference = predict(evaluation.reference, given, steps=evaluation.steps)
+    reference, labels = as_judged(metric, reference, known, steps=evaluation.steps)
+    device, host = (as_judged(metric, f, known, steps=evaluation.steps)[0] for f in (device, host))
     value = task_metric(metric, device, labels, root=root)
     was = task_metric(metric, reference, labels, root=root)
     facts["task_metric_host"] = task_metric(metric, host, labels, root=root)
     facts["task_metric_reference"] = was
     measured.append(single("device_task_metric", "", value, facts))
-    paired = _paired(metric, reference, device, labels, evaluation.classes, root)
+    paired = _paired(metric, reference, device, labels, evaluation.classes, root, evaluation.steps)
     measured.append(single("device_accuracy_drop", "points", 100 * (was - value), {**facts, **paired}))  # fmt: skip
     return tuple(measured)
+
+
+def _answers_of(
+    model: Artifact, outputs: Mapping[str, np.ndarray], evaluation: DeviceEvaluation, count: int
+) -> dict[str, np.ndarray]:
+    """The answers of ``count`` samples out of those of their single inferences, as `predict` gives them."""
+    found = {name: outputs[name] for name in answer_names(model)}
+    if not is_stateful(model.inputs):
+        return found
+    length = evaluation.length
+    apart = {n: a[: count * length].reshape(count, length, *a.shape[1:]) for n, a in found.items()}
+    return apart if evaluation.steps == "each" else {n: a[:, -1] for n, a in apart.items()}
+
+
+def _each_apart(
+    outputs: Mapping[str, np.ndarray], evaluation: DeviceEvaluation
+) -> Mapping[str, np.ndarray]:
+    """(N, T, ...) -> (N * T, ...) where each step is judged."""
+    if evaluation.steps == "last":
+        return outputs
+    return {name: array.reshape(-1, *array.shape[2:]) for name, array in outputs.items()}
 
 
 def _flip(

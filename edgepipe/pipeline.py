@@ -477,7 +477,7 @@ def _module_hash(module: str) -> str:
 
 
 EVALUATION_MODULES = (
-    "edgepipe.evaluate", "edgepipe.predict", "edgepipe.array_ops", "edgepipe.tflite_ops", "edgepipe.torch_ops",
+    "edgepipe.evaluate", "edgepipe.predict", "edgepipe.state", "edgepipe.array_ops", "edgepipe.tflite_ops", "edgepipe.torch_ops",
 )  # fmt: skip
 MEASURING_MODULES = (
     "edgepipe.bench", "edgepipe.sessions", "edgepipe.job", "edgepipe.crunner", "edgepipe.device.snapshot",
@@ -514,6 +514,7 @@ def _model_measurements(
                 source=recipe.data[options.data],
                 metric=options.metric,
                 root=recipe.path.parent,
+                steps=options.steps,
             )
             measured += (dataclasses.replace(m, context={**m.context, **context}) for m in found)
         return measured
@@ -526,7 +527,7 @@ def _evaluation_identity(recipe: Recipe) -> list[str]:
     options = recipe.evaluate
     if options is None:
         return []
-    parts = [options.data, options.metric, fingerprint(recipe.data[options.data])]
+    parts = [options.data, options.metric, options.steps, fingerprint(recipe.data[options.data])]
     if ":" in options.metric:
         parts.append(source_hash(options.metric, recipe.path.parent))
     return parts
@@ -732,6 +733,7 @@ def _device_evaluation(recipe: Recipe, models: Sequence[Artifact]) -> DeviceEval
         root=recipe.path.parent,
         count=recipe.measure.evaluate_samples,
         seed=recipe.seed,
+        steps=options.steps,
     )
 
 

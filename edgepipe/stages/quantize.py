@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from edgepipe.artifact import Artifact, make_artifact
 from edgepipe.data import at_most
 from edgepipe.errors import ArtifactError, StageError, StageOptionError
-from edgepipe.predict import predict
+from edgepipe.predict import predict, with_states
 from edgepipe.schema import Unit, near_miss, record
 from edgepipe.stage import StageContext
 from edgepipe.stages.quantize_int8 import (
@@ -20,6 +20,7 @@ from edgepipe.stages.quantize_int8 import (
     source_specs,
     spread_out,
 )
+from edgepipe.state import refuse_streaming
 
 if TYPE_CHECKING:
     from edgepipe.array_ops.load import SampleStream
@@ -45,6 +46,7 @@ class Quantize:
     ops: ClassVar[tuple[str, ...]] = (
         "edgepipe.array_ops",
         "edgepipe.predict",
+        "edgepipe.state",
         "edgepipe.tflite_ops.calibrate",
         "edgepipe.tflite_ops.flatbuffer",
         "edgepipe.tflite_ops.inspect",
@@ -84,6 +86,7 @@ class Quantize:
         from edgepipe.tflite_ops.quantize import check_quantizable
 
         where, content = artifact.path.name, artifact.path.read_bytes()
+        refuse_streaming(artifact, "it cannot be compared with the float model")
         check_quantizable(parse_model(content, where=where), where=where)
         if self.data not in context.data:
             raise StageOptionError(
@@ -94,7 +97,7 @@ class Quantize:
         wanted = self.samples if needs_ranges or self.samples != "auto" else ENOUGH_UNSETTLED
         source = at_most(context.data[self.data], 0 if wanted == "auto" else wanted)
         specs = source_specs(artifact.inputs)
-        samples = open_samples(source, specs)
+        samples = with_states(open_samples(source, specs), artifact)
         report, ranges = None, None
 
         def check(taken: SampleStream) -> CalibrationReport:
@@ -139,7 +142,8 @@ class Quantize:
 
         few = samples.take(spread_out(len(samples), PARITY_SAMPLES))
         try:
-            errors = compare(predict(before, few.inputs), predict(after, few.inputs))
+            found = [predict(m, few.inputs, steps="each", states=True) for m in (before, after)]
+            errors = compare(*found)
         except ArtifactError as exc:
             raise StageError(
                 f"cannot compare the {self.precision} model with the float model: {exc.message}",

@@ -15,7 +15,7 @@ from edgepipe.artifact import Artifact, TensorSpec, make_artifact
 from edgepipe.data import DataSource, at_most, user_path
 from edgepipe.errors import ArtifactError, StageError, StageOptionError
 from edgepipe.input_range import check_input_range
-from edgepipe.predict import predict
+from edgepipe.predict import predict, with_states
 from edgepipe.range_table import RangeTable, read_table, table_text
 from edgepipe.rescue import (
     ENOUGH_SAMPLES,
@@ -27,9 +27,12 @@ from edgepipe.rescue import (
 )
 from edgepipe.schema import Unit, near_miss, record
 from edgepipe.stage import StageContext
+from edgepipe.state import Steps, data_inputs, is_stateful, refuse_streaming, state_numbers
 from edgepipe.stats import paired_difference_interval
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from edgepipe.array_ops.calibration import CalibrationReport
     from edgepipe.array_ops.load import SampleStream
     from edgepipe.tflite_ops.ladder import RoundWeights
@@ -79,6 +82,7 @@ class QuantizeInt8:
         "edgepipe.predict",
         "edgepipe.range_table",
         "edgepipe.rescue",
+        "edgepipe.state",
         "edgepipe.tflite_ops.bias",
         "edgepipe.tflite_ops.calibrate",
         "edgepipe.tflite_ops.channels",
@@ -117,8 +121,9 @@ class QuantizeInt8:
     min_sqnr: Annotated[float, Unit("level")] = 10.0
     max_drop: Annotated[float, Unit("points")] = 0.0
     evaluate: str = ""
-    # the recipe's [evaluate] metric unless given
+    # the recipe's [evaluate] metric unless given; of a model with state its steps are judged
     metric: str = ""
+    steps: Steps = "last"
 
     def __post_init__(self) -> None:
         check_samples(self.samples, stage=self.name)
@@ -154,13 +159,15 @@ class QuantizeInt8:
 
         content = artifact.path.read_bytes()
         where = artifact.path.name
+        refuse_streaming(artifact, "no ranges can be taken of it")
+        self._check_doors(artifact)
         ops.check_quantizable(parse_model(content, where=where), where=where)
         specs = source_specs(artifact.inputs)
         given = self._given_ranges(artifact, context)
         # where nothing settles there is nothing to tell how many
         wanted = ENOUGH_UNSETTLED if self.samples == "auto" and given is not None else self.samples
         source = self._source(context, self.data, 0 if wanted == "auto" else wanted)
-        samples = open_samples(source, specs)
+        samples = with_states(open_samples(source, specs), artifact)
         reference = None
         if self.compare_with:
             reference = open_samples(
@@ -220,6 +227,7 @@ class QuantizeInt8:
                 table.ranges,
                 input_dtype=self.input_dtype,
                 output_dtype=self.output_dtype,
+                states=state_numbers(artifact),
                 where=where,
             )
         islands = ops.check_full_integer(quantized, allow_float=self.allow_float, where=where)
@@ -255,6 +263,13 @@ class QuantizeInt8:
         }
         return dataclasses.replace(result, facts=facts)
 
+    def _check_doors(self, artifact: Artifact) -> None:
+        if is_stateful(artifact.inputs) and self.input_dtype != self.output_dtype:
+            raise StageOptionError(
+                f"quantize_int8: a state comes out as {self.output_dtype} and goes in as {self.input_dtype}",
+                hint="give input_dtype and output_dtype the same value, so that an application copies the bytes",
+            )
+
     def _rewritten(
         self, artifact: Artifact, content: bytes, samples: SampleStream
     ) -> tuple[bytes, tuple[str, ...]]:
@@ -287,7 +302,7 @@ class QuantizeInt8:
         the record. StageError (``accuracy``) with all rungs where none holds."""
         from edgepipe.array_ops.calibration import file_batches
         from edgepipe.array_ops.load import load_samples
-        from edgepipe.array_ops.task_metrics import correct, task_metric
+        from edgepipe.array_ops.task_metrics import as_judged, correct, task_metric
         from edgepipe.tflite_ops.ladder import Judgement, climb
 
         where = artifact.path.name
@@ -309,18 +324,23 @@ class QuantizeInt8:
                 "max_drop is judged on %d samples, one of which is %.2g points",
                 len(evaluation), 100 / max(len(evaluation), 1),
             )  # fmt: skip
-        expected = predict(artifact, evaluation.inputs)
-        base = task_metric(metric, expected, labels, root=root)
-        was_right = correct(metric, expected, labels, root=root)
-        check_input_range(artifact, evaluation, metric=metric, score=base, root=root)
+
+        def answered(model: Artifact) -> tuple[float, np.ndarray | None]:
+            found = predict(model, evaluation.inputs, steps=self.steps)
+            judged, known = as_judged(metric, found, labels, steps=self.steps)
+            is_right = correct(metric, judged, known, root=root)
+            # the steps of one sequence go wrong together: no interval can be told of them
+            alone = self.steps == "last" or ":" in metric
+            return task_metric(metric, judged, known, root=root), is_right if alone else None
+
+        base, was_right = answered(artifact)
+        check_input_range(artifact, evaluation, metric=metric, score=base, root=root, steps=self.steps)  # fmt: skip
         trial = context.work_dir / "trial.tflite"
 
         def judge(int8: bytes) -> Judgement:
             trial.write_bytes(int8)
             inputs, outputs = self._specs(artifact, int8)
-            found = predict(make_artifact("tflite", trial, inputs=inputs, outputs=outputs, parent=artifact), evaluation.inputs)  # fmt: skip
-            score = task_metric(metric, found, labels, root=root)
-            is_right = correct(metric, found, labels, root=root)
+            score, is_right = answered(make_artifact("tflite", trial, inputs=inputs, outputs=outputs, parent=artifact))  # fmt: skip
             interval = None
             if was_right is not None and is_right is not None:
                 _, low, high = paired_difference_interval(was_right.tolist(), is_right.tolist())
@@ -339,6 +359,7 @@ class QuantizeInt8:
             output_dtype=self.output_dtype,
             allow_float=self.allow_float,
             round_weights=_round_weights(context.seed),
+            states=state_numbers(artifact),
             where=where,
         )
         trial.unlink(missing_ok=True)
@@ -441,7 +462,8 @@ class QuantizeInt8:
 
         few = samples.take(spread_out(len(samples), PARITY_SAMPLES))
         try:
-            errors = compare(predict(before, few.inputs), predict(after, few.inputs))
+            found = [predict(m, few.inputs, steps="each", states=True) for m in (before, after)]
+            errors = compare(*found)
         except ArtifactError as exc:
             raise StageError(
                 f"cannot compare the int8 model with the float model: {exc.message}",
@@ -502,10 +524,10 @@ def _round_weights(seed: int) -> RoundWeights | None:
 
 
 def source_specs(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """Input specs as the source model has them: data is prepared for that layout."""
+    """Input specs as the source model has them: data is prepared for that layout, sequences where it has state."""
     from edgepipe.array_ops.layout import permute_shape
 
-    return tuple(
+    moved = tuple(
         dataclasses.replace(
             spec,
             shape=permute_shape(spec.shape, spec.layout, spec.source_layout)
@@ -515,3 +537,4 @@ def source_specs(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
         )
         for spec in specs
     )
+    return data_inputs(moved)
