@@ -13,7 +13,6 @@ from edgepipe.data import at_most
 from edgepipe.errors import RequestError
 from edgepipe.pipeline import RunResult
 from edgepipe.recipe import SOURCE_KINDS, Recipe
-from edgepipe.state import is_stateful
 from edgepipe.store import replacing
 from edgepipe.units import format_bytes
 
@@ -38,6 +37,11 @@ def check_mergeable(recipes: Sequence[Recipe]) -> None:
             raise RequestError(
                 f"--merge joins TFLite files, but this recipe ships {kind or 'none'}",
                 hint="add the stages export_onnx and to_tflite",
+            )
+        if recipe.model.state:
+            raise RequestError(
+                "--merge: its proof runs samples one by one, and this model has state ([model.state])",
+                hint="leave --merge out: each bucket has a file of its own",
             )
         if not _data_name(recipe):
             raise RequestError(
@@ -73,8 +77,6 @@ def merge_buckets(
         key = "-".join(f"{name}{size}" for name, size in recipe.bucket.items())
         files[key] = result.shipped.path.read_bytes()
         source = artifact_from_dict(result.run.read()["steps"][0]["artifact"])
-        if is_stateful(source.inputs):
-            raise RequestError("--merge: models with state cannot be merged", hint="leave --merge out")  # fmt: skip
         samples = load_samples(at_most(recipe.data[_data_name(recipe)], SAMPLES), source.inputs)
         batches[key] = list(file_batches(samples, result.shipped.inputs))
     merged = merge_signatures(files)

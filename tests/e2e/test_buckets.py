@@ -143,6 +143,9 @@ def test_all_buckets_are_merged_into_one_file_with_a_signature_each(
     assert cli.main(command) == 2
     assert "on real samples, but this recipe has none" in capsys.readouterr().err
     text = (folder / "recipe.toml").read_text()
+    (folder / "recipe.toml").write_text(text + '[model.state]\nx = "y"\n')
+    assert cli.main(command) == 2
+    assert "has state" in capsys.readouterr().err
     data = '[data.test]\nkind = "npy"\npath = "x_${length}.npy"\n'
     (folder / "recipe.toml").write_text(text + data)
     for length in (4, 8, 16):
