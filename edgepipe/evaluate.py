@@ -274,7 +274,7 @@ def device_measurements(
     ``device_task_metric`` and ``device_accuracy_drop`` (with paired 95 % interval and classes), as
     far as its metric and labels allow. Raises DataError where the answers are not this file's.
     """
-    from edgepipe.array_ops.task_metrics import as_judged, predictions, task_metric
+    from edgepipe.array_ops.task_metrics import as_judged, task_metric
     from edgepipe.tflite_ops.raw import mismatch, read_outputs, real_outputs, stored_outputs
     from edgepipe.tflite_ops.run import is_delegated
 
@@ -305,11 +305,8 @@ def device_measurements(
     host = _answers_of(model, real_outputs(model.path, on_host, model.outputs), evaluation, n)
     known = None if evaluation.labels is None else evaluation.labels[:n]
 
-    says = [predictions(metric, _each_apart(found, evaluation)) for found in (device, host)]
-    if says[0] is not None and says[1] is not None:
-        # a flip of a sequence whose every step is judged is one at any of them
-        each = evaluation.steps == "each"
-        device_says, host_says = ((s.reshape(n, -1, *s.shape[1:]) if each else s) for s in says)
+    device_says, host_says = (_says(metric, f, evaluation) for f in (device, host))
+    if device_says is not None and host_says is not None:
         moved = (device_says != host_says).reshape(n, -1).any(axis=1)
         listed = [
             _flip(evaluation, i, host_says, device_says)
@@ -348,13 +345,17 @@ def _answers_of(
     return apart if evaluation.steps == "each" else {n: a[:, -1] for n, a in apart.items()}
 
 
-def _each_apart(
-    outputs: Mapping[str, np.ndarray], evaluation: DeviceEvaluation
-) -> Mapping[str, np.ndarray]:
-    """(N, T, ...) -> (N * T, ...) where each step is judged."""
+def _says(
+    metric: str, outputs: Mapping[str, np.ndarray], evaluation: DeviceEvaluation
+) -> np.ndarray | None:
+    """The classes that `predictions` reads, (N, ...), or (N, T, ...) where each step is judged."""
+    from edgepipe.array_ops.task_metrics import predictions
+
     if evaluation.steps == "last":
-        return outputs
-    return {name: array.reshape(-1, *array.shape[2:]) for name, array in outputs.items()}
+        return predictions(metric, outputs)
+    shape = next(iter(outputs.values())).shape[:2]
+    found = predictions(metric, {n: a.reshape(-1, *a.shape[2:]) for n, a in outputs.items()})
+    return None if found is None else found.reshape(*shape, *found.shape[1:])
 
 
 def _flip(

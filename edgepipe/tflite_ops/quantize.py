@@ -562,6 +562,14 @@ def _weight_ranges(
     return found
 
 
+def _one_scale(rule: Mapping[str, Any]) -> dict[str, Any]:
+    """The rule for BATCH_MATMUL, whose integer kernels read one scale for a tensor: of a constant with a
+    scale for each channel they make zeros (LiteRT 2.3.0, kernels/batch_matmul.cc uses params.scale)."""
+    weights = {**rule["op_config"]["weight_tensor_config"], "granularity": qtyping.QuantGranularity.TENSORWISE}  # fmt: skip
+    config = {**rule["op_config"], "weight_tensor_config": weights}
+    return {**rule, "operation": qtyping.TFLOperationName.BATCH_MATMUL, "op_config": config}
+
+
 def _recipe(
     input_dtype: IoDtype, output_dtype: IoDtype, precision: Mapping[str, Precision]
 ) -> list[dict[str, Any]]:
@@ -569,20 +577,13 @@ def _recipe(
     int8, then one rule for each door. Of two scopes that fit, the later counts."""
     rules: list[dict[str, Any]] = quantizer_recipe.static_wi8_ai8()
     base = rules[0]["op_config"]
-    # The int8 kernel of BATCH_MATMUL reads one scale for a tensor: of a constant with a scale for
-    # each channel it makes zeros (LiteRT 2.3.0, kernels/batch_matmul.cc uses params.scale).
-    weights = {**base["weight_tensor_config"], "granularity": qtyping.QuantGranularity.TENSORWISE}
-    rules.append({
-        **rules[0],
-        "operation": qtyping.TFLOperationName.BATCH_MATMUL,
-        "op_config": {**base, "weight_tensor_config": weights},
-    })  # fmt: skip
+    rules.append(_one_scale(rules[0]))
     wide = quantizer_recipe.static_wi8_ai16()[0]
     for name, kind in precision.items():
         # an operator's scope is "NAME;" of all that it makes (utils/tfl_flatbuffer_utils.py)
         scope = {"regex": f"^{re.escape(name)};", "operation": rules[0]["operation"]}
         if kind == "int16":
-            rules.append({**wide, **scope})
+            rules += [{**wide, **scope}, _one_scale({**wide, **scope})]
         else:
             rules.append({**scope, "algorithm_key": "no_quantize", "op_config": base})
     for door, dtype in (("INPUT", input_dtype), ("OUTPUT", output_dtype)):

@@ -11,6 +11,7 @@ from edgepipe.errors import StageError
 from edgepipe.tflite_ops import quantize as ops
 from edgepipe.tflite_ops.flatbuffer import parse_model
 from edgepipe.tflite_ops.inspect import describe_model
+from edgepipe.tflite_ops.precisions import make_precision
 from edgepipe.tflite_ops.tiny import tiny_tflite
 from tests.unit.tflite_builder import Graph, small_cnn
 
@@ -154,6 +155,26 @@ def test_a_product_with_a_constant_matrix_is_computed_with_its_weights():
     expected = np.concatenate([run(content, [row[None]])[0] for row in data])
     # 8 products, each off by half a step in 127 of a matrix and of 128 of an input: about 40 dB
     assert sqnr(expected, real_outputs(quantized(content, data), data)) > 30
+    ranges = ops.collect_ranges(content, [[row[None]] for row in data], where="g").table()
+    wide = make_precision(content, "int16x8", ranges=ranges, where="g")
+    found = np.concatenate([run(wide, [row[None]])[0] for row in data])
+    assert sqnr(expected, found) > 30
+
+
+def test_a_graph_output_that_is_read_inside_is_read_as_integers():
+    """litert-quantizer gives its reader the uint8 or float copy that is made for the outside."""
+    g = Graph()
+    hidden = g.dense(g.input("x", (1, 8)), noise(6, 8), noise(6), "hidden", (1, 6))
+    y = g.dense(hidden, noise(4, 6), noise(4), "y", (1, 4))
+    content, data = g.bytes([y, hidden]), noise(50, 8)
+    expected = np.concatenate([run(content, [row[None]])[0] for row in data])
+    ranges = ops.collect_ranges(content, [[row[None]] for row in data], where="g").table()
+    wide = make_precision(content, "int16x8", ranges=ranges, where="g")
+    for made in (quantized(content, data, input_dtype="float32", output_dtype="float32"), wide):
+        assert sqnr(expected, np.concatenate([run(made, [row[None]])[0] for row in data])) > 30
+    assert sqnr(expected, real_outputs(quantized(content, data), data)) > 30
+    stored = run(quantized(content, data, output_dtype="uint8"), [np.zeros((1, 8), np.int8)])
+    assert [array.dtype for array in stored] == [np.uint8, np.uint8]
 
 
 @pytest.mark.parametrize("operator", ["dense", "conv", "depthwise", "transposed"])
