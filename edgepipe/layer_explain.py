@@ -137,6 +137,7 @@ def explain_layers(
     from edgepipe.array_ops.load import labels_of, load_samples
     from edgepipe.array_ops.task_metrics import task_metric
     from edgepipe.tflite_ops import layer_noise as ops
+    from edgepipe.tflite_ops.rewrite import clamp_masks
     from edgepipe.tflite_ops.sensitivity import noise_share
 
     content, int8 = float_model.path.read_bytes(), quantised.path.read_bytes()
@@ -147,6 +148,7 @@ def explain_layers(
     judged = load_samples(evaluation, specs) if evaluation is not None else samples
     labels = labels_of(judged) if evaluation is not None else None
     batches = list(file_batches(samples, float_model.inputs))
+    content, _ = clamp_masks(content, lambda: batches, where=where[0])
     expected = predict(float_model, judged.inputs)
 
     def judge(found: Mapping[str, np.ndarray]) -> tuple[float, float | None]:
@@ -336,13 +338,16 @@ def plain_int8(float_model: Artifact, data: DataSource, path: Path) -> Artifact:
         fuse_activations,
         quantize,
     )
-    from edgepipe.tflite_ops.rewrite import rewrite
+    from edgepipe.tflite_ops.rewrite import clamp_masks, rewrite
 
     content, where = float_model.path.read_bytes(), float_model.path.name
     check_quantizable(parse_model(content, where=where), where=where)
     content, _ = rewrite(fuse_activations(content, where=where)[0], where=where)
     samples = load_samples(at_most(data, PLAIN_SAMPLES), source_specs(float_model.inputs))
     log.info("plain int8 by %d samples", len(samples))
+    content, _ = clamp_masks(
+        content, lambda: file_batches(samples, float_model.inputs), where=where
+    )
     ranges = collect_ranges(content, file_batches(samples, float_model.inputs), where=where).table()
     path.write_bytes(quantize(content, ranges, input_dtype="float32", output_dtype="float32", where=where))  # fmt: skip
     return make_artifact("tflite", path, inputs=float_model.inputs, outputs=float_model.outputs)

@@ -276,13 +276,15 @@ class QuantizeInt8:
         """The float file in operators that have an int8 form, proven on samples, and what was done."""
         from edgepipe.array_ops.calibration import file_batches
         from edgepipe.tflite_ops.equalise import check_unchanged
-        from edgepipe.tflite_ops.rewrite import rewrite
+        from edgepipe.tflite_ops.rewrite import clamp_masks, rewrite
 
         # ranges that training found are of this graph's tensors and no others
         if not self.rewrite or artifact.facts.get("learned_ranges"):
             return content, ()
         where = artifact.path.name
         changed, told = rewrite(content, where=where)
+        changed, masks = clamp_masks(changed, lambda: file_batches(samples, artifact.inputs), where=where)  # fmt: skip
+        told = (*told, *masks)
         for line in told:
             log.info("rewrote %s", line)
         if told:

@@ -29,7 +29,7 @@ from edgepipe.tflite_ops.calibrate import (
 )
 from edgepipe.tflite_ops.channels import ChannelStatistics, channel_statistics
 from edgepipe.tflite_ops.equalise import check_unchanged, equalise, repair_dead_channels
-from edgepipe.tflite_ops.flatbuffer import parse_model
+from edgepipe.tflite_ops.flatbuffer import Subgraph, parse_model
 from edgepipe.tflite_ops.quantize import (
     IoDtype,
     Precision,
@@ -38,6 +38,7 @@ from edgepipe.tflite_ops.quantize import (
     quantize,
     wide_operators,
 )
+from edgepipe.tflite_ops.rewrite import SPELT_OUT, spell_out
 from edgepipe.tflite_ops.run import open_tflite
 from edgepipe.tflite_ops.sensitivity import (
     Sensitivity,
@@ -59,6 +60,10 @@ CULPRITS_NAMED = 5
 # Channels of one tensor that differ by this much are named as a cause: 255 / 64 = 4 steps are left
 # for the median one.
 WIDE_SPREAD = 64.0
+# Layers whose result has the size of what they are given, so that 8 bits there undo 16 around them
+BRIDGES = frozenset(
+    {"HARD_SWISH", "MAX_POOL_2D", "PAD", "PADV2", "RELU", "RESHAPE", "SLICE", "SPLIT", "STRIDED_SLICE", "TRANSPOSE"}
+)  # fmt: skip
 # Of each file's latency, as many inferences as fit into a share of a second, in turns.
 ROUNDS, ROUND_S = 5, 0.01
 
@@ -231,13 +236,18 @@ class _Ladder:
         return self._accept("ranges", f"{best[0].method} ranges instead of {plan.method}", best[0], plan, made, content=best[1])  # fmt: skip
 
     def _range_candidates(self, plan: Plan) -> list[tuple[Plan, bytes]]:
+        tables = self._range_tables(plan)
+        plans = [dataclasses.replace(plan, ranges=t, method=m) for m, t in tables.items()]
+        return [(p, self._make(p)) for p in plans]
+
+    def _range_tables(self, plan: Plan) -> dict[str, Mapping[str, Range]]:
+        """Method -> its ranges for the plan's float file, with the plan's own among them."""
         limits = collect_ranges(plan.content, self.batches(), where=self.where).table()
         histograms = collect_histograms(plan.content, self.batches(), limits, where=self.where)
         tables: dict[str, Mapping[str, Range]] = {plan.method: plan.ranges, "min_max": limits}
         for method in FROM_HISTOGRAMS:
             tables[method] = {n: METHODS[method](h) for n, h in histograms.items()}
-        plans = [dataclasses.replace(plan, ranges=t, method=m) for m, t in tables.items()]
-        return [(p, self._make(p)) for p in plans]
+        return tables
 
     def _equalised(self, plan: Plan, made: bytes) -> tuple[Plan, bytes]:
         before = channel_statistics(plan.content, self.batches(), where=self.where)
@@ -282,36 +292,52 @@ class _Ladder:
         return self._accept("rounding", did, new, plan, made)
 
     def _mixed(self, plan: Plan, made: bytes) -> tuple[Plan, bytes]:
-        limits = collect_ranges(plan.content, self.batches(), where=self.where).table()
+        tables = self._range_tables(plan)
         ranked = layer_sensitivity(plan.content, plan.ranges, self.few, where=self.where)
         self.culprits = [s for s in ranked if s.noise > CULPRIT][:CULPRITS_NAMED] or ranked[:1]
+        # those that were not looked at come last
+        order = {s.layer: s.operator for s in ranked} | layers_of(parse_model(plan.content, where=self.where).subgraphs[0])  # fmt: skip
         kinds: tuple[Precision, ...] = ("int16", "float")
         for kind in kinds:
-            legal = wide_operators() if kind == "int16" else self.allow_float
-            usable = [s.layer for s in ranked if s.operator in legal]
-            found = self._fewest(plan, kind, usable, limits) if usable else None
+            legal = wide_operators() | SPELT_OUT if kind == "int16" else self.allow_float
+            usable = [layer for layer, operator in order.items() if operator in legal]
+            found = self._fewest(plan, kind, usable, tables) if usable else None
             if found is None:
                 continue
             new, content = found
             widened = "with 16-bit activations" if kind == "int16" else "in float"
-            did = f"{len(new.precision)} of {len(ranked)} layers {widened}"
+            count = sum(layer in new.precision for layer in order)
+            did = f"{count} of {len(order)} layers {widened}"
             last = self._accept("mixed", did, new, plan, made, content=content)
             if self.rungs[-1].held:
                 return last
         return plan, made
 
     def _fewest(
-        self, plan: Plan, kind: Precision, ranked: Sequence[str], limits: Mapping[str, Range]
+        self,
+        plan: Plan,
+        kind: Precision,
+        ranked: Sequence[str],
+        tables: Mapping[str, Mapping[str, Range]],
     ) -> tuple[Plan, bytes] | None:
         """The fewest of the worst layers that hold, found by doubling and halving; else all of them.
 
-        With 16 bits there is no need to clip: tensors of such layers get their whole range.
+        With 16 bits there is no need to clip: tensors of such layers get their whole range. The others
+        get the best of ``tables``, which may be one that clips those layers too hard: with them in
+        8 bits it was not the best.
         """
-        graph = parse_model(plan.content, where=self.where).subgraphs[0]
+        limits = tables["min_max"]
         tried: dict[int, tuple[Plan, bytes]] = {}
+        whole_graph = parse_model(plan.content, where=self.where).subgraphs[0]
 
         def holds(count: int) -> bool:
-            precision = {**plan.precision, **dict.fromkeys(ranked[:count], kind)}
+            layers, source = list(ranked[:count]), plan.content
+            spelt: dict[str, Range] = {}
+            if kind == "int16":
+                layers = with_bridges(whole_graph, layers)
+                source, spelt = spell_out(source, layers, where=self.where)
+            graph = parse_model(source, where=self.where).subgraphs[0]
+            precision = {**plan.precision, **dict.fromkeys((*layers, *spelt), kind)}
             whole = {
                 name: limits[name]
                 for o in graph.operators
@@ -319,14 +345,20 @@ class _Ladder:
                 for name in (graph.tensors[i].name for i in (*o.inputs, *o.outputs) if i >= 0)
                 if name in limits
             }
-            new = dataclasses.replace(plan, precision=precision, ranges={**plan.ranges, **whole})
-            try:
-                content = self._make(new)
-            except StageError as exc:  # the quantiser has no such form of one of them
-                log.info("%d layers in %s: %s", count, kind, exc.message)
-                return False
-            tried[count] = (new, content)
-            return self._judge(content).drop_points <= self.max_drop
+            made: list[tuple[Plan, bytes]] = []
+            for method, table in tables.items():
+                ranges = {**table, **whole, **spelt}
+                new = dataclasses.replace(plan, content=source, precision=precision, ranges=ranges, method=method)  # fmt: skip
+                try:
+                    made.append((new, self._make(new)))
+                except StageError as exc:  # the quantiser has no such form of one of them
+                    log.info("%d layers in %s: %s", count, kind, exc.message)
+                    return False
+            tried[count] = min(made, key=lambda m: self._noise(m[1]))
+            content = tried[count][1]
+            lost = self._judge(content).drop_points
+            log.debug("%d layers in %s: %+.2f points lost", len(layers), kind, lost)
+            return lost <= self.max_drop
 
         count = 1
         while not holds(count):
@@ -403,6 +435,28 @@ class _Ladder:
                 f"{layers[name]} {name!r}: its largest channel is {spread:.0f} times the median one,"
                 f" which is left {255 / spread:.1f} of 255 steps"
             )
+
+
+def with_bridges(graph: Subgraph, chosen: Sequence[str]) -> list[str]:
+    """``chosen`` and the layers that do no more than hand on between them (`BRIDGES`): all that they
+    read is made by chosen layers, all that they make is read by chosen ones. Such a layer would
+    round to 8 bits again what its neighbours keep.
+    """
+    makers = {i: o for o in graph.operators for i in o.outputs}
+    names = {o.index: graph.tensors[o.outputs[0]].name for o in graph.operators if o.outputs}
+    found = dict.fromkeys(chosen)
+    while True:
+        before = len(found)
+        for operator in graph.operators:
+            name = names.get(operator.index, "")
+            if name in found or operator.name not in BRIDGES:
+                continue
+            read = {names[makers[i].index] for i in operator.inputs if i in makers}
+            users = [o for o in graph.operators if set(operator.outputs) & set(o.inputs)]
+            if read and users and {*read, *(names[o.index] for o in users)} <= found.keys():
+                found[name] = None
+        if len(found) == before:
+            return list(found)
 
 
 def host_latencies(files: Sequence[bytes]) -> list[float]:

@@ -5,8 +5,9 @@ Where LiteRT itself has an int8 kernel nothing needs rewriting: see stand_in.py.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,14 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.tools import flatbuffer_utils
 
 from edgepipe.tflite_ops.flatbuffer import Operator, Subgraph, constants, drop_tensors, parse_model
+from edgepipe.tflite_ops.quantize import collect_ranges
 from edgepipe.tflite_ops.scalar_functions import find_function
 from edgepipe.tflite_ops.stand_in import add_constant, merge_codes, operator_code
 
+# e^-16 = 1.1e-7: a softmax takes it for nothing, in float32 nearly and in int8 (steps of 1/256) by far.
+MASKED = 16.0
+# Operators through which a mask is looked for
+_MOVING = frozenset({"RESHAPE", "TRANSPOSE", "SQUEEZE", "EXPAND_DIMS"})
 # A TILE is written as one CONCATENATION for each axis, of at most this many copies.
 MAX_COPIES = 16
 
@@ -33,6 +39,41 @@ def rewrite(content: bytes, *, where: str) -> tuple[bytes, tuple[str, ...]]:
     told += lines
     content, lines = _one_pass(content, _operators, where=where)
     return content, (*told, *lines)
+
+
+# What `spell_out` can write with operators that have a form with 16-bit activations.
+SPELT_OUT = frozenset({"HARD_SWISH"})
+
+
+def spell_out(
+    content: bytes, layers: Collection[str], *, where: str
+) -> tuple[bytes, dict[str, tuple[float, float]]]:
+    """The float file with HARD_SWISH, if its name is in ``layers``, as ``x * (relu6(x + 3) / 6)``.
+
+    Its kernels know 8 bits only, the others 16 as well. The result keeps its name. Returns the file and
+    the ranges of the tensors that are new, which need no calibration, by name.
+    """
+    ranges: dict[str, tuple[float, float]] = {}
+
+    def apply(draft: _Draft) -> None:
+        for o in draft.graph.operators:
+            if o.name not in SPELT_OUT or draft.name(o) not in layers:
+                continue
+            name, shape, x = draft.name(o), draft.shape(o.outputs[0]), o.inputs[0]
+            shifted, gate = (
+                draft.tensor(shape, f"{name}/shifted"),
+                draft.tensor(shape, f"{name}/gate"),
+            )
+            ranges.update({f"{name}/shifted": (0.0, 6.0), f"{name}/gate": (0.0, 1.0)})
+            add = draft.pointwise(
+                "ADD", [x, draft.constant(3.0, f"{name}/three")], shifted, "RELU6"
+            )
+            # any scale in 16 bits, not powers of two only
+            add.builtinOptions.potScaleInt16 = False
+            sixth = draft.pointwise("MUL", [shifted, draft.constant(1 / 6, f"{name}/sixth")], gate)
+            draft.replace(o, [add, sixth, draft.pointwise("MUL", [x, gate], o.outputs[0])], "spelt out")  # fmt: skip
+
+    return _one_pass(content, apply, where=where)[0], ranges
 
 
 def rewritten_operators() -> frozenset[str]:
@@ -132,6 +173,120 @@ def _drop_unused(model: Any) -> None:
     used = needed | {int(i) for i in main.inputs}
     used |= {int(i) for o in main.operators for i in (*o.outputs, *(o.intermediates if o.intermediates is not None else ()))}  # fmt: skip
     drop_tensors(model, set(range(len(main.tensors))) - used)
+
+
+# --- masks -----------------------------------------------------------------------------------------
+
+
+def clamp_masks(
+    content: bytes, batches: Callable[[], Iterable[Sequence[np.ndarray]]], *, where: str
+) -> tuple[bytes, tuple[str, ...]]:
+    """The float file with the masks of its softmaxes no lower than need be: -inf or -1e9 leaves int8
+    no step for the scores.
+
+    Of scores from a to b, a masked one is b - 16 - (b - a) at most, `MASKED` below the least that
+    is not. ``batches`` are calibration data, run once if there is a mask, to know a and b. Found are
+    a constant that is added to the scores, which at least one score of each row escapes; a
+    factor of a mask of 0 and 1, or a choice of two constants, that is added; and a constant that a
+    SELECT puts in place of scores. Returns the file and what was done, as `rewrite` does.
+    Example: scores from -4 to 5 and a mask of 0 and -3.4e38, which becomes 0 and -25.
+    """
+    graph = parse_model(content, where=where).subgraphs[0]
+    sites = _mask_sites(graph, constants(content, graph))
+    if not sites:
+        return content, ()
+    limits = collect_ranges(content, batches(), where=where).table()
+
+    def apply(draft: _Draft) -> None:
+        for site in sites:
+            if graph.tensors[site.scores].name not in limits or site.operator.index in draft.new:
+                continue
+            low, high = limits[graph.tensors[site.scores].name]
+            least = low - MASKED if site.replaces else site.top - (high - low) - MASKED
+            table = copy.copy(draft.model.subgraphs[0].operators[site.operator.index])
+            table.inputs = list(site.operator.inputs)
+            lowest = 0.0
+            for position in site.positions:
+                was = draft.constants[site.operator.inputs[position]]
+                if was.dtype == np.float32 and (was < least).any():
+                    lowest = min(lowest, float(was.min()))
+                    name = f"{draft.name(site.operator)}/mask{position}"
+                    table.inputs[position] = draft.constant(np.maximum(was, np.float32(least)), name)  # fmt: skip
+            if lowest:
+                draft.replace(
+                    site.operator, [table], f"mask of {lowest:.2g} clamped to {least:.3g}"
+                )
+
+    content, told = _one_pass(content, apply, where=where)
+    return content, tuple(told)
+
+
+@dataclasses.dataclass(frozen=True)
+class _MaskSite:
+    """Constants of ``operator`` that are added to the tensor ``scores``, or ``replaces`` some of it.
+
+    ``top`` is what the mask adds at least to one score of each row.
+    """
+
+    operator: Operator
+    positions: tuple[int, ...]
+    scores: int
+    top: float = 0.0
+    replaces: bool = False
+
+
+def _mask_sites(graph: Subgraph, values: Mapping[int, np.ndarray]) -> list[_MaskSite]:
+    makers = {i: o for o in graph.operators for i in o.outputs}
+    found = []
+    for softmax in graph.operators:
+        if softmax.name != "SOFTMAX":
+            continue
+        tensor, movers = softmax.inputs[0], list[Operator]()
+        while tensor in makers and tensor not in graph.outputs and sum(tensor in o.inputs for o in graph.operators) == 1:  # fmt: skip
+            operator = makers[tensor]
+            if operator.name in _MOVING:
+                movers.append(operator)
+                tensor = operator.inputs[0]
+                continue
+            if operator.name not in ("ADD", "SELECT", "SELECT_V2"):
+                break
+            places = (0, 1) if operator.name == "ADD" else (1, 2)
+            fixed = [p for p in places if operator.inputs[p] in values]
+            scores = [operator.inputs[p] for p in places if p not in fixed]
+            if len(fixed) == 1 and operator.name == "ADD":
+                rows = np.broadcast_to(values[operator.inputs[fixed[0]]], graph.tensors[tensor].shape)  # fmt: skip
+                for mover in reversed(movers):
+                    if mover.name == "TRANSPOSE":
+                        rows = rows.transpose(values[mover.inputs[1]])
+                    rows = rows.reshape(graph.tensors[mover.outputs[0]].shape)
+                found.append(_MaskSite(operator, tuple(fixed), scores[0], float(rows.max(axis=-1).min())))  # fmt: skip
+            elif len(fixed) == 1:
+                found.append(_MaskSite(operator, tuple(fixed), scores[0], replaces=True))
+            elif operator.name == "ADD":
+                for mask, other in (scores, scores[::-1]):
+                    found += _computed_mask(mask, other, graph, makers, values)
+            if len(fixed) != 1:
+                break
+            tensor = scores[0]
+    return found
+
+
+def _computed_mask(
+    mask: int, scores: int, graph: Subgraph, makers: Mapping[int, Operator], values: Mapping[int, np.ndarray]
+) -> list[_MaskSite]:  # fmt: skip
+    """``mask`` where it is a choice of two constants, or (1 - what it is given) times a constant."""
+    while mask in makers and makers[mask].name in _MOVING:
+        mask = makers[mask].inputs[0]
+    operator = makers.get(mask)
+    if operator is None:
+        return []
+    fixed = tuple(p for p, i in enumerate(operator.inputs) if i in values)
+    if operator.name in ("SELECT", "SELECT_V2") and {1, 2} <= set(fixed):
+        top = max(float(values[operator.inputs[p]].max()) for p in (1, 2))
+        return [_MaskSite(operator, (1, 2), scores, top)]
+    if operator.name == "MUL" and len(fixed) == 1 and (values[operator.inputs[fixed[0]]] < -1e3).all():  # fmt: skip
+        return [_MaskSite(operator, fixed, scores)]
+    return []
 
 
 # --- a function that was spelt out ----------------------------------------------------------------

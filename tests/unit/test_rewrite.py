@@ -10,7 +10,7 @@ from edgepipe.tflite_ops import quantize as ops
 from edgepipe.tflite_ops.equalise import check_unchanged
 from edgepipe.tflite_ops.flatbuffer import parse_model
 from edgepipe.tflite_ops.inspect import describe_model
-from edgepipe.tflite_ops.rewrite import rewrite
+from edgepipe.tflite_ops.rewrite import rewrite, spell_out
 from tests.unit.test_quantize import real_outputs, run, sqnr
 from tests.unit.tflite_builder import Graph
 
@@ -234,3 +234,35 @@ def test_what_else_reads_the_middle_of_a_function_still_gets_it():
     sample = np.linspace(-4, 4, 4, dtype=np.float32)[None]
     for before, after in zip(run(content, [sample]), run(made, [sample]), strict=True):
         np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
+
+
+# --- for 16 bits
+
+
+def small_beside_large(g, x):
+    """Hard swish of values up to 50, then what stays of it below 0, where 8 bits have two steps."""
+    swish = g.op("HARD_SWISH", [x], "swish", (1, 40), "HardSwishOptions")
+    negative = g.op("MUL", [swish, scalar(g, -1.0)], "negative", (1, 40), "MulOptions")
+    return g.op("RELU", [negative], "y", (1, 40))
+
+
+def test_hard_swish_is_spelt_out_where_it_is_to_compute_in_16_bits():
+    g = Graph()
+    content = g.bytes([small_beside_large(g, g.input("x", (1, 40)))])
+    rng = np.random.default_rng(5)
+    samples = [rng.uniform(-4, 50, (1, 40)).astype(np.float32) for _ in range(20)]
+    samples += [rng.uniform(-4, 1, (1, 40)).astype(np.float32) for _ in range(20)]
+    assert spell_out(content, ["another"], where="m") == (content, {})
+    made, new = spell_out(content, ["swish"], where="m")
+    check_unchanged(content, made, [[x] for x in samples], where="m")
+    assert "HARD_SWISH" not in operators(made)
+    table = ops.collect_ranges(made, [[x] for x in samples], where="m").table()
+    for name, (low, high) in new.items():
+        assert low <= table[name][0] <= table[name][1] <= high
+    wide = dict.fromkeys([*new, "swish", "negative", "y"], "int16")
+    for file, precision, least, most in ((content, {}, -99, 20), (made, wide, 45, 99)):
+        int8 = ops.quantize(file, {**table, **new}, precision=precision, input_dtype="float32", output_dtype="float32")  # fmt: skip
+        assert not describe_model(parse_model(int8, where="m")).float_islands
+        expected = np.concatenate([run(content, [x])[0] for x in samples])
+        found = np.concatenate([run(int8, [x])[0] for x in samples])
+        assert least < sqnr(expected, found) < most
