@@ -23,8 +23,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]  # fmt: skip
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = folder.glob("edgepipe-*.whl")
-    subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
-    pip = [folder / "env/bin/python", "-m", "pip", "install", "-q", "-c", ROOT / "ci/constraints.txt", wheel]  # fmt: skip
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "env"], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", folder / "env/bin/python", "install", "-q", "--no-compile", "-c", ROOT / "ci/constraints.txt", wheel]  # fmt: skip
     subprocess.run(pip, check=True, capture_output=True)
     return folder / "env" / "bin"
 
