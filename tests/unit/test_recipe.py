@@ -193,6 +193,37 @@ def test_a_streaming_model_can_be_measured(folder: Path) -> None:
     assert load_recipe(write(folder, text)).stages[-1].streaming  # type: ignore[attr-defined]
 
 
+# --- state
+
+
+STATE = GOOD.replace(
+    "[[model.inputs]]",
+    '[model.state]\nh = "h_next"\n[[model.inputs]]\nname = "h"\nshape = [1, 8]\n[[model.inputs]]', 1,
+)  # fmt: skip
+
+
+def test_stages_that_train_are_refused_for_a_model_with_state(folder: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot train on sequences yet") as caught:
+        load_recipe(write(folder, STATE.replace('"export_onnx"', '"finetune"', 1)))
+    assert "[[stages]] 1 (finetune)" in caught.value.message
+    found = load_recipe(write(folder, STATE.replace("[evaluate]", '[evaluate]\nsteps = "each"')))
+    assert found.model.state == {"h": "h_next"}
+    assert found.evaluate is not None
+    assert found.evaluate.steps == "each"
+
+
+def test_a_recipe_whose_state_is_wired_wrongly_is_refused(folder: Path) -> None:
+    for before, after, message in (
+        ('h = "h_next"', 'g = "h_next"', "'g' is no input of the model"),
+        ('h = "h_next"', 'h = "h_next"\nx = "x_next"', "every input is state"),
+        ("[data.test]", 'inputs = { h = "h0" }\n[data.test]', "'h' is state"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(write(folder, STATE.replace(before, after, 1)))
+    with pytest.raises(RecipeError, match=r"has no \[model.state\], so there is one step"):
+        load_recipe(write(folder, GOOD.replace("[evaluate]", '[evaluate]\nsteps = "each"')))
+
+
 # --- buckets
 
 
