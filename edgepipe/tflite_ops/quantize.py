@@ -404,6 +404,8 @@ def _own_ranges(
 
     Example: an output of scale 1 / 128 and zero point 0 holds -1 to 127 / 128.
     """
+    if not states:
+        return {}
     graph = parse_model(made, where=where).subgraphs[0]
     found = {}
     for (i, j), (name, _) in zip(states, names, strict=True):
