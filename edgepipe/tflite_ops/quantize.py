@@ -624,7 +624,6 @@ def _operators_of(config: str) -> frozenset[str]:
 
 
 _ADVICE = {
-    "SIGN": "export nn.GELU to ONNX with opset 20, whose Gelu has an int8 form",
     "UNIDIRECTIONAL_SEQUENCE_LSTM": "export the LSTM unrolled",
 }
 

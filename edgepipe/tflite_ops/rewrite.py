@@ -23,6 +23,8 @@ from edgepipe.tflite_ops.stand_in import add_constant, merge_codes, operator_cod
 MASKED = 16.0
 # Operators through which a mask is looked for
 _MOVING = frozenset({"RESHAPE", "TRANSPOSE", "SQUEEZE", "EXPAND_DIMS"})
+# Axes that LiteRT's STRIDED_SLICE takes (kernels/strided_slice.cc)
+MAX_STRIDED = 5
 # A TILE is written as one CONCATENATION for each axis, of at most this many copies.
 MAX_COPIES = 16
 
@@ -492,6 +494,105 @@ def _cast(draft: _Draft, o: Operator) -> None:
     draft.replace(o, [made], "SELECT_V2 of 1 and 0")
 
 
+def _sign(draft: _Draft, o: Operator) -> None:
+    """1 above 0, -1 below, 0 at 0."""
+    x, y, name = o.inputs[0], o.outputs[0], draft.name(o)
+    zero, one, minus = (draft.constant(v, f"{name}/{v:g}") for v in (0.0, 1.0, -1.0))
+    above, below = (draft.tensor(draft.shape(y), f"{name}/{side}") for side in ("above", "below"))
+    for condition in (above, below):
+        draft.model.subgraphs[0].tensors[condition].type = schema.TensorType.BOOL
+    rest = draft.tensor(draft.shape(y), f"{name}/rest")
+    made = [
+        draft.operator("GREATER", [x, zero], above, "GreaterOptions"),
+        draft.operator("LESS", [x, zero], below, "LessOptions"),
+        draft.operator("SELECT_V2", [below, minus, zero], rest, "SelectV2Options"),
+        draft.operator("SELECT_V2", [above, one, rest], y, "SelectV2Options"),
+    ]
+    draft.replace(o, made, "SELECT_V2 by GREATER and LESS")
+
+
+def _reverse(draft: _Draft, o: Operator) -> None:
+    """``x[:, ::-1]`` for the axes that it names."""
+    axes, shape = draft.value(o, 1), draft.shape(o.inputs[0])
+    if axes is None or len(shape) > MAX_STRIDED:
+        return
+    along = {int(a) % len(shape) for a in axes.flat}
+    everywhere = (1 << len(shape)) - 1  # a bit for each axis: from its one end to its other
+    bounds = [
+        draft.constant(values, f"{draft.name(o)}/{what}", np.int32)
+        for what, values in (
+            ("begin", [0] * len(shape)),
+            ("end", [0] * len(shape)),
+            ("strides", [-1 if a in along else 1 for a in range(len(shape))]),
+        )
+    ]
+    made = draft.operator(
+        "STRIDED_SLICE", [o.inputs[0], *bounds], o.outputs[0], "StridedSliceOptions",
+        beginMask=everywhere, endMask=everywhere,
+    )  # fmt: skip
+    draft.replace(o, [made], "STRIDED_SLICE with steps of -1")
+
+
+def _convolve_volume(draft: _Draft, o: Operator) -> None:
+    """The slices of a volume as a batch of pictures, with the ``k`` slices that a filter sees side by
+    side as channels, through one CONV_2D: the same products and sums.
+
+    Example: (1, 8, 26, 26, 3) by filters (3, 3, 3, 3, 8): three times (6, 26, 26, 3), together
+    (6, 26, 26, 9), by filters (8, 3, 3, 9): (6, 24, 24, 8) is (1, 6, 24, 24, 8).
+    """
+    filters = draft.value(o, 1)
+    shape, out = draft.shape(o.inputs[0]), draft.shape(o.outputs[0])
+    if filters is None or shape[0] != 1 or filters.shape[3] != shape[4]:
+        return
+    get, name, made = o.options.__getitem__, draft.name(o), list[Any]()
+    step, spacing = int(get("stride_d")), int(get("dilation_d_factor"))
+    depth, height, width, channels = shape[1:]
+    taps, frames = filters.shape[0], out[1]
+
+    def add(kind: str, inputs: list[int], to: Sequence[int], suffix: str, options: str = "", **fields: Any) -> int:  # fmt: skip
+        result = draft.tensor(to, f"{name}/{suffix}")
+        made.append(draft.operator(kind, inputs, result, options, **fields))
+        return result
+
+    def number(values: Any, suffix: str) -> int:
+        return draft.constant(values, f"{name}/{suffix}", np.int32)
+
+    x = add("RESHAPE", [o.inputs[0], number(shape[1:], "shape")], shape[1:], "frames")
+    missing = (frames - 1) * step + (taps - 1) * spacing + 1 - depth
+    if missing > 0:  # padding SAME
+        before = missing // 2
+        depth += missing
+        edges = number([[before, missing - before], [0, 0], [0, 0], [0, 0]], "edges")
+        x = add("PAD", [x, edges], (depth, height, width, channels), "padded", "PadOptions")
+    seen = []
+    for tap in range(taps):
+        first = tap * spacing
+        bounds = [
+            number([first, 0, 0, 0], f"begin{tap}"),
+            number([first + (frames - 1) * step + 1, height, width, channels], f"end{tap}"),
+            number([step, 1, 1, 1], f"step{tap}"),
+        ]
+        to = (frames, height, width, channels)
+        seen.append(add("STRIDED_SLICE", [x, *bounds], to, f"tap{tap}", "StridedSliceOptions"))
+    together = seen[0]
+    if taps > 1:
+        to = (frames, height, width, taps * channels)
+        together = add("CONCATENATION", seen, to, "taps", "ConcatenationOptions", axis=3)
+    # (taps, kh, kw, in, out) -> (out, kh, kw, taps * in)
+    flat = filters.transpose(4, 1, 2, 0, 3).reshape(*filters.shape[4:], *filters.shape[1:3], -1)
+    weights = draft.constant(flat, f"{name}/filters")
+    bias = o.inputs[2] if len(o.inputs) > 2 and o.inputs[2] >= 0 else draft.constant(np.zeros(len(flat)), f"{name}/bias")  # fmt: skip
+    y = add(
+        "CONV_2D", [together, weights, bias], out[1:], "pictures", "Conv2DOptions",
+        padding=getattr(schema.Padding, get("padding")),
+        strideH=get("stride_h"), strideW=get("stride_w"),
+        dilationHFactor=get("dilation_h_factor"), dilationWFactor=get("dilation_w_factor"),
+        fusedActivationFunction=getattr(schema.ActivationFunctionType, get("fused_activation_function")),
+    )  # fmt: skip
+    made.append(draft.operator("RESHAPE", [y, number(out, "out")], o.outputs[0]))
+    draft.replace(o, made, f"CONV_2D of {taps} slices side by side")
+
+
 def _shape_of(draft: _Draft, o: Operator) -> None:
     """The shape of a tensor never changes here: what reads it reads a constant."""
     output = draft.model.subgraphs[0].tensors[o.outputs[0]]
@@ -506,11 +607,14 @@ def _shape_of(draft: _Draft, o: Operator) -> None:
 _RULES: dict[str, Callable[[_Draft, Operator], None]] = {
     "ADD_N": _sum_of_all,
     "CAST": _cast,
+    "CONV_3D": _convolve_volume,
     "DIV": _divide,
     "EXPAND_DIMS": _reshape,
     "NEG": _negate,
     "POW": _power,
+    "REVERSE_V2": _reverse,
     "SHAPE": _shape_of,
+    "SIGN": _sign,
     "SPLIT_V": _split,
     "SQUARE": _square,
     "SQUEEZE": _reshape,

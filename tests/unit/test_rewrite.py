@@ -79,6 +79,14 @@ def split(g, x, shape):
     return g.op("CONCATENATION", [two, one], "y", shape, "ConcatenationOptions", axis=2)
 
 
+def backwards(g, x, shape):
+    return g.op("REVERSE_V2", [x, g.const("axes", np.array([2, 1], np.int32))], "y", shape)
+
+
+def signs(g, x, shape):
+    return g.op("SIGN", [chain(g, x, shape, ("SUB", 1.0))], "y", shape)
+
+
 def asks_shape(g, x, shape):
     found = g.op("SHAPE", [x], "found", (3,), "ShapeOptions", outType=INT32)
     g.tensors[found].type = INT32
@@ -96,7 +104,9 @@ CASES = {
     "POW 0.75": power(0.75),
     "POW 2": power(2.0),
     "POW 3.5": power(3.5),
+    "REVERSE_V2": backwards,
     "SHAPE": asks_shape,
+    "SIGN": signs,
     "SPLIT_V": split,
     "SQUARE": normalised,
     "TILE": tiled,
@@ -234,6 +244,59 @@ def test_what_else_reads_the_middle_of_a_function_still_gets_it():
     sample = np.linspace(-4, 4, 4, dtype=np.float32)[None]
     for before, after in zip(run(content, [sample]), run(made, [sample]), strict=True):
         np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
+
+
+def volume(*, depth, taps, step, spacing, padding, bias, seed):
+    """CONV_3D of (1, depth, 7, 6, 2) to 3 channels, its steps and spacings over the picture 1 or 2."""
+    across = (2, 1) if spacing == 1 else (1, 2)
+    rng = np.random.default_rng(seed)
+    seen = [depth - (taps - 1) * spacing, 7 - 2 * across[1], 6 - across[1]]
+    steps = (step, across[0], across[0])
+    if padding == "SAME":
+        seen = [depth, 7, 6]
+    out = (1, *(-(-n // s) for n, s in zip(seen, steps, strict=True)), 3)
+    g = Graph()
+    x = g.input("x", (1, depth, 7, 6, 2))
+    inputs = [x, g.const("w", rng.normal(0, 0.3, (taps, 3, 2, 2, 3)).astype(np.float32))]
+    inputs += [g.const("b", rng.normal(0, 1, 3).astype(np.float32))] * bias
+    y = g.op(
+        "CONV_3D", inputs, "y", out, "Conv3DOptions", padding=["SAME", "VALID"].index(padding),
+        strideD=step, strideH=across[0], strideW=across[0],
+        dilationDFactor=spacing, dilationHFactor=across[1], dilationWFactor=across[1],
+        fusedActivationFunction=1,
+    )  # fmt: skip
+    samples = [rng.normal(0, 1, (1, depth, 7, 6, 2)).astype(np.float32) for _ in range(6)]
+    return g.bytes([y]), samples
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    depth=st.integers(5, 8), taps=st.integers(1, 3), step=st.integers(1, 2), spacing=st.integers(1, 2),
+    padding=st.sampled_from(["SAME", "VALID"]), bias=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_a_convolution_of_volumes_is_one_of_pictures(**case):
+    content, samples = volume(**case)
+    made, told = rewrite(content, where="m")
+    assert len(told) == 1
+    assert "CONV_3D" not in operators(made)
+    for x in samples:
+        np.testing.assert_allclose(run(made, [x])[0], run(content, [x])[0], rtol=1e-5, atol=1e-5)
+    table = ops.collect_ranges(made, [[x] for x in samples], where="m").table()
+    int8 = ops.quantize(made, table, input_dtype="float32", output_dtype="float32")
+    assert not describe_model(parse_model(int8, where="m")).float_islands
+    expected = np.concatenate([run(content, [x])[0] for x in samples])
+    assert sqnr(expected, np.concatenate([run(int8, [x])[0] for x in samples])) > 28
+
+
+def test_signs_survive_int8():
+    g = Graph()
+    x = g.input("x", (1, 3, 4))
+    content = g.bytes([g.op("SIGN", [x], "y", (1, 3, 4))])
+    made, _ = rewrite(content, where="m")
+    values = np.array([-3, -1, -0.5, 0, 0.25, 2, 3, 1, -2, 0, 1.5, -0.1], np.float32).reshape(1, 3, 4)  # fmt: skip
+    int8 = ops.quantize(made, ops.collect_ranges(made, [[values]], where="m").table())
+    found = real_outputs(int8, values)
+    np.testing.assert_allclose(np.ravel(found), np.sign(values).ravel(), atol=1 / 127)
 
 
 # --- for 16 bits
