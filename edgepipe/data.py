@@ -63,8 +63,8 @@ class DataSource:
                 What it reads should be named in ``args``: those files decide whether a cached
                 result is still good
     ``dataset`` ``function`` as above; returns a map-style ``torch.utils.data.Dataset`` whose items are
-                (input, label). Stages that train read it batch by batch, so it may be larger than
-                memory
+                (input, label). Stages that train or calibrate read it as they need it, so it may
+                be larger than memory
     ``random``  standard normal noise of the model's input shape: only for smoke tests, and the
                 record says so
     """
