@@ -439,20 +439,25 @@ def spectrograms(bench: Bench, fold: int) -> DataSource:
     return DataSource(kind="npz", path=path)
 
 
+def spoken_recipe(bench: Bench) -> Recipe:
+    """MobileNetV3-Small trained on mel magnitudes of the even clips; data set ``test`` are the odd ones."""
+    recipe = load_recipe(RECIPES / "fashion_mnist.toml")
+    even, odd = (spectrograms(bench, fold) for fold in (0, 1))
+    args = {"width": 0.35, "in_channels": 1, "size": [49, 40], "num_classes": 12}
+    inputs = (dataclasses.replace(recipe.model.inputs[0], shape=(1, 1, 49, 40)),)
+    source = dataclasses.replace(recipe.model, builder=MOBILENET["builder"], args=args, inputs=inputs)  # fmt: skip
+    data = {"train": even, "calibration": dataclasses.replace(even, limit=256), "test": odd}
+    recipe = dataclasses.replace(recipe, model=source, data=data)
+    bench.trained("mobilenet_v3_spoken", recipe, SPOKEN)
+    weights = bench.work / "mobilenet_v3_spoken.safetensors"
+    return dataclasses.replace(recipe, model=dataclasses.replace(source, weights=weights))
+
+
 def spoken(*steps: Step) -> Row:
-    """A row on MobileNetV3-Small trained on mel magnitudes, judged on the odd clips."""
+    """A row on that network, judged on the odd clips."""
 
     def row(bench: Bench, name: str) -> dict[str, Any]:
-        recipe = load_recipe(RECIPES / "fashion_mnist.toml")
-        even, odd = (spectrograms(bench, fold) for fold in (0, 1))
-        args = {"width": 0.35, "in_channels": 1, "size": [49, 40], "num_classes": 12}
-        inputs = (dataclasses.replace(recipe.model.inputs[0], shape=(1, 1, 49, 40)),)
-        source = dataclasses.replace(recipe.model, builder=MOBILENET["builder"], args=args, inputs=inputs)  # fmt: skip
-        data = {"train": even, "calibration": dataclasses.replace(even, limit=256), "test": odd}
-        recipe = dataclasses.replace(recipe, model=source, data=data)
-        bench.trained("mobilenet_v3_spoken", recipe, SPOKEN)
-        weights = bench.work / "mobilenet_v3_spoken.safetensors"
-        recipe = dataclasses.replace(recipe, model=dataclasses.replace(source, weights=weights))
+        recipe = spoken_recipe(bench)
         return bench.judge(name, bench.make(recipe, *steps).path, recipe, text_of(steps))
 
     return row

@@ -14,6 +14,8 @@ hostile   the three of tests/unit/hostile_nets.py
 keyword   the published keyword spotter, no training
 fashion   students of `edgepipe.students` on Fashion-MNIST; the ladder chooses by half of the test set,
           the other half judges
+spoken    the network of ci/bench/compression.py's `qat/spoken-*` that plain int8 hurts; half of the clips
+          that it was not trained on are for the ladder to choose by, the other half judges, at 3 shifts
 signs     photographs of hands showing digits: every fifth file of a class judges, the one after it is
           for the ladder to choose by, the others train
 
@@ -21,7 +23,7 @@ The seconds are of CPU, the least of two runs: plain int8 with both models judge
 data, which is what the first rung does, the ladder that ends at its first rung, and the whole ladder.
 
 ``--qat`` measures what `rescue.QAT_INFERENCES` claims: one batch of training in inferences.
-``--memory`` measures the peak memory of processes that calibrate on 500, 5,000 and 50,000 samples.
+``--memory`` measures the peak memory of a process that calibrates on 500 and on 5,000 samples.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from compression import tflite_accuracy
+from compression import Bench, spoken_recipe, tflite_accuracy
 from litert_quantizer import quantizer, recipe
 from litert_quantizer.utils import tfl_interpreter_utils
 from safetensors.torch import save_file
@@ -195,6 +197,32 @@ def keyword(name: str, work: Path) -> Case:
     return converted(dataclasses.replace(made, data={**made.data, **halves}), work)
 
 
+# Frames of 20 ms: each clip is judged three times, since of 300 three would decide on a point
+SHIFTS = (-2, 0, 2)
+
+
+def spoken(name: str, work: Path) -> Case:
+    """That of ci/bench/compression.py, which plain int8 hurts; the clips it has not seen are shared."""
+    folder = work / "spoken"
+    folder.mkdir(exist_ok=True)
+    made = spoken_recipe(Bench(folder))
+    unseen = load_samples(made.data["test"], [TensorSpec("image", (1, 1, 49, 40), "float32", "NCHW")])  # fmt: skip
+    assert unseen.labels is not None
+    halves = {}
+    for k, half in enumerate(("validation", "held_out")):
+        clips, labels = unseen.inputs["image"][k::2], unseen.labels[k::2]
+        halves[half] = kept(folder, half, shifted(clips), np.tile(labels, len(SHIFTS)))
+    data = {"calibration": made.data["calibration"], **halves}
+    return converted(dataclasses.replace(made, name=name.replace("/", "-"), data=data, evaluate=None), work)  # fmt: skip
+
+
+def shifted(clips: np.ndarray) -> np.ndarray:
+    """(N, 1, frames, bands) -> (3 N, 1, frames, bands): each early, as it is, late; silence comes in."""
+    frames = clips.shape[2]
+    padded = np.pad(clips, ((0, 0), (0, 0), (2, 2), (0, 0)))
+    return np.concatenate([padded[:, :, 2 + s : 2 + s + frames] for s in SHIFTS])
+
+
 @functools.cache
 def fashion_data(folder: Path, size: int) -> dict[str, DataSource]:
     made = load_recipe(RECIPES / "fashion_mnist.toml")
@@ -260,6 +288,7 @@ def trained(name: str, work: Path) -> Case:
 CASES: dict[str, Callable[[str, Path], Case]] = {
     **dict.fromkeys(HOSTILE, hostile),
     "keyword": keyword,
+    "spoken/mobilenet_v3_small": spoken,
     **dict.fromkeys(NETWORKS, trained),
 }
 
@@ -447,22 +476,24 @@ print(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def memory(work: Path) -> None:
-    """Print the peak resident memory of processes that quantise with more and more samples."""
+    """Print the peak resident memory of processes that quantise with 500 and with 5,000 samples."""
     case = keyword("keyword", work)
     found = load_samples(case.data["validation"], source_specs(case.model.inputs))
     (clips,) = found.inputs.values()
+    images = np.resize(clips, (5000, *clips.shape[1:]))  # the same ones again and again
+    labels = np.zeros(len(images), int)
     for method in ("min_max", "kl"):
-        for count in (500, 5_000, 50_000):
-            images = np.resize(clips, (count, *clips.shape[1:]))  # the same ones again and again
-            source = kept(work, "memory", images, np.zeros(count, int), key="mfcc")
+        peaks = []
+        for count in (500, 5000):
+            source = kept(work, "memory", images[:count], labels[:count], key="mfcc")
             job = work / "memory.pickle"
             job.write_bytes(pickle.dumps((case.model, source, method)))
             done = subprocess.run([sys.executable, "-c", CALIBRATE, str(job)], capture_output=True, text=True, check=True)  # fmt: skip
-            print(
-                f"{method}: {1024 * int(done.stdout) / 1e6:.1f} MB with {count:,} samples"
-                f" of {images.nbytes / 1e6:.1f} MB in all",
-                flush=True,
-            )
+            peaks.append(1024 * int(done.stdout))
+        print(
+            f"{method}: {peaks[0] / 1e6:.1f} MB with 500 samples, {peaks[1] / 1e6:.1f} MB with 5,000:"
+            f" {(peaks[1] - peaks[0]) / 1e6:.1f} MB more, of which {images[500:5000].nbytes / 1e6:.1f} MB are samples"
+        )
 
 
 # --- tables -----------------------------------------------------------------------------------------
