@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -139,6 +140,7 @@ def test_what_is_found_of_a_stream_is_what_numpy_finds(count: int, block: int, s
 
 READ = """
 import re, sys
+from collections.abc import Iterator
 from pathlib import Path
 import numpy as np
 from edgepipe.array_ops.calibration import check_calibration, file_batches
@@ -188,3 +190,31 @@ def test_kept_hashes_are_all_up_to_a_number_and_then_estimate_how_many_are_commo
     assert len(kept) == 600
     # a fifth of them is kept: 40 of 200 are found, give or take 3 times sqrt(200 * 0.2 * 0.8)
     assert 200 - 85 <= in_common(few, kept, len(whole)) <= 200 + 85
+
+
+@given(
+    st.integers(0, 600), st.lists(st.integers(0, 19), min_size=1, max_size=8), st.integers(1, 99)
+)
+@settings(max_examples=30, deadline=None)
+def test_what_is_kept_in_memory_changes_no_sample(room: int, rows: list[int], block: int) -> None:
+    values = np.arange(80, dtype=np.float32).reshape(20, 4)
+    labels, asked = np.arange(20), list[int]()
+
+    def read(wanted: np.ndarray) -> Iterator[readers.Block]:
+        for start in range(0, len(wanted), block):
+            part = wanted[start : start + block]
+            asked.extend(part.tolist())
+            yield {"y": values[part]}, labels[part]
+
+    reader = readers.remembering(readers.Reader(20, read), room)
+    whole = np.arange(20)
+    one, other = reader.read(whole), reader.read(np.unique(rows))  # two passes at once
+    next(one)
+    for expected, (inputs, label) in zip(np.unique(rows), other, strict=True):
+        np.testing.assert_array_equal(inputs["y"], values[[expected]])
+        assert label is not None
+        assert label.tolist() == [expected]
+    np.testing.assert_array_equal(np.concatenate([i["y"] for i, _ in one]), values[1:])
+    asked.clear()
+    np.testing.assert_array_equal(np.concatenate([i["y"] for i, _ in reader.read(whole)]), values)
+    assert len(asked) == 20 - min(20, room // 16)  # a sample of 4 floats takes 16 bytes
