@@ -70,6 +70,7 @@ from edgepipe.stages.quantize_int8 import QuantizeInt8, source_specs  # noqa: E4
 from edgepipe.store import Store, write_json  # noqa: E402
 from edgepipe.tflite_ops.inspect import tensor_specs  # noqa: E402
 from edgepipe.torch_ops.model import ModelDescription, build_model  # noqa: E402
+from edgepipe.torch_ops.tflite_module import TfliteModule  # noqa: E402
 from edgepipe.torch_ops.train import ArraySet, train  # noqa: E402
 from edgepipe.training import Augmentation, TrainingOptions  # noqa: E402
 
@@ -151,7 +152,32 @@ def hostile(name: str, work: Path) -> Case:
     }
     options = {"metric": "metric.py:scores", "output_dtype": "float32"}
     model = make_artifact("tflite", path, inputs=inputs, outputs=outputs)
-    return Case(model, sources, net.accuracy, options, folder)
+    return Case(
+        model, sources, net.accuracy, options, folder, as_onnx(model, folder / "model.onnx")
+    )
+
+
+class Upright(torch.nn.Module):
+    """A TFLite file of one picture as PyTorch has it, (1, C, H, W)."""
+
+    def __init__(self, model: Artifact) -> None:
+        super().__init__()
+        content = model.path.read_bytes()
+        self.body = TfliteModule(content, model.inputs, model.outputs, where=model.path.name)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body._run(x.permute(0, 2, 3, 1))[0]
+
+
+def as_onnx(model: Artifact, path: Path) -> Artifact:
+    """What other converters start from, of a network that was made as a TFLite file."""
+    (image,), (result,) = model.inputs, model.outputs
+    shape = tuple(image.shape[axis] for axis in (0, 3, 1, 2))
+    torch.onnx.export(
+        Upright(model).eval(), (torch.rand(shape),), str(path), dynamo=False, opset_version=17,
+        input_names=[image.name], output_names=[result.name],
+    )  # fmt: skip
+    return make_artifact("onnx", path, inputs=[TensorSpec(image.name, shape)], outputs=[result])
 
 
 def converted(made: Recipe, work: Path) -> Case:
@@ -352,7 +378,8 @@ def onnx2tf_alone(case: Case, samples: Samples, work: Path) -> dict[str, Path | 
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         shutil.copyfile(case.onnx.path, folder / "model.onnx")
-        np.save(folder / "samples.npy", images.transpose(0, 2, 3, 1))
+        is_upright = images.shape[1:] == tuple(case.onnx.inputs[0].shape[1:])
+        np.save(folder / "samples.npy", images.transpose(0, 2, 3, 1) if is_upright else images)
         python = toolchain.ensure(tool) / "bin/python"
         environ = {"PATH": f"{python.parent}:{os.environ['PATH']}", "HOME": str(folder), "TF_USE_LEGACY_KERAS": "1"}  # fmt: skip
         wanted = "saved_model" if tool == "onnx2tf-tf" else ""
@@ -441,7 +468,6 @@ def qat_inferences(work: Path) -> None:
     from edgepipe.tflite_ops.ladder import host_latencies
     from edgepipe.tflite_ops.quantize import collect_ranges
     from edgepipe.torch_ops.qat import QatModel, range_owners
-    from edgepipe.torch_ops.tflite_module import TfliteModule
 
     torch.set_num_threads(1)
     case = keyword("keyword", work)
