@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,6 +21,14 @@ hypothesis.settings.load_profile("edgepipe")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # started in the background by a shell, which makes children deaf to Ctrl-C; some tests send it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The inner loop does not read files whose tests are all slow, nor import what they import."""
+    if config.option.markexpr != "not slow" or not collection_path.match("test_*.py"):
+        return None
+    text = collection_path.read_text(encoding="utf-8")
+    return True if re.search(r"^pytestmark = pytest\.mark\.slow\b", text, re.MULTILINE) else None
 
 
 @pytest.fixture(scope="session")
