@@ -161,11 +161,11 @@ def test_all_precisions_side_by_side_where_one_that_fails_stops_no_other(tmp_pat
     graph = Graph()
     x = graph.input("image", (1, 8, 8, 1))
     y = graph.conv(x, np.ones((40, 3, 3, 1), np.float32), np.zeros(40, np.float32), "first", (1, 8, 8, 40))  # fmt: skip
-    y = graph.op("SIGN", [y], "signs", (1, 8, 8, 40))
+    y = graph.op("SIN", [y], "signs", (1, 8, 8, 40))
     (tmp_path / "net.tflite").write_bytes(graph.bytes([y]))
     assert cli.main(asked) == 0
     rows = {row["precision"]: row for row in json.loads(capsys.readouterr().out)["precisions"]}
-    assert "SIGN" in rows["int8"]["error"]
+    assert "SIN" in rows["int8"]["error"]
     assert not (tmp_path / "net_precisions" / "int8.tflite").exists()
     assert rows["dynamic_int8"]["error"] == ""
     assert rows["dynamic_int8"]["latency_s"] is None

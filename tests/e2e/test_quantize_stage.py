@@ -208,15 +208,15 @@ def test_a_model_with_quantized_weights_is_refused(data_dir, quantise):
 
 def test_quantize_on_the_command_line_leaves_nothing_behind_when_it_fails(tmp_path, monkeypatch, capsys):  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "net.tflite").write_bytes(small_cnn(loose="SIGN"))
+    (tmp_path / "net.tflite").write_bytes(small_cnn(loose="SIN"))
     np.savez("x.npz", x=np.random.default_rng(0).normal(size=(30, 6, 6, 3)).astype(np.float32))
     assert cli.main(["quantize", "net.tflite", "--data", "x.npz"]) == 2
     error = capsys.readouterr().err
-    assert "no int8 form of SIGN" in error
+    assert "no int8 form of SIN" in error
     assert "allow_float" in error
     left = [p.name for p in tmp_path.rglob("*.tflite*") if p.name != "net.tflite"]
     assert [n for n in left if "int8" in n or "part" in n] == []
-    assert cli.main(["quantize", "net.tflite", "--data", "x.npz", "--allow-float", "SIGN"]) == 0  # fmt: skip
+    assert cli.main(["quantize", "net.tflite", "--data", "x.npz", "--allow-float", "SIN"]) == 0  # fmt: skip
     assert describe(tmp_path / "net_int8.tflite").float_operators == 1
 
 
@@ -228,6 +228,20 @@ def test_calibration_data_of_the_wrong_layout_is_explained_on_the_command_line(t
     error = capsys.readouterr().err
     assert "(3, 6, 6) looks like CHW; the model wants HWC" in error
     assert not (tmp_path / "net_int8.tflite").exists()
+
+
+def test_a_mask_of_minus_infinity_is_clamped_unless_that_is_turned_off(tmp_path, quantise):
+    g = Graph()
+    x = g.input("x", (1, 6, 6, 3))
+    mask = np.where(np.arange(18).reshape(1, 6, 1, 3) % 3 == 1, -np.inf, 0).astype(np.float32)
+    y = g.op("ADD", [x, g.const("mask", mask)], "masked", (1, 6, 6, 3), "AddOptions")
+    path = tmp_path / "float.tflite"
+    path.write_bytes(g.bytes([g.op("SOFTMAX", [y], "y", (1, 6, 6, 3), "SoftmaxOptions", beta=1.0)]))
+    result = quantise(make(path), min_sqnr="25 dB")
+    assert "mask of -inf clamped to -" in result.facts["rewritten"][0]
+    assert describe(result.path).is_full_integer
+    with pytest.raises(StageError, match="holds values up to inf"):
+        quantise(make(path), rewrite=False)
 
 
 def test_operators_are_rewritten_for_int8_unless_that_is_turned_off(tmp_path, quantise):

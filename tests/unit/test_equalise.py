@@ -241,7 +241,7 @@ def test_an_island_that_may_not_stay_ends_the_climb_before_it_begins():
     g = Graph()
     x = g.input("image", (1, 8, 8, 1))
     y = g.conv(x, np.ones((2, 1, 1, 1), np.float32), np.zeros(2, np.float32), "c", (1, 8, 8, 2))
-    content = g.bytes([g.op("SIGN", [y], "y", (1, 8, 8, 2))])
+    content = g.bytes([g.op("SIN", [y], "y", (1, 8, 8, 2))])
     net = dataclasses.replace(detector_head(), content=content)
     with pytest.raises(StageError, match="is not full-integer"):
         climbed(net, lambda content: pytest.fail("nothing to judge"))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from edgepipe.errors import StageError
 from edgepipe.tflite_ops import quantize as ops
 from edgepipe.tflite_ops.flatbuffer import parse_model
-from edgepipe.tflite_ops.inspect import describe_model
+from edgepipe.tflite_ops.inspect import FloatIsland, describe_model
 from edgepipe.tflite_ops.precisions import make_precision
 from edgepipe.tflite_ops.tiny import tiny_tflite
 from tests.unit.tflite_builder import Graph, small_cnn
@@ -368,22 +368,24 @@ def test_the_name_of_an_output_survives_fusing():
 
 
 def test_an_operator_without_an_integer_form_is_refused_with_reason_and_advice():
-    integer = quantized(small_cnn(loose="SIGN"), noise(20, 6, 6, 3))
-    with pytest.raises(StageError, match=r"DEQUANTIZE - SIGN - QUANTIZE") as caught:
+    integer = quantized(small_cnn(loose="SIN"), noise(20, 6, 6, 3))
+    with pytest.raises(StageError, match=r"DEQUANTIZE - SIN - QUANTIZE") as caught:
         ops.check_full_integer(integer, where="net.tflite")
     error = caught.value
     assert "net.tflite is not full-integer" in error.message
-    assert "no int8 form of SIGN" in error.message
-    assert 'allow_float = ["SIGN"]' in error.hint
-    assert "opset 20" in error.hint
+    assert "no int8 form of SIN" in error.message
+    assert 'allow_float = ["SIN"]' in error.hint
     assert error.exit_code == 2
+    lstm = ("UNIDIRECTIONAL_SEQUENCE_LSTM",)
+    (record,) = ops.float_reasons([FloatIsland(0, (3,), ("DEQUANTIZE", *lstm), lstm, "h")])
+    assert record["advice"] == f"{lstm[0]}: export the LSTM unrolled"
 
 
 def test_an_island_may_stay_by_name_and_is_then_listed():
-    integer = quantized(small_cnn(loose="SIGN"), noise(20, 6, 6, 3))
-    (island,) = ops.check_full_integer(integer, allow_float=("SIGN",))
-    assert island["operators"] == ["DEQUANTIZE", "SIGN", "QUANTIZE"]
-    assert "SIGN" in island["reason"]
+    integer = quantized(small_cnn(loose="SIN"), noise(20, 6, 6, 3))
+    (island,) = ops.check_full_integer(integer, allow_float=("SIN",))
+    assert island["operators"] == ["DEQUANTIZE", "SIN", "QUANTIZE"]
+    assert "SIN" in island["reason"]
     # 180 values each: convolution, its transpose, the sign; 5 of the mean, 4 of the last layer
     assert island["elements_share"] == round(180 / (3 * 180 + 5 + 4), 4)
     assert island["macs_share"] == 0
