@@ -36,7 +36,24 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="model.onnx, model.pt2, model.tflite, or a builder: file.py:function or package.module:function")  # fmt: skip
     parser.add_argument("--weights", type=Path, metavar="FILE", help="state dict for a builder (.safetensors, .pth)")  # fmt: skip
     parser.add_argument("--input", action="append", default=[], metavar="NAME=1x3x224x224[:NCHW]", help="an input of a builder, in order; may be repeated")  # fmt: skip
+    add_state_argument(parser)
+
+
+def add_state_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--state", action="append", default=[], metavar="INPUT=OUTPUT", help="an input that is state, and the output that feeds it at the next step (h=output_1); samples are then sequences; may be repeated")  # fmt: skip
+
+
+def parse_state(texts: Sequence[str]) -> dict[str, str]:
+    """``["h=output_1"]`` -> ``{"h": "output_1"}``. Raises RequestError for anything else."""
+    state = {}
+    for text in texts:
+        name, equals, output = text.rpartition("=")
+        if not (name and equals and output):
+            raise RequestError(
+                f"--state {text!r} is not INPUT=OUTPUT", hint="like --state h=output_1"
+            )
+        state[name] = output
+    return state
 
 
 def model_source(args: argparse.Namespace) -> ModelSource:
@@ -50,14 +67,7 @@ def model_source(args: argparse.Namespace) -> ModelSource:
             raise RequestError(f"--input {text!r} is not NAME=SHAPE", hint="like --input image=1x3x224x224, or with a layout: --input image=1x224x224x3:NHWC")  # fmt: skip
         shape = tuple(int(n) for n in match[2].split("x"))
         inputs.append(TensorOption(name=match[1], shape=shape, layout=match[3] or ""))
-    state = {}
-    for text in args.state:
-        name, equals, output = text.rpartition("=")
-        if not (name and equals and output):
-            raise RequestError(
-                f"--state {text!r} is not INPUT=OUTPUT", hint="like --state h=output_1"
-            )
-        state[name] = output
+    state = parse_state(args.state)
     root = Path.cwd()
     if Path(args.model).suffix.lower() in SOURCE_KINDS or ":" not in args.model:
         if not Path(args.model).is_file():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from edgepipe.artifact import Artifact, TensorSpec, make_artifact
 from edgepipe.data import DataSource, at_most
 from edgepipe.errors import StageError
 from edgepipe.measurement import Measurement
-from edgepipe.predict import predict
+from edgepipe.predict import predict, with_states
 from edgepipe.stages.quantize_int8 import source_specs
 from edgepipe.table import Table
 from edgepipe.units import format_seconds
@@ -147,7 +147,7 @@ def explain_layers(
     samples = load_samples(at_most(data, SAMPLES), specs)
     judged = load_samples(evaluation, specs) if evaluation is not None else samples
     labels = labels_of(judged) if evaluation is not None else None
-    batches = list(file_batches(samples, float_model.inputs))
+    batches = _at_most(file_batches(with_states(samples, float_model), float_model.inputs), SAMPLES)
     content, _ = clamp_masks(content, lambda: batches, where=where[0])
     expected = predict(float_model, judged.inputs)
 
@@ -185,7 +185,7 @@ def explain_layers(
     if try_rungs and worst:
         few = load_samples(at_most(data, RUNG_SAMPLES), specs)
         rungs = _tried_rungs(
-            content, quantised, list(file_batches(few, float_model.inputs)),
+            content, quantised, _at_most(file_batches(with_states(few, float_model), float_model.inputs), RUNG_SAMPLES),
             [la.noise.layer for la in worst[:TRIED_IN_FLOAT]],
             lambda trial: (*judge(found := predict(trial, judged.inputs)), compare(expected, found)),
             None if labels is None else task_metric(metric, expected, labels, root=root),
@@ -197,6 +197,12 @@ def explain_layers(
         sqnr_db=min(e.sqnr_db for e in errors.values()), output_noise=output_noise, score=score, made_noise=made_noise, made_score=made_score, metric=metric,
         float_score=None if labels is None else task_metric(metric, expected, labels, root=root),
     )  # fmt: skip
+
+
+def _at_most(batches: Iterable[Sequence[np.ndarray]], count: int) -> list[Sequence[np.ndarray]]:
+    """Evenly spaced ones: the sequences of a model with state hold many more inferences than samples."""
+    found = list(batches)
+    return found[:: -(-len(found) // count)]
 
 
 def _tried_rungs(
@@ -344,6 +350,7 @@ def plain_int8(float_model: Artifact, data: DataSource, path: Path) -> Artifact:
     check_quantizable(parse_model(content, where=where), where=where)
     content, _ = rewrite(fuse_activations(content, where=where)[0], where=where)
     samples = load_samples(at_most(data, PLAIN_SAMPLES), source_specs(float_model.inputs))
+    samples = with_states(samples, float_model)
     log.info("plain int8 by %d samples", len(samples))
     content, _ = clamp_masks(
         content, lambda: file_batches(samples, float_model.inputs), where=where

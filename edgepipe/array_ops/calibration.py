@@ -149,7 +149,8 @@ def file_batches(
     """Samples one batch of the file at a time: for each input, (batch, ...) in the file's layout.
 
     The last batch is filled up with its own last sample, which adds nothing to a range. Of a model with
-    state every step of a sequence is a sample, with the states that ``samples.states_from`` gives it.
+    state every step of a sequence is a sample, with the states that ``samples.states_from`` gives it, in a
+    seeded order: whoever takes every k-th must not always get the first step, whose state is zero.
     """
     size = max((spec.shape[spec.layout.find("N")] if "N" in spec.layout else 1) for spec in specs)
     size = max(size, 1)
@@ -175,7 +176,11 @@ def _single_steps(chunk: Samples, specs: Sequence[TensorSpec]) -> Mapping[str, n
         return chunk.inputs
     if chunk.states_from is None:
         raise DataError("sequences for a model with state, but no model to take the states from")
-    return one_by_one(chunk.states_from, specs, chunk.inputs)
+    found = one_by_one(chunk.states_from, specs, chunk.inputs)
+    axes = {spec.name: batch_axis(spec.source_layout) for spec in specs}
+    count = next(found[name].shape[axis] for name, axis in axes.items())
+    order = np.random.default_rng(0).permutation(count)
+    return {name: np.take(found[name], order, axis=axis) for name, axis in axes.items()}
 
 
 def settle(

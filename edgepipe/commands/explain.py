@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgepipe.adhoc import add_state_argument
 from edgepipe.cli import Output
 from edgepipe.commands.on_device import add_device_arguments
 
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--evaluate", metavar="SAMPLES", help="inputs with labels: also the task metric, and what it would be with a layer in float")  # fmt: skip
     parser.add_argument("--metric", default="top1", help="task metric of --evaluate: top1, ... or file.py:function (default: top1)")  # fmt: skip
     parser.add_argument("--layout", default="", metavar="NCHW", help="order of the samples' axes where it is not the file's")  # fmt: skip
+    add_state_argument(parser)
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with plots; it loads nothing from anywhere")  # fmt: skip
     parser.add_argument("--no-try", action="store_true", help="name rungs by rule, without trying them (a file for each rung and layer at fault)")  # fmt: skip
     add_device_arguments(parser)
@@ -48,10 +50,12 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from edgepipe import adhoc, layer_explain
     from edgepipe.layer_html import html_report
     from edgepipe.report import text_table
+    from edgepipe.state import with_state
     from edgepipe.store import check_output, replacing
 
     check_output(args.html, option="--html")
-    float_model = _model(args.float_model, args.layout)
+    state = adhoc.parse_state(args.state)
+    float_model = with_state(_model(args.float_model, args.layout), state)
     int8_model = _model(args.int8_model, args.layout) if args.int8_model else None
     if int8_model is not None:
         int8_model = _like(float_model, int8_model)
@@ -110,7 +114,7 @@ def _like(float_model: Artifact, int8_model: Artifact) -> Artifact:
                 code="not-comparable",
             )
         return tuple(
-            dataclasses.replace(new, name=old.name, layout=old.layout, source_layout=old.source_layout)
+            dataclasses.replace(new, name=old.name, layout=old.layout, source_layout=old.source_layout, fed_by=old.fed_by)
             for old, new in zip(ours, theirs, strict=True)
         )  # fmt: skip
 
