@@ -52,7 +52,9 @@ class Quantize:
         "edgepipe.tflite_ops.inspect",
         "edgepipe.tflite_ops.precisions",
         "edgepipe.tflite_ops.quantize",
+        "edgepipe.tflite_ops.rewrite",
         "edgepipe.tflite_ops.run",
+        "edgepipe.tflite_ops.scalar_functions",
         "edgepipe.tflite_ops.stand_in",
     )
     packages: ClassVar[tuple[str, ...]] = (

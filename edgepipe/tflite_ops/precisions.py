@@ -30,6 +30,7 @@ from edgepipe.tflite_ops.quantize import (
     quantize,
     wide_operators,
 )
+from edgepipe.tflite_ops.rewrite import SPELT_OUT, spell_out
 from edgepipe.tflite_ops.run import native_messages_logged
 from edgepipe.tflite_ops.sensitivity import layers_of
 from edgepipe.tflite_ops.stand_in import STAND_INS
@@ -81,8 +82,13 @@ def make_precision(
 
 
 def prepared(content: bytes, name: Name, *, where: str) -> bytes:
-    """The float file as `make_precision` takes it: loose activations are fused for ``int16x8``."""
-    return fuse_activations(content, where=where)[0] if name == "int16x8" else content
+    """The float file as `make_precision` takes it: for ``int16x8`` loose activations are fused and
+    hard swishes spelt out, which have no kernel of 16 bits."""
+    if name != "int16x8":
+        return content
+    fused, _ = fuse_activations(content, where=where)
+    swishes = [n for n, o in layers_of(parse_model(fused, where=where).subgraphs[0]).items() if o in SPELT_OUT]  # fmt: skip
+    return spell_out(fused, swishes, where=where)[0]
 
 
 def _fewer_bits(content: bytes, name: Name, *, where: str) -> bytes:

@@ -104,6 +104,18 @@ def test_a_layer_without_a_form_of_four_bits_gets_eight(quantise):
     assert operators.count("DEQUANTIZE") == 2  # the blocks are read by the dense layer itself
 
 
+def test_hard_swish_computes_in_sixteen_bits(quantise):
+    rng = np.random.default_rng(0)
+    graph = Graph()
+    x = graph.input("image", (1, 8, 8, 1))
+    y = graph.conv(x, rng.normal(0, 9, (64, 3, 3, 1)).astype(np.float32), np.zeros(64, np.float32), "first", (1, 8, 8, 64))  # fmt: skip
+    y = graph.op("HARD_SWISH", [y], "swish", (1, 8, 8, 64), "HardSwishOptions")
+    y = graph.conv(y, rng.normal(0, 1, (32, 3, 3, 64)).astype(np.float32), np.zeros(32, np.float32), "second", (1, 8, 8, 32))  # fmt: skip
+    samples = rng.normal(0, 1, (40, 8, 8, 1)).astype(np.float32)
+    _, result = quantise(graph.bytes([y]), samples, precision="int16x8", min_sqnr="40 dB")
+    assert describe(result.path).is_full_integer
+
+
 def test_a_file_that_departs_too_far_is_refused_with_its_distance(quantise):
     net = wide_swish()
     with pytest.raises(
