@@ -440,25 +440,24 @@ class _Ladder:
 
 
 def with_bridges(graph: Subgraph, chosen: Sequence[str]) -> list[str]:
-    """``chosen`` and the layers that do no more than hand on between them (`BRIDGES`): all that they
-    read is made by chosen layers, all that they make is read by chosen ones. Such a layer would
-    round to 8 bits again what its neighbours keep.
+    """``chosen`` and the layers that do no more than hand on between them (`BRIDGES`), alone or in a
+    row: all that a row reads is made by chosen layers, all that it makes is read by chosen ones. Such
+    layers would round to 8 bits again what their neighbours keep.
     """
     makers = {i: o for o in graph.operators for i in o.outputs}
     names = {o.index: graph.tensors[o.outputs[0]].name for o in graph.operators if o.outputs}
-    found = dict.fromkeys(chosen)
+    bridges = {}
+    for o in graph.operators:
+        if o.name in BRIDGES and names[o.index] not in chosen:
+            read = [makers[i].index for i in o.inputs if i in makers]
+            users = [u.index for u in graph.operators if set(o.outputs) & set(u.inputs)]
+            bridges[names[o.index]] = [names[i] for i in (*read, *users)] if read and users else [""]  # fmt: skip
     while True:
-        before = len(found)
-        for operator in graph.operators:
-            name = names.get(operator.index, "")
-            if name in found or operator.name not in BRIDGES:
-                continue
-            read = {names[makers[i].index] for i in operator.inputs if i in makers}
-            users = [o for o in graph.operators if set(operator.outputs) & set(o.inputs)]
-            if read and users and {*read, *(names[o.index] for o in users)} <= found.keys():
-                found[name] = None
-        if len(found) == before:
-            return list(found)
+        stranded = [n for n, ends in bridges.items() if not {*chosen, *bridges}.issuperset(ends)]
+        if not stranded:
+            return [*chosen, *bridges]
+        for name in stranded:
+            del bridges[name]
 
 
 def host_latencies(files: Sequence[bytes]) -> list[float]:

@@ -12,7 +12,8 @@ from edgepipe.errors import StageError
 from edgepipe.tflite_ops.bias import correct_biases
 from edgepipe.tflite_ops.channels import channel_statistics
 from edgepipe.tflite_ops.equalise import check_unchanged, equalise, repair_dead_channels
-from edgepipe.tflite_ops.ladder import Judgement, climb
+from edgepipe.tflite_ops.flatbuffer import parse_model
+from edgepipe.tflite_ops.ladder import Judgement, climb, with_bridges
 from edgepipe.tflite_ops.quantize import collect_ranges, quantize
 from edgepipe.tflite_ops.sensitivity import layer_sensitivity, noise_share, outputs_of
 
@@ -220,6 +221,30 @@ def test_the_ladder_stops_at_the_first_rung_that_holds():
     rescue = climbed(detector_head(), lambda content: Judgement(1.0, 0.0, 10))
     assert [r.name for r in rescue.rungs] == ["plain"]
     assert rescue.held
+
+
+def test_a_drop_of_exactly_the_most_that_is_allowed_holds():
+    lost = 100 * (0.53 - 0.52)
+    assert lost > 1.0
+    assert climbed(detector_head(), lambda content: Judgement(0.52, lost, 100)).held
+
+
+def bridged(between):
+    g = Graph()
+    x = g.input("x", (1, 4, 4, 2))
+    weights, bias = np.ones((2, 1, 1, 2), np.float32), np.zeros(2, np.float32)
+    y = g.conv(x, weights, bias, "first", (1, 4, 4, 2))
+    y = g.op(between, [y], "between", (1, 4, 4, 2))
+    y = g.op("PAD", [y, g.const("edges", np.zeros((4, 2), np.int32))], "padded", (1, 4, 4, 2))
+    y = g.conv(y, weights, bias, "second", (1, 4, 4, 2))
+    graph = parse_model(g.bytes([y]), where="m").subgraphs[0]
+    return with_bridges(graph, ["second", "first"]), with_bridges(graph, ["second"])
+
+
+def test_what_only_hands_on_between_wide_layers_is_widened_with_them():
+    assert bridged("HARD_SWISH") == (["second", "first", "between", "padded"], ["second"])
+    # a sigmoid's result is from 0 to 1, whatever it is given: 8 bits hold it
+    assert bridged("LOGISTIC") == (["second", "first"], ["second"])
 
 
 @pytest.mark.slow
