@@ -25,6 +25,7 @@ fi
 bash ci/setup.sh
 
 export OMP_NUM_THREADS=1
+unset PYTHONDONTWRITEBYTECODE  # what pytest rewrites and hundreds of children import is compiled once
 if [ "${1:-}" = fast ]; then
   shift
   exec .venv/bin/python -m pytest -q -n 2 -m 'not slow' "$@"
