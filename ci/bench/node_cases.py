@@ -101,8 +101,8 @@ def make_row(case: TestCase, route: str, folder: Path) -> Row:
         return row | {"verdict": "refused", "code": exc.code, "message": exc.message}
     expected = dict(zip((v.name for v in model.graph.output), case.data_sets[0][1], strict=True))
     for spec, result in zip(made.outputs, results, strict=True):
-        if not spec.shape:  # one sample of a scalar is (1,)
-            result = result.reshape(())
+        if np.ndim(expected[spec.name]) == 0 and result.shape == (1,):
+            result = result.reshape(())  # one sample of a scalar; TFLite has it as [] or [1]
         result = moved(result, spec.layout, spec.source_layout)
         problem = difference(expected[spec.name], result)
         if problem:
