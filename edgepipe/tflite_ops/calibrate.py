@@ -16,6 +16,7 @@ from edgepipe.array_ops.load import SampleStream
 from edgepipe.array_ops.ranges import METHODS, Histogram, Range, add_values, new_histogram
 from edgepipe.artifact import TensorSpec
 from edgepipe.errors import StageError
+from edgepipe.state import is_stateful
 from edgepipe.tflite_ops.flatbuffer import parse_model
 from edgepipe.tflite_ops.quantize import STAGE, Ranges, activations, collect_ranges
 from edgepipe.tflite_ops.run import invoke_once, open_tflite
@@ -82,7 +83,7 @@ def settled_ranges(
         report = check(chosen) if taken else first
         log.info("calibrating on %d samples", count)
         more = available if count - taken == len(available) else available.subset(order[taken:count])  # fmt: skip
-        ranges = collect_ranges(content, file_batches(more, specs), where=where, total=count, so_far=ranges)  # fmt: skip
+        ranges = collect_ranges(content, file_batches(more, specs), where=where, total=0 if is_stateful(specs) else count, so_far=ranges)  # fmt: skip
         settling = settle(ranges.minima, ranges.maxima, ranges.names, batches=ranges.batches, seed=seed)  # fmt: skip
         taken = count
         if settling.is_settled:

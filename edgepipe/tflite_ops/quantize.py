@@ -278,9 +278,9 @@ def collect_ranges(
             kept[0], kept[1] = np.minimum(kept[0], row[0]), np.maximum(kept[1], row[1])
         moving = SMOOTHING * moving + (1 - SMOOTHING) * row if seen else row.astype(np.float64)
         seen += 1
-        if total and time.monotonic() - shown > _PROGRESS_S:
+        if time.monotonic() - shown > _PROGRESS_S:
             shown = time.monotonic()
-            log.info("calibrating: %d of %d samples", seen, total)
+            log.info("calibrating: %d %s", seen, f"of {total} samples" if total else "inferences")
     if not seen:
         raise StageError(f"{where}: there is no calibration sample", stage=STAGE)
     rows = rows[:seen]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgepipe import cli
+from edgepipe.adhoc import parse_state
 from edgepipe.array_ops.calibration import file_batches
 from edgepipe.array_ops.load import load_samples, open_samples
 from edgepipe.array_ops.roll import one_by_one, roll, roll_outputs
 from edgepipe.array_ops.task_metrics import as_judged, task_metric
 from edgepipe.artifact import Artifact, TensorSpec, load_artifact, make_artifact, save_artifact
 from edgepipe.data import DataSource
-from edgepipe.errors import ArtifactError, DataError, EdgepipeError, StageOptionError
+from edgepipe.errors import ArtifactError, DataError, EdgepipeError, RequestError, StageOptionError
 from edgepipe.evaluate import choose_evaluation, device_measurements, evaluate
 from edgepipe.predict import predict, single_steps, with_states
 from edgepipe.stage import StageContext
@@ -346,3 +349,17 @@ def test_without_state_single_steps_are_the_samples(tmp_path: Path) -> None:
     plain = artifact(tmp_path, recurrent(), {})
     given = {"x": np.zeros((2, FEATURES)), "h": np.zeros((2, HIDDEN))}
     assert single_steps(plain, given) == given
+
+
+# --- the command line
+
+
+def test_state_on_the_command_line_becomes_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.tflite").write_bytes(recurrent())
+    assert cli.main(["init", "net.tflite", "--state", "h=h_next", "--output", "r.toml"]) == 0
+    assert tomllib.loads((tmp_path / "r.toml").read_text())["model"]["state"] == {"h": "h_next"}
+    with pytest.raises(RequestError, match="'h:h_next' is not INPUT=OUTPUT"):
+        parse_state(["h:h_next"])
