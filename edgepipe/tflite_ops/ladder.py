@@ -1,9 +1,10 @@
 """The rescue ladder: from plain int8, rung by rung, to the first file that keeps its accuracy.
 
 1 plain  2 ranges  3 equalise and repair  4 bias  5 rounding  6 mixed precision. Within a rung the
-candidate wins whose outputs are nearest to the float model's on calibration data. It is then judged
-by the caller, on other data and on the exported file: if that raised the score (or kept it, with
-outputs nearer to float) the next rung builds on it, and if the drop is allowed it is the result.
+candidate wins whose outputs are nearest to the float model's on calibration data (of ranges the one
+with the best score). It is then judged by the caller, on other data and on the exported file: if
+that raised the score (or kept it, with outputs nearer to float) the next rung builds on it, and if
+the drop is allowed it is the result.
 """
 
 from __future__ import annotations
@@ -230,10 +231,11 @@ class _Ladder:
     # --- rungs ---
 
     def _better_ranges(self, plan: Plan, made: bytes) -> tuple[Plan, bytes]:
+        # judged, not only compared: power tells little where a few loud samples are most of it
         candidates = self._range_candidates(plan)
-        best = min(candidates, key=lambda c: self._noise(c[1]))
-        if best[1] == made or self._noise(best[1]) >= self.rungs[-1].noise:
-            log.info("rung ranges: none of %s is nearer to the float model", ", ".join(METHODS))
+        best = min(candidates, key=lambda c: (-self._judge(c[1]).score, self._noise(c[1])))
+        if best[1] == made:
+            log.info("rung ranges: none of %s has a better score", ", ".join(c[0].method for c in candidates))  # fmt: skip
             return plan, made
         return self._accept("ranges", f"{best[0].method} ranges instead of {plan.method}", best[0], plan, made, content=best[1])  # fmt: skip
 
@@ -244,9 +246,14 @@ class _Ladder:
 
     def _range_tables(self, plan: Plan) -> dict[str, Mapping[str, Range]]:
         """Method -> its ranges for the plan's float file, with the plan's own among them."""
-        limits = collect_ranges(plan.content, self.batches(), where=self.where).table()
+        found = collect_ranges(plan.content, self.batches(), where=self.where)
+        limits = found.table()
         histograms = collect_histograms(plan.content, self.batches(), limits, where=self.where)
-        tables: dict[str, Mapping[str, Range]] = {plan.method: plan.ranges, "min_max": limits}
+        tables: dict[str, Mapping[str, Range]] = {
+            plan.method: plan.ranges,
+            "min_max": limits,
+            "moving_average": found.averages(),
+        }
         for method in FROM_HISTOGRAMS:
             tables[method] = {n: METHODS[method](h) for n, h in histograms.items()}
         return tables

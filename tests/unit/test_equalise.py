@@ -223,6 +223,20 @@ def test_the_ladder_stops_at_the_first_rung_that_holds():
     assert rescue.held
 
 
+def test_ranges_are_chosen_by_score_the_moving_average_of_them_too():
+    net = wide_swish()
+    averages = collect_ranges(net.content, batches(net), where="m").averages()
+    best = quantize(net.content, averages, output_dtype="float32")
+
+    def judge(content):
+        score = 1.0 if content == best else 0.5
+        return Judgement(score, 100 * (1 - score), 100)
+
+    rescue = climbed(net, judge)
+    assert [r.name for r in rescue.rungs] == ["plain", "ranges"]
+    assert (rescue.method, rescue.content) == ("moving_average", best)
+
+
 def test_a_drop_of_exactly_the_most_that_is_allowed_holds():
     lost = 100 * (0.53 - 0.52)
     assert lost > 1.0
