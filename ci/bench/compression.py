@@ -439,14 +439,15 @@ def spectrograms(bench: Bench, fold: int) -> DataSource:
     return DataSource(kind="npz", path=path)
 
 
-def spoken_recipe(bench: Bench) -> Recipe:
-    """MobileNetV3-Small trained on mel magnitudes of the even clips; data set ``test`` are the odd ones."""
+def spoken_recipe(bench: Bench, train: int = 0) -> Recipe:
+    """MobileNetV3-Small trained on mel magnitudes of the even clips, or with ``train`` 1 of the odd
+    ones; data set ``test`` are the others."""
     recipe = load_recipe(RECIPES / "fashion_mnist.toml")
-    even, odd = (spectrograms(bench, fold) for fold in (0, 1))
+    seen, unseen = (spectrograms(bench, fold) for fold in (train, 1 - train))
     args = {"width": 0.35, "in_channels": 1, "size": [49, 40], "num_classes": 12}
     inputs = (dataclasses.replace(recipe.model.inputs[0], shape=(1, 1, 49, 40)),)
     source = dataclasses.replace(recipe.model, builder=MOBILENET["builder"], args=args, inputs=inputs)  # fmt: skip
-    data = {"train": even, "calibration": dataclasses.replace(even, limit=256), "test": odd}
+    data = {"train": seen, "calibration": dataclasses.replace(seen, limit=256), "test": unseen}
     recipe = dataclasses.replace(recipe, model=source, data=data)
     bench.trained("mobilenet_v3_spoken", recipe, SPOKEN)
     weights = bench.work / "mobilenet_v3_spoken.safetensors"

@@ -15,7 +15,8 @@ keyword   the published keyword spotter, no training
 fashion   students of `edgepipe.students` on Fashion-MNIST; the ladder chooses by half of the test set,
           the other half judges
 spoken    the network of ci/bench/compression.py's `qat/spoken-*` that plain int8 hurts; half of the clips
-          that it was not trained on are for the ladder to choose by, the other half judges, at 3 shifts
+          that it was not trained on are for the ladder to choose by, the other half judges, at 3 shifts;
+          _odd: trained on those clips instead, and judged on what the other was trained on
 signs     photographs of hands showing digits: every fifth file of a class judges, the one after it is
           for the ladder to choose by, the others train
 
@@ -229,9 +230,10 @@ SHIFTS = (-2, 0, 2)
 
 def spoken(name: str, work: Path) -> Case:
     """That of ci/bench/compression.py, which plain int8 hurts; the clips it has not seen are shared."""
-    folder = work / "spoken"
+    train = int(name.endswith("_odd"))  # which clips
+    folder = work / ("spoken-odd" if train else "spoken")
     folder.mkdir(exist_ok=True)
-    made = spoken_recipe(Bench(folder))
+    made = spoken_recipe(Bench(folder), train)
     unseen = load_samples(made.data["test"], [TensorSpec("image", (1, 1, 49, 40), "float32", "NCHW")])  # fmt: skip
     assert unseen.labels is not None
     halves = {}
@@ -315,6 +317,7 @@ CASES: dict[str, Callable[[str, Path], Case]] = {
     **dict.fromkeys(HOSTILE, hostile),
     "keyword": keyword,
     "spoken/mobilenet_v3_small": spoken,
+    "spoken/mobilenet_v3_small_odd": spoken,
     **dict.fromkeys(NETWORKS, trained),
 }
 
