@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
     from edgepipe.array_ops.load import Samples
 
-# A model that is right more often than this has data that it knows.
-SUSPICIOUS = 0.5
 # Enough samples to see 20 points (their standard error is 3 points), few enough to cost little.
 TRIED = 256
 BETTER = 0.2
+# A model that is right more often than this cannot be so much better in another range.
+SUSPICIOUS = 1 - BETTER
 LEAST = 10
 
 

@@ -142,9 +142,13 @@ def rung_table(facts: Mapping[str, Any]) -> Table:
             _latency(rung["latency_s"]), verdict, rung["did"],
         ))  # fmt: skip
     header = ("rung", "score", "points lost", "bytes", "this host", "verdict", "what was done")
-    points = f"{facts['max_drop']:g} point{'s' * (facts['max_drop'] != 1)}"
-    title = f"Rungs of int8: {facts['metric']} on {facts['samples']} samples, at most {points} to be lost"  # fmt: skip
+    title = f"Rungs of int8: {facts['metric']} on {facts['samples']} samples, at most {points(facts['max_drop'])} to be lost"  # fmt: skip
     return Table(title, header, tuple(rows))
+
+
+def points(count: float) -> str:
+    """``1 point``, ``0.5 points``."""
+    return f"{count:g} point{'s' * (count != 1)}"
 
 
 def _latency(seconds: float | None) -> str:

@@ -98,14 +98,12 @@ def check_calibration(
     count = len(samples)
     if count < min_samples:
         raise DataError(
-            f"{samples.origin}: {count} samples are too few to calibrate with"
-            f" (at least {min_samples})",
-            hint=f"give {ENOUGH_SAMPLES} or more real samples; min_samples lowers the limit",
+            f"{samples.origin} are too few to calibrate with (at least {min_samples})",
+            hint=f"give {ENOUGH_SAMPLES} or more real samples; the stage's min_samples lowers the limit",
             code="too-few-samples",
         )
     warnings: list[str] = []
     statistics = []
-    compared = _measure(reference, specs) if reference is not None else {}
     measured = _measure(samples, specs, only_finite=True)
     for spec in specs:
         seen = measured[spec.name]
@@ -116,9 +114,8 @@ def check_calibration(
                 _check_constant(seen, spec, samples.origin)
                 warnings += _constant_channels(seen, spec)
             warnings += _check_scaling(found, spec, source, samples.origin)
-            if reference is not None and spec.name in compared:
-                other = compared[spec.name].statistics(spec)
-                warnings += _compare_with(found, other, reference.origin)
+    if reference is not None:
+        warnings += compare_inputs(statistics, reference, specs)
     if samples.is_random:
         warnings.append("calibrated on random noise, as asked for: a smoke test, not a result")
     return CalibrationReport(
@@ -389,15 +386,25 @@ def _check_scaling(
     return []
 
 
-def _compare_with(found: InputStatistics, other: InputStatistics, origin: str) -> list[str]:
-    """Doubts where calibration and the data of ``origin`` look prepared differently."""
-    shift = abs(found.mean - other.mean) / max(other.std, 1e-12)
-    spread = max(found.std, 1e-12) / max(other.std, 1e-12)
-    # Two honest draws of the same pictures differ by a few per cent; other preparation, such as a
-    # forgotten division by 255 or another mean, by factors.
-    if shift > 1 or not 1 / 3 < spread < 3:
-        return [
-            f"input {found.name!r}: calibration has mean {found.mean:.4g} and spread {found.std:.4g},"
-            f" {origin} has {other.mean:.4g} and {other.std:.4g}: are both prepared the same way?"
-        ]
-    return []
+def compare_inputs(
+    calibration: Sequence[InputStatistics],
+    reference: Samples | SampleStream,
+    specs: Sequence[TensorSpec],
+) -> list[str]:
+    """Doubts where float inputs of calibration and of ``reference`` look prepared differently."""
+    measured = _measure(reference, specs)
+    doubts = []
+    for found, spec in zip(calibration, specs, strict=True):
+        if spec.name not in measured or not measured[spec.name].is_float:
+            continue
+        other = measured[spec.name].statistics(spec)
+        shift = abs(found.mean - other.mean) / max(other.std, 1e-12)
+        spread = max(found.std, 1e-12) / max(other.std, 1e-12)
+        # Two honest draws of the same pictures differ by a few per cent; other preparation, such as a
+        # forgotten division by 255 or another mean, by factors.
+        if shift > 1 or not 1 / 3 < spread < 3:
+            doubts.append(
+                f"input {found.name!r}: calibration has mean {found.mean:.4g} and spread {found.std:.4g},"
+                f" {reference.origin} has {other.mean:.4g} and {other.std:.4g}: are both prepared the same way?"
+            )
+    return doubts

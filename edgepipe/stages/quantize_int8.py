@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -21,6 +22,7 @@ from edgepipe.rescue import (
     ENOUGH_SAMPLES,
     check_evaluation_data,
     kept_hashes,
+    points,
     qat_advice,
     rescue_facts,
     rung_lines,
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from edgepipe.array_ops.calibration import CalibrationReport
-    from edgepipe.array_ops.load import SampleStream
+    from edgepipe.array_ops.load import Samples, SampleStream
     from edgepipe.tflite_ops.ladder import RoundWeights
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,26 @@ COMPARED_SAMPLES = 500
 ENOUGH_UNSETTLED = 500
 LEARNED = "learned"
 DEFAULT_METRIC = "top1"
+PREPARE_ALIKE = (
+    "give calibration and evaluation data the same scale, mean and std: no rung mends ranges that were"
+    " taken from other values"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Judged:
+    """What ``max_drop`` is judged by, and the float file judged by it.
+
+    ``answered`` gives a model's score and, where the metric counts samples, which were right. ``doubts``
+    say where calibration data looks prepared in another way.
+    """
+
+    evaluation: Samples
+    metric: str
+    answered: Callable[[Artifact], tuple[float, np.ndarray | None]]
+    base: float
+    was_right: np.ndarray | None
+    doubts: tuple[str, ...]
 
 
 @record
@@ -187,6 +209,7 @@ class QuantizeInt8:
         # bad data is told before anything is computed
         first = calibrate.in_order(samples, calibrate.looks(len(samples), wanted)[0])
         report = check(first)
+        judged = self._judged(artifact, first, report, context) if self.max_drop else None
         content, fused = ops.fuse_activations(content, where=where)
         for line in fused:
             log.info("fused %s", line)
@@ -219,8 +242,10 @@ class QuantizeInt8:
             log.warning("calibration: %s", warning)
 
         rescued: dict[str, Any] = {}
-        if self.max_drop:
-            content, table, quantized, rescued = self._rescue(artifact, content, table, samples, context)  # fmt: skip
+        if judged is not None:
+            if len(samples) > len(first):
+                self._check_evaluation(samples, judged.evaluation, context)
+            content, table, quantized, rescued = self._rescue(artifact, content, table, samples, judged, context)  # fmt: skip
         else:
             quantized = ops.quantize(
                 content,
@@ -292,35 +317,20 @@ class QuantizeInt8:
             check_unchanged(content, changed, few, where=where, hint="set rewrite = false, and report it with the model")  # fmt: skip
         return changed, told
 
-    def _rescue(
-        self,
-        artifact: Artifact,
-        content: bytes,
-        table: RangeTable,
-        samples: SampleStream,
-        context: StageContext,
-    ) -> tuple[bytes, RangeTable, bytes, dict[str, Any]]:
-        """Climb the ladder: the float file that was quantised at last, its ranges, the int8 file and
-        the record. StageError (``accuracy``) with all rungs where none holds."""
-        from edgepipe.array_ops.calibration import file_batches
-        from edgepipe.array_ops.load import load_samples
+    def _judged(
+        self, artifact: Artifact, calibration: SampleStream, report: CalibrationReport, context: StageContext
+    ) -> _Judged:  # fmt: skip
+        """The float file on the data of ``evaluate``; DataError for data that cannot judge."""
+        from edgepipe.array_ops.calibration import compare_inputs
+        from edgepipe.array_ops.load import labels_of, load_samples
         from edgepipe.array_ops.task_metrics import as_judged, correct, task_metric
-        from edgepipe.tflite_ops.ladder import Judgement, climb
 
-        where = artifact.path.name
         root = context.root or Path.cwd()
         metric = self.metric or DEFAULT_METRIC
-        source = self._source(context, self.evaluate, 0)
-        evaluation = load_samples(source, source_specs(artifact.inputs))
-        labels = evaluation.labels
-        if labels is None:
-            raise StageOptionError(
-                f"quantize_int8: {evaluation.origin} has no labels to judge max_drop by",
-                hint="name a data set with labels under evaluate",
-            )
-        check_evaluation_data(
-            samples, evaluation, (context.data[self.data], source), where="quantize_int8"
-        )
+        specs = source_specs(artifact.inputs)
+        evaluation = load_samples(self._source(context, self.evaluate, 0), specs)
+        labels = labels_of(evaluation)
+        self._check_evaluation(calibration, evaluation, context)
         if len(evaluation) < ENOUGH_SAMPLES:
             log.warning(
                 "max_drop is judged on %d samples, one of which is %.2g points",
@@ -336,20 +346,49 @@ class QuantizeInt8:
             return task_metric(metric, judged, known, root=root), is_right if alone else None
 
         base, was_right = answered(artifact)
+        log.info("float model: %s %.4f on %d samples of %s", metric, base, len(evaluation), evaluation.origin)  # fmt: skip
         check_input_range(artifact, evaluation, metric=metric, score=base, root=root, steps=self.steps)  # fmt: skip
+        doubts = tuple(compare_inputs(report.inputs, evaluation, specs))
+        for doubt in doubts:
+            log.warning("calibration: %s", doubt)
+        return _Judged(evaluation, metric, answered, base, was_right, doubts)
+
+    def _check_evaluation(
+        self, calibration: SampleStream, evaluation: Samples, context: StageContext
+    ) -> None:
+        sources = (context.data[self.data], self._source(context, self.evaluate, 0))
+        check_evaluation_data(calibration, evaluation, sources, where="quantize_int8")
+
+    def _rescue(
+        self,
+        artifact: Artifact,
+        content: bytes,
+        table: RangeTable,
+        samples: SampleStream,
+        judged: _Judged,
+        context: StageContext,
+    ) -> tuple[bytes, RangeTable, bytes, dict[str, Any]]:
+        """Climb the ladder: the float file that was quantised at last, its ranges, the int8 file and
+        the record. StageError (``accuracy``) with all rungs where none holds."""
+        from edgepipe.array_ops.calibration import file_batches
+        from edgepipe.tflite_ops.ladder import Judgement, climb
+
+        where = artifact.path.name
+        metric, base, evaluation = judged.metric, judged.base, judged.evaluation
         trial = context.work_dir / "trial.tflite"
 
         def judge(int8: bytes) -> Judgement:
             trial.write_bytes(int8)
             inputs, outputs = self._specs(artifact, int8)
-            score, is_right = answered(make_artifact("tflite", trial, inputs=inputs, outputs=outputs, parent=artifact))  # fmt: skip
+            score, is_right = judged.answered(make_artifact("tflite", trial, inputs=inputs, outputs=outputs, parent=artifact))  # fmt: skip
             interval = None
-            if was_right is not None and is_right is not None:
-                _, low, high = paired_difference_interval(was_right.tolist(), is_right.tolist())
+            if judged.was_right is not None and is_right is not None:
+                _, low, high = paired_difference_interval(
+                    judged.was_right.tolist(), is_right.tolist()
+                )
                 interval = (100 * low, 100 * high)
             return Judgement(score, 100 * (base - score), len(evaluation), interval)
 
-        log.info("float model: %s %.4f on %d samples of %s", metric, base, len(evaluation), evaluation.origin)  # fmt: skip
         rescue = climb(
             content,
             table.ranges,
@@ -374,18 +413,19 @@ class QuantizeInt8:
             float_score=base,
         )
         lines = rung_lines(facts)
-        for line in (*lines, *rescue.causes):
-            log.info("%s", line)
         if not rescue.held:
             culprits = ", ".join(f"{c.operator} {c.layer!r} (noise {c.noise:.2g} alone)" for c in rescue.culprits)  # fmt: skip
+            at_fault = f"; layers at fault: {culprits}" if culprits else ""
             raise StageError(
-                f"no rung keeps {metric} within {self.max_drop:g} points of float ({base:.4f} on"
-                f" {len(evaluation)} samples of {evaluation.origin}); layers at fault: {culprits}\n"
-                + "\n".join((*lines, *rescue.causes)),
+                f"no rung keeps {metric} within {points(self.max_drop)} of float ({base:.4f} on"
+                f" {evaluation.origin}){at_fault}\n"
+                + "\n".join((*lines, *rescue.causes, *judged.doubts)),
                 stage=self.name,
-                hint=qat_advice(rescue.float_latency_s),
+                hint=PREPARE_ALIKE if judged.doubts else qat_advice(rescue.float_latency_s),
                 code="accuracy",
             )
+        for line in (*lines, *rescue.causes):
+            log.info("%s", line)
         last = RangeTable(rescue.ranges, rescue.method, table.samples, table.data)
         return rescue.float_content, last, rescue.content, {"rescue": facts}
 

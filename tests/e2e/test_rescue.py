@@ -111,6 +111,16 @@ def test_a_dead_model_never_passes_and_the_error_shows_all_rungs(climb):
     assert "qat" in error.hint
 
 
+def test_calibration_data_in_another_range_is_the_cause_and_not_a_layer(climb, caplog):
+    net = NETS["dead_batch_norm"]()
+    with pytest.raises(StageError, match="no rung keeps top1 within 1 point of") as caught:
+        climb(dataclasses.replace(net, calibration=net.calibration * 255), metric="top1")
+    assert "are both prepared the same way?" in caught.value.message
+    assert "the same scale, mean and std" in caught.value.hint
+    # told before the ladder is climbed, too
+    assert caplog.text.index("are both prepared") < caplog.text.index("rung plain")
+
+
 def test_a_model_that_holds_at_once_is_left_alone(climb):
     net = NETS["detector_head"]()
     _, result = climb(net, max_drop="99 points", output_dtype="float32")
@@ -123,7 +133,8 @@ def test_a_model_that_holds_at_once_is_left_alone(climb):
     assert facts["float_latency_s"] is facts["rungs"][0]["latency_s"] is None
 
 
-def test_judging_by_the_calibration_set_is_refused(climb):
+def test_judging_by_the_calibration_set_is_refused_before_anything_is_calibrated(climb, caplog):
+    caplog.set_level(logging.INFO)
     net = NETS["detector_head"]()
     with pytest.raises(StageOptionError, match="is the calibration set"):
         climb(net, evaluate="calibration")
@@ -131,6 +142,7 @@ def test_judging_by_the_calibration_set_is_refused(climb):
     copied = dataclasses.replace(net, samples=net.calibration[:150], labels=np.zeros(150, int))
     with pytest.raises(DataError, match="have 150 samples in common"):
         climb(copied)
+    assert "calibrating" not in caplog.text
 
 
 def test_max_drop_without_data_to_judge_by_is_refused():

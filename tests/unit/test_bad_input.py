@@ -169,6 +169,13 @@ def test_data_in_the_right_range_and_a_model_that_knows_nothing_are_left_alone(t
     assert check(model, values, np.random.default_rng(1).permutation(labels), tmp_path) < 0.4
 
 
+def test_a_model_that_is_right_more_often_than_not_may_still_get_the_wrong_range(tmp_path):
+    values, labels = pixels()
+    samples = Samples({"x": values}, labels, (), origin="x.npz")
+    with pytest.raises(DataError, match="trained on another range"):
+        check_input_range(classifier(tmp_path), samples, metric="top1", score=0.7, root=tmp_path)
+
+
 def test_an_evaluation_in_another_range_is_an_error_and_not_a_low_score(tmp_path):
     model = classifier(tmp_path)
     values, labels = pixels()

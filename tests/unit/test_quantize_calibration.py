@@ -53,7 +53,7 @@ def test_random_data_is_refused_unless_asked_for_and_then_marked():
 
 
 def test_too_few_samples_are_refused_and_the_limit_may_be_lowered():
-    error = refused(pixels(7), "7 samples are too few .*at least 8")
+    error = refused(pixels(7), "too few to calibrate with .*at least 8")
     assert "min_samples" in error.hint
     assert check_calibration(samples(pixels(2)), [SPEC], min_samples=2).samples == 2
 
