@@ -146,14 +146,17 @@ def _noisiest_layers(
     if {shipped.kind, float_model.kind} != {"tflite"} or shipped.sha256 == float_model.sha256:
         return []
     from edgepipe.array_ops.calibration import file_batches
+    from edgepipe.tflite_ops.layer_noise import comparable
     from edgepipe.tflite_ops.quantize import noisiest_layers
 
     inputs = {name: array[:LAYER_SAMPLES] for name, array in samples.inputs.items()}
     few = with_states(dataclasses.replace(samples, inputs=inputs), float_model)
     try:
+        before, after = float_model.path.read_bytes(), shipped.path.read_bytes()
+        where = (float_model.path.name, shipped.path.name)
         return noisiest_layers(
-            float_model.path.read_bytes(),
-            shipped.path.read_bytes(),
+            comparable(before, after, where=where),
+            after,
             file_batches(few, float_model.inputs),
             count=LAYERS_KEPT,
         )

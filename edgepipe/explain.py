@@ -66,6 +66,8 @@ def explain(gate: Gate, verdict: Verdict, measurements: Mapping[str, Measurement
         return answers_that_differ(measurements)
     if name in ("device_accuracy_drop", "device_task_metric"):
         return (*answers_that_differ(measurements), *classes_that_lost(measurements), *layers_that_lost(measurements))  # fmt: skip
+    if name == "task_metric" and (known := float_score(verdict, measurements)):
+        return known
     if name in ("accuracy_drop", "task_metric", "parity"):
         return (*classes_that_lost(measurements), *layers_that_lost(measurements))
     if name == "full_integer":
@@ -269,6 +271,15 @@ def classes_that_lost(measurements: Mapping[str, Measurement]) -> tuple[str, ...
         *(f"class {r['class']}: {r['right']} of {r['n']} right, the reference {r['reference_right']}" for r in rows[:SHOWN]),
         *more,
     )  # fmt: skip
+
+
+def float_score(verdict: Verdict, measurements: Mapping[str, Measurement]) -> tuple[str, ...]:
+    """That the float file does not reach the floor either, where it does not: no layer is to blame."""
+    found = measurements.get("task_metric_float")
+    score = found.samples[0][0] if found is not None else math.inf
+    if verdict.limit is None or score >= verdict.limit:
+        return ()
+    return (f"the float file it was made from reaches {score:.4g} on the same data: look at its training, at the labels and their order, not at its precision",)  # fmt: skip
 
 
 def answers_that_differ(measurements: Mapping[str, Measurement]) -> tuple[str, ...]:

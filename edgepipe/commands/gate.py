@@ -81,7 +81,7 @@ def _run(args: argparse.Namespace, out: Output, ci: CiOutput) -> int:
         try:
             judged, result, code = _judge(run, args, out)
         except EdgepipeError as exc:
-            log.warning("%s: %s", run.id, exc.message)
+            log.warning("%s: %s", run.read()["recipe"], exc.message)
             judged, result, code = run.read(), {"run": run.id, **exc.as_dict()}, exc.exit_code
             judged.setdefault("error", exc.as_dict())
         records.append(judged)

@@ -15,7 +15,7 @@ from edgepipe.tflite_ops.bias import correct_biases
 from edgepipe.tflite_ops.calibrate import collect_histograms
 from edgepipe.tflite_ops.channels import ChannelStatistics, channel_statistics
 from edgepipe.tflite_ops.equalise import equalise, repair_dead_channels
-from edgepipe.tflite_ops.flatbuffer import CONVERSIONS, Subgraph, Tensor, parse_model
+from edgepipe.tflite_ops.flatbuffer import CONVERSIONS, Subgraph, Tensor, constants, parse_model
 from edgepipe.tflite_ops.inspect import describe_model
 from edgepipe.tflite_ops.ladder import Judge, Rung, climb
 from edgepipe.tflite_ops.quantize import (
@@ -42,6 +42,10 @@ Batches = Sequence[Sequence[np.ndarray]]
 # A channel so many times the median one is an outlier (as `ladder.WIDE_SPREAD`: 4 of 255 steps are
 # left for the median one).
 OUTLIER = 64.0
+# Rounding to int8 leaves a cosine of 0.99, equalisation and learned rounding hardly less; weights of
+# two trainings have one about 0.
+SAME_WEIGHTS = 0.5
+WITH_WEIGHTS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +124,48 @@ def comparable(float_content: bytes, quantised: bytes, *, where: tuple[str, str]
             hint="give the very float file that was quantised; converters name tensors anew each time",
             code="not-comparable",
         )
+    alike = _weights_alike(best, quantised)
+    if alike < SAME_WEIGHTS:
+        raise ArtifactError(
+            f"{where[1]} was not made from {where[0]}: their tensors have the same names, but the weights"
+            f" are others (cosine {alike:.2f} in the median layer)",
+            hint="give the very float file that was quantised, of the same training",
+            code="not-comparable",
+        )
     return best
+
+
+def _weights_alike(float_content: bytes, quantised: bytes) -> float:
+    """Cosine between weights of both files: the median over layers of the median over their channels.
+
+    1.0 where there are none to compare. By channel, since what equalises scales whole channels.
+    """
+    ours, theirs = (parse_model(c, where="the model").subgraphs[0] for c in (float_content, quantised))  # fmt: skip
+    made = {ours.tensors[o.outputs[0]].name: o for o in ours.operators if o.name in WITH_WEIGHTS}
+    pairs = []
+    for operator in theirs.operators:
+        twin = made.get(theirs.tensors[operator.outputs[0]].name) if operator.outputs else None
+        if twin is not None and twin.name == operator.name:
+            pairs.append((ours.tensors[twin.inputs[1]], theirs.tensors[operator.inputs[1]]))
+    pairs = [
+        (a, b) for a, b in pairs
+        if a.is_constant and b.is_constant and a.is_float and b.dtype == "int8" and a.shape == b.shape
+    ]  # fmt: skip
+    if not pairs:
+        return 1.0
+    floats = constants(float_content, dataclasses.replace(ours, tensors=tuple(a for a, _ in pairs)))
+    integers = constants(quantised, dataclasses.replace(theirs, tensors=tuple(b for _, b in pairs)))
+    found = []
+    for a, b in pairs:
+        # (..., channels, ...) -> (channels, weights of one)
+        x, y = (
+            np.moveaxis(t.astype(np.float64), b.quantized_axis, 0).reshape(b.shape[b.quantized_axis], -1)
+            for t in (floats[a.index], integers[b.index])
+        )  # fmt: skip
+        norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+        if (norms > 0).any():
+            found.append(float(np.median((x * y).sum(axis=1)[norms > 0] / norms[norms > 0])))
+    return float(np.median(found)) if found else 1.0
 
 
 def layer_noise(float_content: bytes, quantised: bytes, batches: Batches) -> list[LayerNoise]:

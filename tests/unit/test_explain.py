@@ -21,6 +21,7 @@ from edgepipe.gate import (
     MemoryGate,
     SlowdownGate,
     Status,
+    TaskMetricGate,
     Verdict,
 )
 from edgepipe.measurement import Measurement, single
@@ -119,6 +120,15 @@ def test_accuracy_names_the_classes_that_lost_most_and_the_noisiest_layers() -> 
     assert text[0] == "class 7: 2 of 10 right, the reference 9"
     assert "and 2 more classes" in text
     assert any("CONV_2D" in line and "7.0 dB" in line for line in text)
+
+
+def test_no_layer_is_blamed_where_the_float_file_fails_as_well() -> None:
+    layers = {"layers": [{"layer": 3, "operator": "CONV_2D", "sqnr_db": 7.0}]}
+    verdict = Verdict("task_metric", Status.FAIL, "", value=0.05, limit=0.7)
+    for score, said in ((0.06, "float file it was made from reaches 0.06"), (0.9, "7.0 dB")):
+        found = {m.metric: m for m in (single("task_metric", "", 0.05, layers), single("task_metric_float", "", score, {}))}  # fmt: skip
+        (line,) = explain(TaskMetricGate(min=0.7), verdict, found)
+        assert said in line
 
 
 def test_a_device_that_computes_otherwise_is_told_from_a_model_that_lost() -> None:

@@ -29,6 +29,7 @@ from edgepipe.layer_explain import (
 )
 from edgepipe.layer_html import html_report
 from edgepipe.table import Table
+from edgepipe.tflite_ops.flatbuffer import constants, parse_model, with_constants
 from edgepipe.tflite_ops.inspect import tensor_specs
 from edgepipe.tflite_ops.layer_noise import (
     LayerNoise,
@@ -218,6 +219,15 @@ def test_files_that_cannot_be_compared_are_refused_by_name():
         comparable(int8, net.content, where=("a.tflite", "b.tflite"))
     with pytest.raises(ArtifactError, match=r"no activation of b\.tflite is quantised"):
         comparable(net.content, net.content, where=("a.tflite", "b.tflite"))
+    graph = parse_model(net.content, where="f").subgraphs[0]
+    others = {
+        index: np.random.default_rng(0).normal(size=values.shape).astype(np.float32)
+        for index, values in constants(net.content, graph).items()
+        if values.dtype == np.float32 and values.ndim > 1
+    }
+    trained_anew = with_constants(net.content, others)
+    with pytest.raises(ArtifactError, match=r"b\.tflite was not made from a\.tflite: .*weights are others"):  # fmt: skip
+        comparable(trained_anew, int8, where=("a.tflite", "b.tflite"))
     with pytest.raises(ArtifactError, match="no tensor in common"):
         comparable(one_sigmoid(), int8, where=("a.tflite", "b.tflite"))
 
