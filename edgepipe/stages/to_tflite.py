@@ -73,6 +73,7 @@ class _Proven:
     outputs: tuple[TensorSpec, ...]
     parity: Mapping[str, Any]
     variable_tensors: int
+    doors: Sequence[Mapping[str, str]]
 
 
 @record
@@ -89,8 +90,9 @@ class ToTflite:
     declares a model whose state shall last from one inference to the next (a fused LSTM); any other
     file that keeps state is refused. ``input_layout``: the layout of NCHW inputs in
     the file; those named in ``keep_layout`` stay as they are. ``output_layout``: that of NCHW outputs
-    (default: what the converter makes, mostly ``input_layout``; the record's specs say which). A file
-    with another one is refused, and the next converter tried: onnx2tf makes NHWC only. ``batch`` fixes a free batch. Every
+    (default: what the converter makes, mostly ``input_layout``; the record's specs say which). Where the
+    converter makes another one, a TRANSPOSE is put at that door (``facts["doors"]``), and the file
+    proven with it. An output that feeds a state has the layout of that state. ``batch`` fixes a free batch. Every
     output may be off by ``max_relative_error`` of its largest value, on ``parity_samples`` samples
     of ``data`` ("" = noise only) and one sample of noise for each of ``parity_seeds`` seeds. With
     ``sparse`` the weights that XNNPACK can skip zeros of are stored without them; such a file runs in
@@ -104,7 +106,7 @@ class ToTflite:
     accepts: ClassVar[tuple[str, ...]] = ("onnx",)
     produces: ClassVar[str] = "tflite"
     ops: ClassVar[tuple[str, ...]] = (
-        "edgepipe.tflite_ops.convert", "edgepipe.tflite_ops.run", "edgepipe.tflite_ops.bisect",
+        "edgepipe.tflite_ops.convert", "edgepipe.tflite_ops.doors", "edgepipe.tflite_ops.run", "edgepipe.tflite_ops.bisect",
         "edgepipe.tflite_ops.onnx_model", "edgepipe.tflite_ops.onnx_rewrites", "edgepipe.tflite_ops.sparse", "edgepipe.parity", "edgepipe.predict", "edgepipe.state", "edgepipe.array_ops.compare", "edgepipe.array_ops.roll",
         "edgepipe.array_ops.noise", "edgepipe.toolchain", "edgepipe.toolchains", "edgepipe.routes",
         "edgepipe.tflite_ops.candidates", "edgepipe.tflite_ops.stand_in", "edgepipe.tflite_ops.rewrite", "edgepipe.torch_ops.export", "edgepipe.torch_ops.pt2",
@@ -198,9 +200,8 @@ class ToTflite:
         why = reason(chosen, attempts, self.route)
         if len(attempts) > 1:
             log.info("kept %s: %s", chosen.candidate, why)
-        for spec in made.inputs:
-            if spec.layout != layouts[spec.name]:
-                log.warning("input %s is %s in the TFLite file: the converter did not make it %s", spec.name, spec.layout, layouts[spec.name])  # fmt: skip
+        for door in made.doors:
+            log.info("%s is %s by a TRANSPOSE: the converter made it %s", door["name"], door["layout"], door["converted"])  # fmt: skip
         name = ROUTES[chosen.route][0]
         facts: dict[str, Any] = {
             "route": chosen.route,
@@ -211,6 +212,8 @@ class ToTflite:
             # state that lasts from one inference to the next unless the runner resets it (LSTM)
             "variable_tensors": made.variable_tensors,
             "streaming": self.streaming,
+            # inputs and outputs that got a TRANSPOSE, for the layout asked for
+            "doors": made.doors,
             **sparsity_facts(target.read_bytes(), where=target.name),
             "toolchain": {"name": name, "lock_sha256": hash_path(toolchain.find_toolchain(name).lock)},
             "parity": {**made.parity, "seeds": self.parity_seeds, "data": source.kind if source else "noise"},
@@ -426,13 +429,12 @@ class _Job:
             told = exc.message.replace(str(path), "the converted model")
             code = "invalid-graph" if exc.code == "cannot-run" else "parity"
             raise _failed(told, hint=exc.hint, code=code, context=self.context) from exc
+        match, doors = self._with_doors(path, match)
         made = make_artifact("tflite", path, inputs=match.inputs, outputs=match.outputs, parent=self.artifact)  # fmt: skip
         try:
             parity = verify(self.artifact, made, self.inputs, max_relative_error=tolerance, stage=NAME)  # fmt: skip
         except StageError as exc:
             raise self._departed(made, exc) from exc
-        self._check_output_layouts(match.outputs)
-        self._check_state(match)
         last = {spec.name: self._row(spec, [-1]) for spec in self.artifact.inputs}
         stateful = keeps_state(path, last, match.inputs)
         if stateful and not self.options.streaming:
@@ -448,7 +450,7 @@ class _Job:
                 hint="leave streaming out, or use operators whose state TFLite keeps (torch.nn.LSTM)",
                 code="no-state", context=self.context,
             )  # fmt: skip
-        return _Proven(path, match.inputs, match.outputs, parity, variable_tensors)
+        return _Proven(path, match.inputs, match.outputs, parity, variable_tensors, doors)
 
     def _count(self) -> int:
         spec = self.artifact.inputs[0]
@@ -458,32 +460,37 @@ class _Job:
         """Some of `rows` for one input of the source."""
         return self.rows[spec.name].take(numbers, axis=batch_axis(spec.layout))
 
-    def _check_state(self, match: Match) -> None:
-        """Raises StageError where a state comes out in another layout than it goes in."""
-        outputs = {spec.name: spec for spec in match.outputs}
-        for spec in match.inputs:
-            fed = outputs.get(spec.fed_by, spec)
-            if fed.layout != spec.layout:
-                raise _failed(
-                    f"the converter made state {spec.name} {spec.layout}, and {fed.name}, which feeds it, {fed.layout}",
-                    hint=f'keep_layout = ["{spec.name}"]',
-                    code="state-layout", context=self.context,
-                )  # fmt: skip
+    def _with_doors(self, path: Path, match: Match) -> tuple[Match, list[Mapping[str, str]]]:
+        """The match once inputs and outputs of the file have the layouts asked for; what was moved."""
+        from edgepipe.array_ops.layout import permute_shape
+        from edgepipe.tflite_ops.doors import move_axes
 
-    def _check_output_layouts(self, outputs: Sequence[TensorSpec]) -> None:
-        """Raises StageError where an output of the file has not the layout that was asked for."""
-        wanted = self.options.output_layout
-        moved = {"NCHW": "NHWC", "NCDHW": "NDHWC"} if wanted == "NHWC" else {}
-        sources = {spec.name: spec.layout for spec in self.artifact.outputs}
-        for spec in outputs:
-            source = sources[spec.name]
-            asked = moved.get(source, source)
-            if wanted and source in ("NCHW", "NCDHW") and spec.layout != asked:
-                raise _failed(
-                    f"the converter made output {spec.name} {spec.layout}, not {asked}",
-                    hint="litert-torch makes both layouts, from PyTorch or a .pt2 file; or leave output_layout out and move the axes in the application",
-                    code="output-layout", context=self.context,
-                )  # fmt: skip
+        outputs = {}
+        if self.options.output_layout:
+            moved = (
+                {"NCHW": "NHWC", "NCDHW": "NDHWC"} if self.options.output_layout == "NHWC" else {}
+            )
+            maps = [s for s in self.artifact.outputs if s.layout in ("NCHW", "NCDHW")]
+            outputs = {s.name: moved.get(s.layout, s.layout) for s in maps}
+        # what feeds a state comes out as the state goes in
+        outputs |= {s.fed_by: self.layouts[s.name] for s in match.inputs if s.fed_by}
+        sides, moves = [], []
+        doors: list[Mapping[str, str]] = []
+        for specs, asked in ((match.inputs, self.layouts), (match.outputs, outputs)):
+            to = [asked.get(spec.name, spec.layout) for spec in specs]
+            # a scalar that the file has as [1] stays what it is
+            to = [
+                t if len(t) == len(s.layout) else s.layout for s, t in zip(specs, to, strict=True)
+            ]
+            moves.append({i: (s.layout, t) for i, (s, t) in enumerate(zip(specs, to, strict=True)) if s.layout != t})  # fmt: skip
+            doors += [{"name": specs[i].name, "converted": was, "layout": t} for i, (was, t) in moves[-1].items()]  # fmt: skip
+            sides.append(tuple(
+                dataclasses.replace(s, layout=t, shape=permute_shape(s.shape, s.layout, t))
+                for s, t in zip(specs, to, strict=True)
+            ))  # fmt: skip
+        if doors:
+            path.write_bytes(move_axes(path.read_bytes(), *moves))
+        return dataclasses.replace(match, inputs=sides[0], outputs=sides[1]), doors
 
     def _departed(self, converted: Artifact, failure: StageError) -> ConversionError:
         """The parity failure, with the first operator that computes something else."""

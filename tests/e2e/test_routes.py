@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from edgepipe.predict import predict
 from edgepipe.routes import Candidate
 from edgepipe.stage import StageContext
 from edgepipe.stages import to_tflite
+from edgepipe.stages.quantize_int8 import QuantizeInt8
 from edgepipe.stages.to_tflite import ConversionError, ToTflite
 from edgepipe.tflite_ops.inspect import describe
 from edgepipe.tflite_ops.onnx_model import onnx_specs
@@ -133,14 +135,41 @@ class Map(nn.Module):
         return torch.relu(self.conv(x))
 
 
-def test_an_output_has_the_layout_asked_for_or_the_next_converter_is_tried(tmp_path: Path, context: StageContext) -> None:  # fmt: skip
-    made = ToTflite(output_layout="NCHW").run(exported(Map, tmp_path), context)
-    first, second = made.facts["attempts"]
-    assert (first["route"], first["ok"], first["code"]) == ("onnx2tf", False, "output-layout")
-    assert (second["route"], second["ok"], second["clean"]) == ("litert-torch", True, True)
-    layouts = [(s.layout, s.shape) for s in (*made.inputs, *made.outputs)]
-    assert layouts == [("NHWC", (1, 8, 6, 3)), ("NCHW", (1, 4, 8, 6))]
+# the other combinations differ in nothing that is decided here
+@pytest.mark.parametrize(
+    ("route", "input_layout", "output_layout"),
+    [("onnx2tf", "NCHW", "NCHW"), ("litert-torch", "NHWC", "NCHW")],
+)
+def test_every_route_makes_the_layouts_asked_for(route: Any, input_layout: Any, output_layout: Any, tmp_path: Path, context: StageContext) -> None:  # fmt: skip
+    stage = ToTflite(route=route, input_layout=input_layout, output_layout=output_layout)
+    made = stage.run(exported(Map, tmp_path), context)
+    shapes = {"x": {"NHWC": (1, 8, 6, 3), "NCHW": (1, 3, 8, 6)}, "y": {"NHWC": (1, 8, 6, 4), "NCHW": (1, 4, 8, 6)}}  # fmt: skip
+    assert [(s.layout, s.shape) for s in (*made.inputs, *made.outputs)] == [
+        (input_layout, shapes["x"][input_layout]), (output_layout, shapes["y"][output_layout])
+    ]  # fmt: skip
     assert_computes_the_same(made, Map)
+    (attempt,) = made.facts["attempts"]
+    channels_first = [input_layout, output_layout].count("NCHW")
+    assert (attempt["transposes"], attempt["clean"]) == (channels_first, True)
+    asked = {"name": "y", "converted": "NHWC", "layout": "NCHW"}
+    assert made.facts["doors"] == ([asked] if route == "onnx2tf" else [])
+
+
+def test_int8_takes_the_transpose_at_a_door(tmp_path: Path, context: StageContext) -> None:
+    x = np.random.default_rng(9).normal(size=(16, 3, 8, 6)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    context.data["calibration"] = DataSource(kind="npy", path=tmp_path / "x.npy")
+    source = dataclasses.replace(exported(Map, tmp_path), facts={})  # ONNX only
+    made = ToTflite(output_layout="NCHW").run(source, context)
+    assert [door["name"] for door in made.facts["doors"]] == ["y"]
+    int8 = QuantizeInt8(samples=16).run(made, context)
+    assert [(s.name, s.layout, s.dtype) for s in int8.outputs] == [("y", "NCHW", "int8")]
+    found = describe(int8.path)
+    assert found.transposes == 1
+    assert "DEQUANTIZE" not in found.operators
+    expected, actual = predict(source, {"x": x})["y"], predict(int8, {"x": x})["y"]
+    # a map with its axes mixed up has an error like its values
+    assert np.abs(actual - expected).max() < 0.05 * np.abs(expected).max()
 
 
 def test_an_lstm_goes_on_to_the_converter_whose_file_keeps_no_state(tmp_path: Path, context: StageContext) -> None:  # fmt: skip

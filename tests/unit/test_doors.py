@@ -1,0 +1,47 @@
+"""A TRANSPOSE at a door: the layout changes there, names and values do not."""
+
+import numpy as np
+import pytest
+
+from edgepipe.tflite_ops.doors import move_axes
+from edgepipe.tflite_ops.flatbuffer import parse_model
+from edgepipe.tflite_ops.run import open_tflite
+
+from .tflite_builder import Graph
+
+
+def sum_and_difference(shape):
+    """Inputs a and b -> a + b, which is read again inside, and (a + b) - b."""
+    graph = Graph()
+    a, b = graph.input("a", shape), graph.input("b", shape)
+    total = graph.op("ADD", [a, b], "sum", shape, "AddOptions")
+    return graph.bytes([total, graph.op("SUB", [total, b], "difference", shape, "SubOptions")])
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "shape", "axes"),
+    [
+        ("NHWC", "NCHW", (1, 2, 3, 4), (0, 3, 1, 2)),
+        ("NDHWC", "NCDHW", (1, 2, 3, 4, 5), (0, 4, 1, 2, 3)),
+    ],
+)
+def test_doors_move_axes_and_keep_names_and_values(inner, outer, shape, axes):
+    content = sum_and_difference(shape)
+    moved = move_axes(content, {1: (inner, outer)}, {0: (inner, outer)})
+    generator = np.random.default_rng(0)
+    a, b = (generator.normal(size=shape).astype(np.float32) for _ in range(2))
+    run = open_tflite(moved).get_signature_runner("serving_default")
+    found = run(a=a, b=b.transpose(axes))
+    np.testing.assert_array_equal(found["sum"], (a + b).transpose(axes))
+    np.testing.assert_array_equal(found["difference"], (a + b) - b)
+    graph = parse_model(moved, where="moved").subgraphs[0]
+    doors = [[graph.tensors[i] for i in side] for side in (graph.inputs, graph.outputs)]
+    outside = tuple(shape[i] for i in axes)
+    assert [[(t.name, t.shape) for t in side] for side in doors] == [
+        [("a", shape), ("b", outside)],
+        [("sum", outside), ("difference", shape)],
+    ]
+    names = [t.name for t in graph.tensors]
+    assert len(set(names)) == len(names)
+    versions = {o.version for o in graph.operators if o.name == "TRANSPOSE"}
+    assert versions == {4 if len(shape) == 5 else 1}
