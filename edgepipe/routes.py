@@ -163,7 +163,7 @@ def reason(chosen: Attempt, attempts: Sequence[Attempt], asked: str) -> str:
     second = min((a for a in proven if a is not chosen), key=rank)
     if chosen.clean and not second.clean:
         return f"the only clean one of {len(proven)} that are proven{others}"
-    names = ("operators that int8 leaves in float", "transposes", "transpose bytes", "operators", "bytes")  # fmt: skip
+    names = ("operators without an int8 form", "transposes", "transpose bytes", "operators", "bytes")  # fmt: skip
     for name, ours, theirs in zip(names, rank(chosen)[1:], rank(second)[1:], strict=True):
         if ours != theirs:
             return f"best of {len(proven)} by {name} ({ours:g}, next {theirs:g}){others}"
@@ -188,5 +188,5 @@ def attempts_table(facts: Mapping[str, Any]) -> Table:
             str(way), result, f"{item['parity']:.1e}", str(item["transposes"]), loose or "0", str(item["operators"]),
             format_bytes(item["bytes"]), latency, f"{item['seconds']:.1f} s", "",
         ))  # fmt: skip
-    header = ("route", "result", "parity", "transposes", "float in int8", "operators", "size", "host latency", "took", "at fault")  # fmt: skip
+    header = ("route", "result", "parity", "transposes", "float or spelt out", "operators", "size", "host latency", "took", "at fault")  # fmt: skip
     return Table("Conversion", header, tuple(rows))

@@ -15,7 +15,7 @@ from edgepipe.artifact import TensorSpec
 from edgepipe.errors import ArtifactError, DataError
 from edgepipe.tflite_ops import run as ops
 from edgepipe.tflite_ops.bisect import first_departure
-from edgepipe.tflite_ops.candidates import keeps_state
+from edgepipe.tflite_ops.candidates import keeps_state, left_behind
 from edgepipe.tflite_ops.convert import match_tensors
 from edgepipe.tflite_ops.onnx_model import onnx_specs
 from edgepipe.tflite_ops.run import dequantize, exact_cast, quantize, run_onnx, run_tflite
@@ -87,6 +87,16 @@ def test_a_scalar_takes_one_sample_at_a_time_and_is_found_again_in_the_converted
     rows = {"a": a[:1], "b": b[:1]}
     assert not keeps_state(converted, rows, match.inputs)
     assert first_departure(reference, converted, [a[:1], b[:1]], [a[:1], b[:1]], tolerance=0.0) is None  # fmt: skip
+
+
+def test_an_erf_that_a_converter_spelt_out_is_left_behind_and_negation_is_not(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "m.tflite"
+    g = Graph()
+    x = g.op("NEG", [g.input("x", [1, 4])], "negative", [1, 4], "NegOptions")
+    path.write_bytes(g.bytes([g.op("SIGN", [x], "y", [1, 4], "SignOptions")]))
+    assert left_behind(path)["loose_ops"] == {"SIGN": 1}
 
 
 def test_state_does_not_leak_from_one_sample_to_the_next(tmp_path: Path) -> None:
