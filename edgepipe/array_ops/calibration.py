@@ -145,12 +145,20 @@ def file_batches(
 ) -> Iterator[list[np.ndarray]]:
     """Samples one batch of the file at a time: for each input, (batch, ...) in the file's layout.
 
+    A scalar input has (N,) samples and takes one at a time: (). A file that has one and takes several
+    samples at once is a DataError.
     The last batch is filled up with its own last sample, which adds nothing to a range. Of a model with
     state every step of a sequence is a sample, with the states that ``samples.states_from`` gives it, in a
     seeded order: whoever takes every k-th must not always get the first step, whose state is zero.
     """
     size = max((spec.shape[spec.layout.find("N")] if "N" in spec.layout else 1) for spec in specs)
     size = max(size, 1)
+    scalar = next((spec.name for spec in specs if not spec.shape), None)
+    if scalar is not None and size > 1:
+        raise DataError(
+            f"input {scalar!r} is a scalar, one number for an inference, but the model takes {size} samples at once",
+            hint="convert it with a batch of 1",
+        )
     axes = [batch_axis(spec.source_layout) for spec in specs]
     rows = (
         row
@@ -164,6 +172,8 @@ def file_batches(
             np.ascontiguousarray(
                 to_layout(np.stack(column, axis=axis), spec.source_layout, spec.layout)
             )
+            if spec.shape
+            else np.asarray(column[0])
             for column, spec, axis in zip(zip(*batch, strict=True), specs, axes, strict=True)
         ]
 

@@ -60,11 +60,12 @@ def encode_samples(
 
     ``specs`` are the artifact's inputs in the file's order; without any, names are those of the
     file's tensors and the layout is the file's. Quantised inputs are quantised, and N samples make
-    N // batch inferences. Raises DataError where a sample set does not fit.
+    N // batch inferences; a scalar input has (N,), one for each. Raises DataError where a sample set does not fit.
     """
     interpreter = open_tflite(path)
     details = interpreter.get_input_details()
-    arrays, batch = [], 1
+    arrays: list[list[np.ndarray]] = []
+    sizes: list[int] = []
     for index, detail in enumerate(details):
         shape = tuple(int(n) for n in detail["shape"])
         spec = specs[index] if specs else TensorSpec(detail["name"], shape)
@@ -78,10 +79,10 @@ def encode_samples(
             )
         array = to_layout(np.asarray(samples[name]), spec.source_layout, spec.layout)
         axis = max(spec.layout.find("N"), 0)
-        if not shape:
-            raise DataError(f"input {name!r} of {path.name} is a scalar: it takes no samples")
-        if array.ndim != len(shape) or any(
-            n != m for i, (n, m) in enumerate(zip(array.shape, shape, strict=True)) if i != axis
+        # a sample of a scalar is one number
+        rank, size = len(shape) or 1, shape[axis] if shape else 1
+        if array.ndim != rank or any(
+            n != m for i, (n, m) in enumerate(zip(shape, array.shape, strict=False)) if i != axis
         ):
             raise DataError(
                 f"input {name!r} of {path.name} has shape {list(shape)}, "
@@ -89,10 +90,16 @@ def encode_samples(
                 hint="the first number is the batch; the rest must be equal",
             )
         stored = quantize(array, detail)
-        batch = shape[axis]
-        runs = array.shape[axis] // shape[axis]
-        rows = [range(k * shape[axis], (k + 1) * shape[axis]) for k in range(runs)]
+        sizes.append(size)
+        runs = array.shape[axis] // size
+        rows = [range(k * size, (k + 1) * size) for k in range(runs)]
         arrays.append([np.ascontiguousarray(np.take(stored, row, axis=axis)) for row in rows])
+    batch = max(sizes, default=1)
+    if batch > 1 and any(not len(detail["shape"]) for detail in details):
+        raise DataError(
+            f"{path.name} takes {batch} samples at once, and one number for all of them: a scalar input",
+            hint="convert it with a batch of 1",
+        )
     count = min(len(runs_of) for runs_of in arrays)
     if count == 0:
         raise DataError(f"too few samples for one inference of {path.name}")
