@@ -87,9 +87,10 @@ class Row:
 
     @property
     def is_slower(self) -> bool:
-        """Certainly, as far as sessions tell; instructions are counted, not sampled."""
+        """Certainly, as far as sessions tell, and by more than two measurements of one model differ."""
         if self.latency_ratio is not None:
-            return self.latency_ratio[1] > 1
+            ratio, low, _ = self.latency_ratio
+            return low > 1 and ratio > 1 + SAME
         return self.instructions_ratio is not None and self.instructions_ratio > 1 + SAME
 
 

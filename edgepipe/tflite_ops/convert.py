@@ -23,7 +23,7 @@ from edgepipe.errors import ArtifactError, StageOptionError
 from edgepipe.state import batch_axis
 from edgepipe.tflite_ops.flatbuffer import parse_model
 from edgepipe.tflite_ops.onnx_model import external_files, read_onnx
-from edgepipe.tflite_ops.onnx_rewrites import rewrite_for_converters
+from edgepipe.tflite_ops.onnx_rewrites import expand_functions, rewrite_for_converters
 from edgepipe.tflite_ops.quantize import BIASED
 from edgepipe.tflite_ops.run import QDQ_OPS, invoke_once, open_tflite, run_onnx
 
@@ -80,8 +80,9 @@ def prepare_onnx(path: Path, specs: Sequence[TensorSpec], *, batch: int | None) 
         for value in model.graph.output:
             if any(not d.HasField("dim_value") for d in value.type.tensor_type.shape.dim):
                 value.type.tensor_type.ClearField("shape")
-    if rewrite_for_converters(model) or changed:
-        return bytes(model.SerializeToString())
+    expanded = expand_functions(model)
+    if rewrite_for_converters(expanded) or changed or expanded is not model:
+        return bytes(expanded.SerializeToString())
     return path.read_bytes()
 
 
@@ -228,7 +229,8 @@ def _assignments(
             for layout in dict.fromkeys((wished, spec.layout, channels_last(spec.layout))):
                 moved = sized if layout == spec.layout else permute_shape(sized, spec.layout, layout)  # fmt: skip
                 same_kind = _is_integer(detail["dtype"]) == _is_integer(spec.dtype)
-                if moved == shape and same_kind:
+                # converters may make [1] of a scalar
+                if same_kind and (moved == shape or (not spec.shape and shape == (1,))):
                     cost = 2 * (plain_name(detail["name"]) != spec.name) + (layout != wished)
                     fits.append((cost, i, layout))
         choices.append(sorted(fits))

@@ -62,6 +62,8 @@ def test_slower_than_float_is_said_only_where_the_sessions_exclude_the_opposite(
     slow = dataclasses.replace(row("float16", ratio=1.1), latency_ratio=(1.1, 0.95, 1.3))
     assert why_slower(slow, None) == ()
     assert why_slower(row("float16", ratio=1.1), None)
+    hair = dataclasses.replace(row("weight_int8"), latency_ratio=(1.003, 1.001, 1.005))
+    assert why_slower(hair, None) == ()
     assert why_slower(row("int8", ratio=0.5), ()) == ()
 
 

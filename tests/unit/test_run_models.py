@@ -84,6 +84,13 @@ def test_a_scalar_takes_one_sample_at_a_time_and_is_found_again_in_the_converted
         np.testing.assert_array_equal(run(path, [a, b], inputs, outputs)[0], a * b)
     match = match_tensors(reference, converted, inputs, outputs, [a, b], layouts={}, tolerance=0.0)
     assert match.errors == {"y": 0.0}
+    # onnx2tf makes [1] of a scalar that meets a vector
+    g = Graph()
+    y = g.op("MUL", [g.input("a", [1]), g.input("b", [])], "y", [], "MulOptions")
+    (tmp_path / "one.tflite").write_bytes(g.bytes([y]))
+    one = match_tensors(reference, tmp_path / "one.tflite", inputs, outputs, [a, b], layouts={}, tolerance=0.0)  # fmt: skip
+    assert [s.shape for s in one.inputs] == [(1,), ()]
+    np.testing.assert_array_equal(run_tflite(tmp_path / "one.tflite", [a, b], one.inputs, one.outputs)[0].reshape(3), a * b)  # fmt: skip
     rows = {"a": a[:1], "b": b[:1]}
     assert not keeps_state(converted, rows, match.inputs)
     assert first_departure(reference, converted, [a[:1], b[:1]], [a[:1], b[:1]], tolerance=0.0) is None  # fmt: skip
