@@ -7,15 +7,18 @@ that does not help does no harm: what is converted is compared with the model as
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import NodeProto, helper, numpy_helper
+from onnx import NodeProto, helper, inliner, numpy_helper
 
 from edgepipe.tflite_ops.onnx_model import keep_pooled_axes
+
+log = logging.getLogger(__name__)
 
 # from which on the pads of Pad are an input
 _OPSET = 11
@@ -34,6 +37,34 @@ class _Graph:
     def constant(self, name: str, value: np.ndarray) -> str:
         self.added.append(numpy_helper.from_array(value, name))
         return name
+
+
+# Functions of the ONNX standard that no converter knows, and what their bodies are written with
+FUNCTIONS = ("Attention", "CausalConvWithState", "RMSNormalization", "RotaryEmbedding", "Swish", "CastLike")  # fmt: skip
+
+
+def expand_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with each of `FUNCTIONS` replaced by its body, as the ONNX standard defines it.
+
+    Names of inputs and outputs stay. One whose types cannot be inferred is left for the converter
+    to refuse.
+    """
+    if not any(node.op_type in FUNCTIONS and not node.domain for node in model.graph.node):
+        return model
+    typed = onnx.ModelProto()
+    typed.CopyFrom(model)
+    # the inliner asks for the types of constants, too, and of an optional input that is left out, which has no name
+    typed.graph.value_info.extend(
+        helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in model.graph.initializer
+    )  # fmt: skip
+    typed.graph.value_info.append(helper.make_tensor_value_info("", onnx.TensorProto.FLOAT, []))
+    try:
+        expanded = inliner.inline_selected_functions(typed, [("", n) for n in FUNCTIONS], inline_schema_functions=True)  # fmt: skip
+    except RuntimeError as exc:
+        log.info("a function of the ONNX standard cannot be written out: %s", exc)
+        return model
+    del expanded.graph.value_info[:]
+    return expanded
 
 
 def rewrite_for_converters(model: onnx.ModelProto) -> int:

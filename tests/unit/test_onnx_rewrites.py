@@ -9,8 +9,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
-from edgepipe.tflite_ops.onnx_rewrites import rewrite_for_converters
+from edgepipe.tflite_ops.onnx_rewrites import expand_functions, rewrite_for_converters
 
 
 def model_of(node: onnx.NodeProto, shape: tuple[int, ...], *, opset: int = 18) -> onnx.ModelProto:
@@ -49,6 +50,39 @@ def test_an_elu_of_alpha_1_and_an_old_model_are_left_as_they_are() -> None:
     assert rewritten(model_of(helper.make_node("Elu", ["x"], ["y"]), (1, 2)))[1] == 0
     old = model_of(helper.make_node("Elu", ["x"], ["y"], alpha=0.5), (1, 2), opset=10)
     assert rewritten(old)[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("node", "constants"),
+    [
+        (helper.make_node("Attention", ["x", "k", "k", "", "past", "past"], ["y", "a", "b"], is_causal=1), {"k": (1, 2, 5, 8), "past": (1, 2, 3, 8)}),
+        (helper.make_node("RMSNormalization", ["x", "scale"], ["y"]), {"scale": (8,)}),
+        (helper.make_node("RotaryEmbedding", ["x", "cos", "sin"], ["y"]), {"cos": (1, 4, 4), "sin": (1, 4, 4)}),
+        (helper.make_node("Swish", ["x"], ["y"], alpha=0.7), {}),
+    ],
+    ids=lambda value: value.op_type if isinstance(value, onnx.NodeProto) else "",
+)  # fmt: skip
+def test_functions_of_the_standard_that_converters_lack_are_written_out(
+    node: onnx.NodeProto, constants: dict[str, tuple[int, ...]]
+) -> None:
+    model = model_of(node, (1, 2, 4, 8), opset=24)
+    model.ir_version = 11
+    random = np.random.default_rng(5)
+    model.graph.initializer.extend(
+        numpy_helper.from_array(random.normal(size=shape).astype(np.float32), name)
+        for name, shape in constants.items()
+    )
+    new = expand_functions(model)
+    onnx.checker.check_model(new, full_check=True)
+    assert not {node.op_type, "CastLike"} & {made.op_type for made in new.graph.node}
+    x = random.normal(size=(1, 2, 4, 8)).astype(np.float32)
+    (expected,) = ReferenceEvaluator(model).run(["y"], {"x": x})
+    np.testing.assert_allclose(run(new, x), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_without_such_functions_is_not_touched() -> None:
+    model = model_of(helper.make_node("Relu", ["x"], ["y"]), (1, 2))
+    assert expand_functions(model) is model
 
 
 def batch_norm_model(*before: onnx.NodeProto, reads: str) -> onnx.ModelProto:
