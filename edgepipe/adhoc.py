@@ -28,7 +28,7 @@ TO_FLOAT = {
     "onnx": ("to_tflite",),
     "tflite": (),
 }
-_INPUT = re.compile(r"^(\w[\w.:/-]*)=(\d+(?:x\d+)*)(?::([A-Z]+))?$")
+_INPUT = re.compile(r"^(\w[\w.:/-]*)=(\d+(?:x\d+)*)?(?::([A-Z]+))?$")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,8 +64,8 @@ def model_source(args: argparse.Namespace) -> ModelSource:
     for text in args.input:
         match = _INPUT.match(text)
         if match is None:
-            raise RequestError(f"--input {text!r} is not NAME=SHAPE", hint="like --input image=1x3x224x224, or with a layout: --input image=1x224x224x3:NHWC")  # fmt: skip
-        shape = tuple(int(n) for n in match[2].split("x"))
+            raise RequestError(f"--input {text!r} is not NAME=SHAPE", hint="like --input image=1x3x224x224, or with a layout: --input image=1x224x224x3:NHWC; a scalar: --input gain=")  # fmt: skip
+        shape = tuple(int(n) for n in match[2].split("x")) if match[2] else ()
         inputs.append(TensorOption(name=match[1], shape=shape, layout=match[3] or ""))
     state = parse_state(args.state)
     root = Path.cwd()

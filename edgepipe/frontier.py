@@ -411,9 +411,12 @@ def notes(rows: Sequence[Row], *, runtime: tuple[str, str] | None = None) -> lis
         if row.error:
             lines.append(f"{row.precision}: {row.error}")
         if row.why and row.cost is not None:
-            lines.append(
-                f"{row.precision} is slower than float ({row.cost:.2f}x): {'; '.join(row.why)}"
+            more = (
+                "is slower than float"
+                if row.latency_ratio
+                else "takes more instructions than float"
             )
+            lines.append(f"{row.precision} {more} ({row.cost:.2f}x): {'; '.join(row.why)}")
         for need in row.runtime_needs[:1]:
             if runtime is None or (runtime[0] != "litert" and _older(runtime[1], need["tflite"])):
                 lines.append(f"{row.precision} needs LiteRT, or TensorFlow Lite {need['tflite']}: {need['operator']} with {need['why']}")  # fmt: skip

@@ -433,6 +433,8 @@ def summary(found: Explanation) -> list[str]:
     lines = [f"outputs: {found.sqnr_db:.1f} dB SQNR against float, noise {found.output_noise:.2g}"]
     if found.score is not None and found.float_score is not None:
         lines[0] += f"; {found.metric} {found.score:.4f}, float {found.float_score:.4f}"
+    if found.at_fault and found.output_noise <= FAULT:
+        lines[0] += " (as it is, it holds: the layers below would spoil it if they were plain int8)"
     for layer in found.at_fault:
         noise = f"{layer.noise.operator} {short_name(layer.noise.layer)!r} alone puts {layer.noise_alone:.2g} of noise on the outputs"  # fmt: skip
         lines.append(f"{noise}: {layer.why}; rung: {_rung_text(layer)}{_gain_text(layer, found)}")

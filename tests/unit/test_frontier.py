@@ -100,3 +100,11 @@ def test_notes_name_failures_and_what_an_old_runtime_lacks():
     for fine in (("tflite-runtime", "2.17.0"), ("litert", "2.3.0")):
         assert not any("2.17.0" in line for line in notes(rows, runtime=fine))
     assert "int8: 2 float islands" in notes(rows)
+
+
+def test_instructions_are_not_called_time():
+    counted = dataclasses.replace(
+        row("int8"), latency_ratio=None, instructions_ratio=1.5, why=("w",)
+    )
+    assert notes([counted]) == ["int8 takes more instructions than float (1.50x): w"]
+    assert notes([row("int8", ratio=1.5, why=("w",))]) == ["int8 is slower than float (1.50x): w"]

@@ -262,6 +262,9 @@ def test_a_model_that_holds_as_it_is_leaves_rungs_to_the_rule():
     layer = Layer(noise("a"), 0.4, why="w", rung="bias")
     assert _with_tried_rung(layer, holds) == layer
     assert "bias (by rule, not tried)" in summary(explanation(layer))[1]
+    assert "it holds" not in summary(explanation(layer))[0]
+    mended = dataclasses.replace(explanation(layer), output_noise=0.001)
+    assert "as it is, it holds" in summary(mended)[0]
 
 
 def explanation(*layers):
