@@ -426,6 +426,12 @@ class QuantizeInt8:
             )
         for line in (*lines, *rescue.causes):
             log.info("%s", line)
+        interval = rescue.rungs[-1].judgement.interval_points
+        if interval is not None and interval[1] > self.max_drop:
+            log.warning(
+                "%d samples cannot tell a loss of %s from one of %.1f: judge the file on more, by [evaluate]",
+                len(evaluation), points(self.max_drop), interval[1],
+            )  # fmt: skip
         last = RangeTable(rescue.ranges, rescue.method, table.samples, table.data)
         return rescue.float_content, last, rescue.content, {"rescue": facts}
 

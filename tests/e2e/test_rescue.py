@@ -96,6 +96,8 @@ def test_a_network_that_plain_int8_ruins_is_rescued_and_the_cause_named(
     assert any(net.fault in cause for cause in facts["causes"])
     assert describe(result.path).is_full_integer
     assert "holds" in caplog.text
+    beyond = facts["rungs"][-1]["interval_points"][1] > 1
+    assert ("samples cannot tell a loss of 1 point" in caplog.text) == beyond
     # the bytes and latencies of all rungs are there to compare
     assert all(r["bytes"] > 0 and r["latency_s"] > 0 and r["samples"] == len(net.labels) for r in facts["rungs"])  # fmt: skip
 
