@@ -92,6 +92,9 @@ def evaluate(
                 "%d of the %d evaluation samples (%s) are calibration samples: the int8 file fits them",
                 common, len(samples), samples.origin,
             )  # fmt: skip
+    context["doubts"] = _doubts(shipped, inputs, samples)
+    for doubt in context["doubts"]:
+        log.warning("%s", doubt)
     layers = {"layers": _noisiest_layers(shipped, float_model, samples)}
     measured = []
     errors = compare(outputs[float_model.sha256], outputs[shipped.sha256])
@@ -137,6 +140,17 @@ def _paired(
         _, low, high = stats.paired_difference_interval(was_right.tolist(), is_right.tolist())
         found["interval_points"] = [100 * low, 100 * high]
     return found
+
+
+def _doubts(shipped: Artifact, inputs: Sequence[TensorSpec], samples: Samples) -> list[str]:
+    """Whether calibration data, by its recorded figures, looks prepared in another way."""
+    from edgepipe.array_ops.calibration import InputStatistics, compare_inputs
+
+    specs = {spec.name: spec for spec in inputs}
+    seen = [InputStatistics(**found) for found in shipped.facts.get("calibration", {}).get("inputs", ()) if found["name"] in specs]  # fmt: skip
+    if not seen or samples.is_random or shipped.facts["calibration"]["is_random"]:
+        return []
+    return compare_inputs(seen, samples, [specs[found.name] for found in seen])
 
 
 def _noisiest_layers(

@@ -65,11 +65,11 @@ def explain(gate: Gate, verdict: Verdict, measurements: Mapping[str, Measurement
     if name == "device_agreement":
         return answers_that_differ(measurements)
     if name in ("device_accuracy_drop", "device_task_metric"):
-        return (*answers_that_differ(measurements), *classes_that_lost(measurements), *layers_that_lost(measurements))  # fmt: skip
+        return (*answers_that_differ(measurements), *doubts_of_data(measurements), *classes_that_lost(measurements), *layers_that_lost(measurements))  # fmt: skip
     if name == "task_metric" and (known := float_score(verdict, measurements)):
         return known
     if name in ("accuracy_drop", "task_metric", "parity"):
-        return (*classes_that_lost(measurements), *layers_that_lost(measurements))
+        return (*doubts_of_data(measurements), *classes_that_lost(measurements), *layers_that_lost(measurements))  # fmt: skip
     if name == "full_integer":
         return float_islands(measurements)
     return ()
@@ -271,6 +271,11 @@ def classes_that_lost(measurements: Mapping[str, Measurement]) -> tuple[str, ...
         *(f"class {r['class']}: {r['right']} of {r['n']} right, the reference {r['reference_right']}" for r in rows[:SHOWN]),
         *more,
     )  # fmt: skip
+
+
+def doubts_of_data(measurements: Mapping[str, Measurement]) -> tuple[str, ...]:
+    """That calibration and evaluation data look prepared differently, where they do."""
+    return next((tuple(m.context["doubts"]) for m in measurements.values() if m.context.get("doubts")), ())  # fmt: skip
 
 
 def float_score(verdict: Verdict, measurements: Mapping[str, Measurement]) -> tuple[str, ...]:

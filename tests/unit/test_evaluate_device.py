@@ -465,6 +465,9 @@ def test_a_quantised_file_is_evaluated_with_its_layers_and_classes(tmp_path: Pat
     table = quantize_ops.collect_ranges(content, [[x[None]] for x in data], where="m").table()
     before = artifact(tmp_path, content, "float.tflite")
     after = artifact(tmp_path, quantize_ops.quantize(content, table), "int8.tflite")
+    # what was calibrated on, as pixels that nobody divided by 255
+    other = {"name": before.inputs[0].name, "shape": [40, 6, 6, 3], "dtype": "float32", "minimum": 0.0, "maximum": 255.0, "mean": 120.0, "std": 70.0}  # fmt: skip
+    after = dataclasses.replace(after, facts={"calibration": {"is_random": False, "inputs": [other]}})  # fmt: skip
     labels = np.arange(40) % before.outputs[0].shape[1]
     np.savez(tmp_path / "set.npz", **{before.inputs[0].name: data}, labels=labels)
     found = {
@@ -478,6 +481,8 @@ def test_a_quantised_file_is_evaluated_with_its_layers_and_classes(tmp_path: Pat
     assert {row["layer"] for row in layers} == {"conv", "act", "mean", "y"}
     drop = found["accuracy_drop"].context
     assert drop["layers"] == layers
+    (doubt,) = drop["doubts"]
+    assert "calibration has mean 120 and spread 70" in doubt
     assert sum(c["n"] for c in drop["by_class"]) == 40
     right = sum(c["right"] for c in drop["by_class"]) / 40
     assert right == pytest.approx(found["task_metric"].samples[0][0])

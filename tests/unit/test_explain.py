@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,8 @@ def test_accuracy_names_the_classes_that_lost_most_and_the_noisiest_layers() -> 
     by_class = [{"class": c, "n": 10, "reference_right": 9, "right": 9 - c} for c in range(8)]
     layers = [{"layer": 3, "operator": "CONV_2D", "sqnr_db": 7.0}]
     drop = single("accuracy_drop", "points", 3, {"by_class": by_class, "layers": layers})
+    doubtful = dataclasses.replace(drop, context={**drop.context, "doubts": ["prepared the same way?"]})  # fmt: skip
+    assert lines(AccuracyDropGate(max=1.0), doubtful).startswith("prepared the same way?")
     text = lines(AccuracyDropGate(max=1.0), drop).splitlines()
     assert text[0] == "class 7: 2 of 10 right, the reference 9"
     assert "and 2 more classes" in text
