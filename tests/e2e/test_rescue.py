@@ -83,7 +83,10 @@ def test_a_network_that_plain_int8_ruins_is_rescued_and_the_cause_named(
 ):
     net = NETS[name]()
     caplog.set_level(logging.INFO)
-    model, result = climb(net, output_dtype="float32")
+    metric = "metric.py:scores" if net.first_score else "top1"
+    # of 597 samples 2 are lost by the first net: 0.34 points, and up to 0.90 in 95 of 100 cases
+    allowed = 0.5 if name == "dead_batch_norm" else 1
+    model, result = climb(net, output_dtype="float32", metric=metric, max_drop=f"{allowed} points")
     base = accuracy(net, model)
     facts = result.facts["rescue"]
     plain = facts["rungs"][0]
@@ -96,8 +99,8 @@ def test_a_network_that_plain_int8_ruins_is_rescued_and_the_cause_named(
     assert any(net.fault in cause for cause in facts["causes"])
     assert describe(result.path).is_full_integer
     assert "holds" in caplog.text
-    beyond = facts["rungs"][-1]["interval_points"][1] > 1
-    assert ("samples cannot tell a loss of 1 point" in caplog.text) == beyond
+    told = "597 samples cannot tell a loss of 0.5 points from one of 0.9" in caplog.text
+    assert told == (name == "dead_batch_norm")
     # the bytes and latencies of all rungs are there to compare
     assert all(r["bytes"] > 0 and r["latency_s"] > 0 and r["samples"] == len(net.labels) for r in facts["rungs"])  # fmt: skip
 
