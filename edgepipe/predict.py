@@ -81,7 +81,7 @@ def opened(
     else:
         from edgepipe.torch_ops.run import open_torch
 
-        axes = [[batch_axis(spec.layout) for spec in specs] for specs in (artifact.inputs, artifact.outputs)]  # fmt: skip
+        axes = [[batch_axis(spec.layout) if spec.shape else None for spec in specs] for specs in (artifact.inputs, artifact.outputs)]  # fmt: skip
         run = open_torch(artifact.path, *axes)
 
     def call(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

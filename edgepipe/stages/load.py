@@ -21,14 +21,14 @@ log = logging.getLogger(__name__)
 
 @record
 class TensorOption:
-    """One input, ``[[model.inputs]]``. ``shape`` begins with the batch, which is 1.
+    """One input, ``[[model.inputs]]``. ``shape`` begins with the batch, which is 1; that of a scalar is [].
 
     ``layout`` names each axis, like ``NCHW``; without it the axes are PyTorch's usual ones for
     that rank. Of a model file only what it leaves open needs saying: layout, free dimensions.
     """
 
     name: str
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...] | None = None
     dtype: Literal[
         "float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"
     ] = "float32"
@@ -127,7 +127,7 @@ def check_source(source: ModelSource) -> None:
             f"[model] outputs is for PyTorch models; the outputs of {source.file.name} have names already",
             hint="remove outputs",
         )
-    unshaped = [option.name for option in source.inputs if not option.shape]
+    unshaped = [option.name for option in source.inputs if option.shape is None]
     if source.builder and (not source.inputs or unshaped):
         raise ArtifactError(
             f"the inputs of builder {source.builder} are not declared"
@@ -142,24 +142,22 @@ def check_source(source: ModelSource) -> None:
         where = f"[[model.inputs]] {option.name!r}"
         if names.count(option.name) > 1:
             raise ArtifactError(f"{where} is declared twice", hint="give each input its own name")
-        batch = option.shape[:1]
-        if option.name in source.state and 1 in option.shape[:2]:  # (layers, N, C) of an RNN
+        shape = option.shape or ()
+        batch = shape[:1]
+        if option.name in source.state and 1 in shape[:2]:  # (layers, N, C) of an RNN
             batch = (1,)
-        if option.shape and (batch != (1,) or min(option.shape) < 1):
+        if shape and (batch != (1,) or min(shape) < 1):
             raise ArtifactError(
-                f"{where}: shape {list(option.shape)} should begin with the batch, 1, and have no zeros",
-                hint=f"shape = {[1, *option.shape[1:]]}",
+                f"{where}: shape {list(shape)} should begin with the batch, 1, and have no zeros",
+                hint=f"shape = {[1, *shape[1:]]}",
             )
         if (
             option.layout
-            and option.shape
-            and (
-                len(option.layout) != len(option.shape)
-                or len(set(option.layout)) != len(option.layout)
-            )
+            and shape
+            and (len(option.layout) != len(shape) or len(set(option.layout)) != len(option.layout))
         ):
             raise ArtifactError(
-                f"{where}: layout {option.layout!r} should name each of the {len(option.shape)} axes once",
+                f"{where}: layout {option.layout!r} should name each of the {len(shape)} axes once",
                 hint='like layout = "NCHW"',
             )
 
@@ -185,7 +183,7 @@ def _load_builder(source: ModelSource, context: StageContext) -> Artifact:
     else:
         log.info("%s starts from random weights, seed %d", source.builder, context.seed)
         facts |= {"weights": "random", "seed": context.seed}
-    inputs = tuple(TensorSpec(o.name, o.shape, o.dtype, o.layout) for o in source.inputs)
+    inputs = tuple(TensorSpec(o.name, o.shape or (), o.dtype, o.layout) for o in source.inputs)
     folder = context.work_dir / "model"
     save_model(model, folder, description)
     outputs, count = describe_outputs(folder, inputs, source.outputs)
@@ -218,11 +216,8 @@ def describe_outputs(
 def _name_outputs(
     shapes: list[tuple[tuple[int, ...], str]], names: tuple[str, ...]
 ) -> tuple[TensorSpec, ...]:
-    if not shapes or not all(shape for shape, _ in shapes):
-        raise ArtifactError(
-            "the model returns no tensor, or one without a batch axis",
-            hint="return tensors that begin with the batch from forward",
-        )
+    if not shapes:
+        raise ArtifactError("the model returns no tensor", hint="return tensors from forward")
     names = names or tuple(f"output_{i}" for i in range(len(shapes)))
     if len(names) != len(shapes) or len(set(names)) != len(names):
         raise ArtifactError(
@@ -250,7 +245,7 @@ def _load_pt2(path: Path, source: ModelSource, context: StageContext) -> Artifac
     inputs = []
     for name, shape, dtype in found:
         option = declared.get(name) or TensorOption(name=name)
-        sizes: tuple[int | None, ...] = option.shape or (shape[0] or 1, *shape[1:])
+        sizes: tuple[int | None, ...] = option.shape or (shape and (shape[0] or 1, *shape[1:]))
         fixed = tuple(size for size in sizes if size is not None)
         if len(fixed) != len(shape) or any(s not in (None, f) for s, f in zip(shape, fixed, strict=False)):  # fmt: skip
             raise ArtifactError(

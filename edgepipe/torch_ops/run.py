@@ -27,21 +27,24 @@ def run_torch(path: Path, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def open_torch(
-    path: Path, input_axes: Sequence[int] = (), output_axes: Sequence[int] = ()
+    path: Path, input_axes: Sequence[int | None] = (), output_axes: Sequence[int | None] = ()
 ) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
     """A model as a function: arrays (N, ...) in call order -> one array (N, ...) per output tensor.
 
     ``path`` is a ``torch`` folder or a ``.pt2`` file, read once. The axes say where N is in each input and
-    output (default: first). Evaluation mode, no gradients, at most 256 samples at a time; a program
-    exported with a fixed batch runs that many at a time, the last batch filled up by repeating its last
-    sample. A model that gives other results in a batch than one by one is run one by one.
+    output (default: first), None for a scalar, of which N samples are (N,). Evaluation mode, no gradients,
+    at most 256 samples at a time; a program exported with a fixed batch runs that many at a time, the last
+    batch filled up by repeating its last sample. A model that gives other results in a batch than one by
+    one, or takes or gives a scalar, is run one by one.
     """
     call, dtypes, batch = _open(path)
+    if None in (*input_axes, *output_axes):
+        batch = 1
 
     def run(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         nonlocal batch
         axes_in = tuple(input_axes) or (0,) * len(arrays)
-        count = arrays[0].shape[axes_in[0]]
+        count = arrays[0].shape[axes_in[0] or 0]
         types = dtypes or [torch.from_numpy(a[:0]).dtype for a in arrays]
         if batch is None and count > 1 and not _is_batchable(call, arrays, types, axes_in, output_axes):  # fmt: skip
             log.info("%s gives other results in a batch: running samples one by one", path.name)
@@ -52,9 +55,10 @@ def open_torch(
                 size = min(batch or BATCH, count - start)
                 rows = np.minimum(np.arange(start, start + (batch or size)), count - 1)
                 outputs = [
-                    t.numpy() for t in call_model(call, _tensors(arrays, types, axes_in, rows))
+                    np.atleast_1d(t.numpy())
+                    for t in call_model(call, _tensors(arrays, types, axes_in, rows))
                 ]
-                axes_out = tuple(output_axes) or (0,) * len(outputs)
+                axes_out = tuple(axis or 0 for axis in output_axes) or (0,) * len(outputs)
                 # a state of two layers has two rows a sample: keep what belongs to `size` samples
                 parts.append([
                     np.take(a, range(a.shape[axis] * size // (batch or size)), axis=axis) if batch else a
@@ -66,11 +70,18 @@ def open_torch(
 
 
 def _tensors(
-    arrays: Sequence[np.ndarray], dtypes: Sequence[torch.dtype], axes: Sequence[int], rows: Any
+    arrays: Sequence[np.ndarray],
+    dtypes: Sequence[torch.dtype],
+    axes: Sequence[int | None],
+    rows: Any,
 ) -> list[torch.Tensor]:
-    """The samples ``rows`` of each input as a tensor."""
-    chunks = [np.take(a, rows, axis=axis) for a, axis in zip(arrays, axes, strict=True)]
-    return [torch.from_numpy(np.ascontiguousarray(a)).to(d) for a, d in zip(chunks, dtypes, strict=True)]  # fmt: skip
+    """The samples ``rows`` of each input as a tensor; the only one of a scalar as ()."""
+    chunks = [
+        np.ascontiguousarray(np.take(a, rows, axis=axis or 0))
+        for a, axis in zip(arrays, axes, strict=True)
+    ]
+    shaped = [a.reshape(()) if axis is None else a for a, axis in zip(chunks, axes, strict=True)]
+    return [torch.from_numpy(a).to(d) for a, d in zip(shaped, dtypes, strict=True)]
 
 
 def _open(path: Path) -> tuple[Callable[..., Any], list[torch.dtype], int | None]:
@@ -94,8 +105,8 @@ def _is_batchable(
     call: Callable[..., Any],
     arrays: Sequence[np.ndarray],
     dtypes: Sequence[torch.dtype],
-    input_axes: Sequence[int],
-    output_axes: Sequence[int],
+    input_axes: Sequence[int | None],
+    output_axes: Sequence[int | None],
 ) -> bool:
     """Whether two samples at once give what each gives alone, up to rounding."""
     with torch.no_grad():
@@ -104,7 +115,7 @@ def _is_batchable(
             both = call_model(call, _tensors(arrays, dtypes, input_axes, [0, 1]))
         except ArtifactError:
             return False
-    axes = tuple(output_axes) or (0,) * len(both)
+    axes = tuple(axis or 0 for axis in output_axes) or (0,) * len(both)
     return all(
         tuple(b.shape) == (*one.shape[:axis], 2, *one.shape[axis + 1 :])
         # kernels differ by batch size: allow the rounding of a long float32 sum
