@@ -145,23 +145,31 @@ def build(
         text = exc.message if exc.message.startswith(where) else f"{where}: {exc.message}"
         raise error(text, hint=exc.hint) from exc
     except ValidationError as exc:
-        problems = []
+        unknown, wrong, missing = [], [], []
+        listed: set[tuple[str, ...]] = set()
         for item in exc.errors():
             location = tuple(item["loc"])
             key = ".".join(str(step) for step in location)
             if item["type"] == "unexpected_keyword_argument":
                 is_top = len(location) == 1
-                keys = list(legal) if is_top and legal else _field_names(cls, location[:-1])
-                text = f"unknown key{near_miss(str(location[-1]), keys)} (legal: {', '.join(keys)})"
+                keys = tuple(legal) if is_top and legal else tuple(_field_names(cls, location[:-1]))
+                # once is enough for several wrong keys of one table
+                legal_keys = "" if keys in listed else f" (legal: {', '.join(keys)})"
+                listed.add(keys)
+                unknown.append(f"{key}: unknown key{near_miss(str(location[-1]), list(keys))}{legal_keys}")  # fmt: skip
             elif item["type"] in ("missing", "missing_argument"):
-                text = "is missing"
+                missing.append(key)
             else:
                 text = item["msg"][0].lower() + item["msg"][1:]
                 if item["type"] not in ("quantity",):
                     text += f" (got {item['input']!r})"
-            problems.append(f"{key}: {text}" if key else text)
+                wrong.append(f"{key}: {text}" if key else text)
+        if len(missing) == 1:
+            wrong.append(f"{missing[0]}: is missing")
+        elif missing:
+            wrong.append(f"missing: {', '.join(missing)}")
         raise error(
-            f"{where}: " + "; ".join(problems), hint="mend these keys and run again"
+            f"{where}: " + "; ".join(unknown + wrong), hint="mend these keys and run again"
         ) from exc
 
 

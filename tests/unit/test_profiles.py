@@ -144,6 +144,27 @@ def test_a_broken_profile_keeps_no_other_one_from_being_listed(
     assert main(["devices", "show", "broken"]) == 2
 
 
+def test_wrong_keys_are_told_before_those_that_are_missing(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = Path("device_profiles")
+    mine.mkdir()
+    (mine / "mine.toml").write_text(
+        'schema = 1\nsoc = "BCM2712"\nthread = 2\nmodle = "Pi"\nbits = 16\n'
+    )
+    assert main(["devices", "show", "mine"]) == 2
+    told = capsys.readouterr().err
+    parts = [
+        "mine.toml: thread: unknown key; did you mean 'threads'? (legal: schema, extends, ",
+        "; modle: unknown key; did you mean 'model'?; bits: ",
+        "; missing: model, clusters, ram_bytes, target, machine, os, libc, page_size_bytes, runtime, runtime_version\n",
+    ]
+    places = [told.find(part) for part in parts]
+    assert -1 not in places, told
+    assert places == sorted(places)
+    assert told.count("(legal: ") == 1
+
+
 def test_the_legal_keys_of_a_profile_are_those_of_its_file(here: Path) -> None:
     path = write(here, "mine", 'schema = 1\nextend = "rpi5_8gb"\n')
     with pytest.raises(ProfileError, match=r"did you mean 'extends'.*\(legal: ") as caught:
