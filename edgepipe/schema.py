@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -149,6 +150,11 @@ def build(
         listed: set[tuple[str, ...]] = set()
         for item in exc.errors():
             location = tuple(item["loc"])
+            # of a union: what each of its types wants
+            if len(location) > 1 and re.match(
+                r"(literal\[.*|int|float|str|bool)$", str(location[-1])
+            ):
+                location = location[:-1]
             key = ".".join(str(step) for step in location)
             if item["type"] == "unexpected_keyword_argument":
                 is_top = len(location) == 1
@@ -163,7 +169,10 @@ def build(
                 text = item["msg"][0].lower() + item["msg"][1:]
                 if item["type"] not in ("quantity",):
                     text += f" (got {item['input']!r})"
-                wrong.append(f"{key}: {text}" if key else text)
+                if key and wrong and wrong[-1].startswith(f"{key}: "):
+                    wrong[-1] += f" or {text}"
+                else:
+                    wrong.append(f"{key}: {text}" if key else text)
         if len(missing) == 1:
             wrong.append(f"{missing[0]}: is missing")
         elif missing:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pytest
 
@@ -20,6 +20,16 @@ class Outer:
     limit: Annotated[float, Unit("time")] = 1.0
     inner: Inner | None = None
     flag: bool = False
+
+
+@record
+class Choice:
+    samples: int | Literal["auto"] = "auto"
+
+
+def test_what_may_be_of_several_types_is_one_mistake() -> None:
+    with pytest.raises(RequestError, match=r"^w: samples: .*integer .* or .*'auto' \(got 'all'\)$"):
+        build(Choice, {"samples": "all"}, where="w", error=RequestError)
 
 
 def test_plain_data_becomes_a_frozen_record() -> None:
