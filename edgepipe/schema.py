@@ -146,7 +146,8 @@ def build(
         text = exc.message if exc.message.startswith(where) else f"{where}: {exc.message}"
         raise error(text, hint=exc.hint) from exc
     except ValidationError as exc:
-        unknown, wrong, missing = [], [], []
+        unknown, missing = [], []
+        wrong: list[str] = []
         listed: set[tuple[str, ...]] = set()
         for item in exc.errors():
             location = tuple(item["loc"])
