@@ -318,7 +318,7 @@ def _request(
     """The job but for its id, its plan and where its inputs lie."""
     return {
         "schema": SCHEMA,
-        "owner": f"{_user_name()}@{socket.gethostname()}",
+        "owner": owner_name(),
         "work_dir": board.work_dir,
         "models": {
             arm: {
@@ -375,11 +375,13 @@ def _named_job(
     return {**request, "id": job_id, "inputs": inputs}
 
 
-def _user_name() -> str:
+def owner_name() -> str:
+    """Who takes a board: ``ada@desk``."""
     try:
-        return getpass.getuser()
+        user = getpass.getuser()
     except (KeyError, OSError):  # an account without a name, as in many containers
-        return f"uid {os.getuid()}"
+        user = f"uid {os.getuid()}"
+    return f"{user}@{socket.gethostname()}"
 
 
 def _push_models(board: Board, models: Mapping[str, Artifact]) -> None:

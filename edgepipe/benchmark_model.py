@@ -11,15 +11,17 @@ import dataclasses
 import logging
 import math
 import re
+import secrets
 from pathlib import Path
 from typing import Any
 
 from edgepipe import android, preflight
 from edgepipe.artifact import Artifact, hash_path
-from edgepipe.bench import BenchResult, MeasureOptions
+from edgepipe.bench import BenchResult, MeasureOptions, owner_name
+from edgepipe.crunner import plain_name
 from edgepipe.device.base import Device
 from edgepipe.emulated import why_emulated
-from edgepipe.errors import CommandFailed, RequestError
+from edgepipe.errors import Busy, CommandFailed, DeviceError, RequestError
 from edgepipe.job import COMMAND_TIMEOUT_S
 from edgepipe.measurement import Measurement, single
 from edgepipe.profile import DeviceProfile
@@ -27,6 +29,9 @@ from edgepipe.profile import DeviceProfile
 log = logging.getLogger(__name__)
 
 BACKEND = "benchmark_model"
+# What the agent and the C runner say, and their exit code, where the board is another job's.
+EX_BUSY = 75
+_BUSY = re.compile(r'"error":"busy".*"message":"([^"]*)"')
 _NUMBER = r"[-+0-9.eE]+|inf|nan"
 # "INFO: " in newer builds, "I tflite  : " in logcat
 _SUMMARY = re.compile(
@@ -133,7 +138,8 @@ def measure(
 ) -> BenchResult:
     """Push ``binary`` and the model, run it ``options.sessions`` times, and once more for the operators.
 
-    Raises RequestError for an emulated board (it measures nothing but time), CommandFailed where it
+    The board is taken as our own jobs take it, from the first run to the last. Raises Busy where another
+    job has it, RequestError for an emulated board (it measures nothing but time), CommandFailed where it
     fails there or is not for that board, and what `preflight.prepare` and `android.check_health` raise.
     """
     board = preflight.prepare(device, profile)
@@ -156,11 +162,25 @@ def measure(
     mask = f"{sum(1 << cpu for cpu in affinity):x}"
     words = [*(["taskset", mask] if affinity else []), program, f"--graph={graph}", f"--num_threads={threads}"]  # fmt: skip
     words += [f"--min_secs={options.session:g}", f"--warmup_min_secs={options.warmup:g}"]
-    reports = []
-    for number in range(options.sessions):
-        log.info("benchmark_model: run %d of %d", number + 1, options.sessions)
-        reports.append(_run(device, words, options.budget))
-    profiled = _run(device, [*words, "--enable_op_profiling=true"], options.budget) if options.ops else None  # fmt: skip
+    job_id, reports = f"benchmark_model-{secrets.token_hex(4)}", []
+    # the lease that our own jobs take; should this host die, it ends by itself
+    lease_s = options.budget + COMMAND_TIMEOUT_S
+    words = [
+        *board.command,
+        "hold",
+        board.work_dir,
+        job_id,
+        plain_name(owner_name()),
+        f"{lease_s:.0f}",
+        *words,
+    ]
+    try:
+        for number in range(options.sessions):
+            log.info("benchmark_model: run %d of %d", number + 1, options.sessions)
+            reports.append(_run(device, words, options.budget))
+        profiled = _run(device, [*words, "--enable_op_profiling=true"], options.budget) if options.ops else None  # fmt: skip
+    finally:
+        _release(board, job_id)
     context: dict[str, Any] = {
         "model_sha256": model.sha256, "model_bytes": model.size_bytes, "profile": profile.name,
         "device": device.address, "backend": BACKEND, "runtime": BACKEND, "runtime_sha256": sha256,
@@ -190,9 +210,23 @@ def measure(
     return BenchResult(tuple(found), {**facts["device"], "packages": facts["packages"]}, raw)
 
 
+def _release(board: preflight.Board, job_id: str) -> None:
+    """Give the board back, whatever became of the runs: their error goes before one of this."""
+    command = [*board.command, "release", board.work_dir, job_id]
+    try:
+        done = board.device.run(command, timeout_s=COMMAND_TIMEOUT_S)
+    except DeviceError as exc:
+        log.warning("%s was not given back and stays taken for a while: %s", board.device.address, exc)  # fmt: skip
+        return
+    if done.returncode:
+        log.warning("%s was not given back: %s", board.device.address, done.stdout.decode(errors="replace").strip())  # fmt: skip
+
+
 def _run(device: Device, words: list[str], timeout_s: float) -> Report:
     done = device.run(words, timeout_s=timeout_s)
     text = (done.stdout + b"\n" + done.stderr).decode(errors="replace")
+    if done.returncode == EX_BUSY and (found := _BUSY.search(text)):
+        raise Busy(f"{device.address} is busy: {found[1]}", hint="wait for it to end, then try again")  # fmt: skip
     if done.returncode:
         raise CommandFailed(
             f"benchmark_model failed on {device.address} with exit code {done.returncode}: "

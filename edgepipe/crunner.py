@@ -505,7 +505,7 @@ class CRunnerJob(BoardJob):
     def _words(self, entry: Mapping[str, Any], limit_s: float) -> list[str]:
         job, runtime, given = self.job, self.job["runtime"], self.job["inputs"]
         words = {
-            "id": job["id"], "owner": _plain(job["owner"]), "work_dir": job["work_dir"],
+            "id": job["id"], "owner": plain_name(job["owner"]), "work_dir": job["work_dir"],
             "job_dir": self.job_dir, "tag": entry["tag"], "kind": entry["kind"],
             "identity": self._identity(entry["tag"], entry["kind"], entry["arms"]),
             "runtime": runtime["path"], "runtime_size": runtime["size"],
@@ -625,7 +625,7 @@ def _owner(answer: Mapping[str, Any]) -> dict[str, Any] | None:
     return owner if isinstance(owner, dict) else None
 
 
-def _plain(text: str) -> str:
+def plain_name(text: str) -> str:
     """A name as the runner may put it into its lease: letters, digits and a few signs."""
     return "".join(c if (c.isascii() and c.isalnum()) or c in "-_.@ " else "_" for c in text)
 

@@ -50,11 +50,15 @@ class Board:
             self.device, self.payload, job, job_dir, runtime_hint=runtime_hint, progress=progress
         )
 
+    @property
+    def command(self) -> tuple[str, ...]:
+        """What every call of the agent, or of the C runner, begins with."""
+        return self.c_board.command if self.c_board else ("python3", self.payload.entry)
+
     def facts(self) -> dict[str, Any]:
         if self.c_board is not None:
             return self.c_board.facts()
-        command = ["python3", self.payload.entry, "facts", self.work_dir]
-        done = self.device.run(command, timeout_s=COMMAND_TIMEOUT_S)
+        done = self.device.run([*self.command, "facts", self.work_dir], timeout_s=COMMAND_TIMEOUT_S)
         return parse_facts(
             done.stdout, stderr=done.stderr, returncode=done.returncode, address=self.device.address
         )

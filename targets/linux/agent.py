@@ -8,6 +8,10 @@
     agent.py survey WORK_DIR AGE_S           facts, and what lies in the work folder; AGE_S: how old a
                                              job without a supervisor is when it counts as garbage
     agent.py tidy WORK_DIR AGE_S             remove that garbage, put back a governor left changed
+    agent.py hold WORK_DIR JOB OWNER LEASE_S PROGRAM [ARGUMENT...]
+                                             become PROGRAM, which has the board while it runs, and JOB
+                                             for LEASE_S from its start
+    agent.py release WORK_DIR JOB            stop such a program, give the board back
     agent.py check WORK_DIR BACKEND LIBRARY  which runtime works here: LIBRARY is {path, size, sha256,
                                              version, glibc, glibcxx} or null, as JSON
 
@@ -50,7 +54,7 @@ from job import (
     load_job,
     stop_for,
 )
-from lease import SupervisorLock, boot_id, give_back
+from lease import Lease, SupervisorLock, boot_id, boottime_s, give_back, stop_holder
 
 SUPERVISOR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "supervisor.py")
 # How long `start` waits for its supervisor, and whoever ends one for it to be gone.
@@ -187,6 +191,14 @@ def end(job_dir, keep):
     return {"state": state}
 
 
+def hold(work_dir, job, owner, lease_s, command):
+    """Become a program that has the lease. Raises Stop(75) where the board is another job's."""
+    lease = Lease({"id": job, "owner": owner, "work_dir": work_dir, "lease_s": lease_s})
+    lease.write(boottime_s() + lease_s)
+    os.set_inheritable(lease.stream.fileno(), True)
+    os.execvp(command[0], command)
+
+
 def facts(work_dir):
     return {
         "device": device_facts(), "health": health(), "free_bytes": free_bytes(work_dir),
@@ -243,6 +255,16 @@ def answer(argv):
         nobody = {"id": "tidy", "owner": "tidy", "work_dir": folder, "lease_s": 0}
         restored = give_back(nobody, governor.restore)
         return {"removed": housekeeping.tidy(folder, abandoned_s), "governor_restored": restored}
+    if verb == "hold" and len(arguments) > 4:
+        try:
+            lease_s = float(arguments[3])
+        except ValueError as exc:
+            raise Stop(EX_BAD_JOB, "bad-request", str(exc))
+        hold(folder, arguments[1], arguments[2], lease_s, arguments[4:])
+    if verb == "release" and len(arguments) == 2:
+        stop_holder(folder, arguments[1])
+        nobody = {"id": arguments[1], "owner": "", "work_dir": folder, "lease_s": 0}
+        return {"governor_restored": give_back(nobody, governor.restore)}
     if verb == "check" and len(arguments) == 3:
         try:
             library = json.loads(arguments[2])

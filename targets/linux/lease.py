@@ -7,10 +7,14 @@ holds them, however it dies.
 import fcntl
 import json
 import os
+import signal
 import time
 
 from job import EX_BUSY, Stop
 from sysfs import read
+
+# How often `stop_holder` looks, 0.02 s apart, whether what it killed is gone.
+HOLDER_LOOKS = 250
 
 
 def boottime_s():
@@ -86,6 +90,27 @@ def give_back(job, restore):
     lease.stream.truncate(0)
     lease.stream.close()
     return restored
+
+
+def stop_holder(work_dir, job):
+    """Kill the program that ``agent.py hold`` became for this job, where it still runs."""
+    with open(os.path.join(work_dir, "lock"), "a+") as stream:
+        for _ in range(HOLDER_LOOKS):
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                stream.seek(0)
+                try:
+                    owner = json.loads(stream.read(4096))
+                except ValueError:
+                    owner = None  # it is being written
+                if isinstance(owner, dict) and owner.get("job") == job:
+                    # whoever holds the lock wrote its number into it
+                    os.kill(owner["pid"], signal.SIGKILL)
+                elif owner is not None:
+                    return
+            time.sleep(0.02)
 
 
 class SupervisorLock:

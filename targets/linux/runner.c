@@ -3,6 +3,8 @@
  *     runner read WORK_DIR GLOB...  the board: machine, C library, free space, what these files say
  *     runner session KEY=VALUE...   one session (the keys are in parse_job)
  *     runner end WORK_DIR JOB       give the lease back
+ *     runner hold WORK_DIR JOB OWNER LEASE_S PROGRAM [ARGUMENT...]   as of agent.py
+ *     runner release WORK_DIR JOB   as of agent.py
  *
  * Each prints ONE JSON object on stdout; the exit code is its "code", as agent.py has them. It links
  * libc alone (dlopen brings the runtime), is compiled on the host by edgepipe/crunner.py and pushed.
@@ -345,6 +347,38 @@ static void end_lease(const char *work_dir, const char *id)
         if (strstr(owner, mine) && ftruncate(file, 0))
             stop(UNUSABLE, "os-error", NULL, "%s: %s", path, strerror(errno));
     }
+}
+
+/* Become a program that has the lease. */
+static void hold(char **argv)
+{
+    job.work_dir = argv[0], job.id = argv[1], job.owner = argv[2];
+    int lease = take_lease();
+    write_lease(lease, clock_ns(CLOCK_BOOTTIME) / 1e9 + atof(argv[3]));
+    fcntl(lease, F_SETFD, 0);
+    execvp(argv[4], argv + 4);
+    stop(UNUSABLE, "os-error", NULL, "%s: %s", argv[4], strerror(errno));
+}
+
+/* Kill the program that `hold` became for this job, where it still runs. */
+static void stop_holder(const char *work_dir, const char *id)
+{
+    char path[4096], owner[4096], mine[4096];
+    snprintf(path, sizeof path, "%s/lock", work_dir);
+    snprintf(mine, sizeof mine, "\"job\": \"%s\"", id);
+    int file = open(path, O_RDWR | O_CLOEXEC);
+    for (int looks = 0; looks < 250 && file >= 0 && flock(file, LOCK_EX | LOCK_NB); looks++) {
+        ssize_t length = pread(file, owner, sizeof owner - 1, 0);
+        owner[length > 0 ? length : 0] = 0;
+        const char *pid = strstr(owner, "\"pid\": ");
+        if (pid && !strstr(owner, mine))
+            break;
+        if (pid && atoi(pid + 7) > 0) /* whoever holds the lock wrote its number into it */
+            kill(atoi(pid + 7), SIGKILL);
+        usleep(20000);
+    }
+    if (file >= 0)
+        close(file);
 }
 
 /* ----------------------------------------------------------------- the child: one session */
@@ -1713,7 +1747,11 @@ int main(int argc, char **argv)
 {
     if (argc > 3 && !strcmp(argv[1], "read"))
         answer_read(argv[2], argc - 3, argv + 3);
-    if (argc == 4 && !strcmp(argv[1], "end")) {
+    if (argc > 6 && !strcmp(argv[1], "hold"))
+        hold(argv + 2);
+    if (argc == 4 && (!strcmp(argv[1], "end") || !strcmp(argv[1], "release"))) {
+        if (!strcmp(argv[1], "release"))
+            stop_holder(argv[2], argv[3]);
         end_lease(argv[2], argv[3]);
         printf("{\"schema\":%d,\"code\":0,\"error\":null,\"message\":\"\"}\n", SCHEMA);
         return fflush(stdout) ? BUG : OK;
@@ -1725,5 +1763,5 @@ int main(int argc, char **argv)
         parse_job(argc - 2, argv + 2);
         run_session();
     }
-    stop(BAD_JOB, "bad-job", NULL, "usage: runner read WORK_DIR GLOB... | session KEY=VALUE... | end WORK_DIR JOB");
+    stop(BAD_JOB, "bad-job", NULL, "usage: runner read WORK_DIR GLOB... | session KEY=VALUE... | end WORK_DIR JOB | hold ... | release WORK_DIR JOB");
 }

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
+import json
+import shutil
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgepipe import benchmark_model, preflight
 from edgepipe.bench import MeasureOptions
 from edgepipe.benchmark_model import Op, measure, parse_benchmark_model
 from edgepipe.commands.on_device import tflite_model
 from edgepipe.device import open_device
-from edgepipe.errors import CommandFailed, RequestError
+from edgepipe.errors import Busy, CommandFailed, RequestError
 from edgepipe.metrics import METRICS
 from edgepipe.profile import Emulation, find_profile
 from edgepipe.resources import profile_paths
@@ -104,6 +111,71 @@ def test_it_is_pushed_and_run_for_each_session_and_once_for_the_operators(tmp_pa
     assert all("--num_threads=3" in line and ".tflite" in line for line in lines)
 
 
+@pytest.fixture(params=["agent", "C runner"])
+def kind(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This host as a board with Python, and as one without."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if request.param == "C runner":
+        if shutil.which("cc") is None:
+            pytest.skip("no C compiler (cc) on this machine")
+        monkeypatch.setattr(preflight, "runner_target", lambda target: True)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("kind")
+def test_while_it_runs_the_board_is_taken_and_free_afterwards(tmp_path: Path) -> None:
+    model, binary, seen = tmp_path / "m.tflite", tmp_path / "benchmark_model", tmp_path / "seen"
+    model.write_bytes(tiny_tflite())
+    lock = tmp_path / ".edgepipe" / "lock"
+    binary.write_text(
+        f"#!/bin/sh\nflock -n {lock} true && echo free >>{seen} || cat {lock} >>{seen}\necho >>{seen}\ncat {FIXTURES}/android_2020\n"
+    )
+    profile = find_profile("localhost", profile_paths())
+    options = MeasureOptions(sessions=1, max_sessions=1)
+
+    def run() -> None:
+        measure(tflite_model(model), open_device("local"), profile, options, binary=binary)
+
+    run()
+    owners = [json.loads(line) for line in seen.read_text().splitlines()]
+    assert len(owners) == 2  # the second is for the operators
+    assert {o["job"] for o in owners} == {owners[0]["job"]}
+    assert owners[0]["job"].startswith("benchmark_model-")
+    assert lock.read_text() == ""
+    # a job that runs, and one between two of its calls
+    with lock.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        with pytest.raises(Busy, match="another job is running on this board"):
+            run()
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    until = time.clock_gettime(time.CLOCK_BOOTTIME) + 1000
+    other = json.dumps({"job": "other", "owner": "ada", "pid": 1, "until_boottime_s": until, "boot_id": boot_id})  # fmt: skip
+    lock.write_text(other)
+    with pytest.raises(Busy, match="another job holds this board"):
+        run()
+    assert lock.read_text() == other
+    lock.write_text("")
+    run()
+
+
+@pytest.mark.usefixtures("kind")
+def test_one_that_runs_on_is_stopped_and_the_board_given_back(tmp_path: Path) -> None:
+    profile = find_profile("localhost", profile_paths())
+    board = preflight.prepare(open_device("local"), profile)
+    hold = [*board.command, "hold", board.work_dir, "mine", "ada", "600", "sleep", "600"]
+    # as one whose connection was lost
+    with subprocess.Popen(hold) as runs_on:
+        lock = tmp_path / ".edgepipe" / "lock"
+        deadline = time.monotonic() + 30
+        while (not lock.exists() or not lock.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        benchmark_model._release(board, "another")
+        assert runs_on.poll() is None
+        benchmark_model._release(board, "mine")
+        assert runs_on.wait(30) == -signal.SIGKILL
+    assert lock.read_text() == ""
+
+
 def test_a_program_that_fails_there_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setenv("HOME", str(tmp_path))
     model, binary = tmp_path / "m.tflite", tmp_path / "benchmark_model"
@@ -112,6 +184,7 @@ def test_a_program_that_fails_there_says_why(tmp_path: Path, monkeypatch: pytest
     profile = find_profile("localhost", profile_paths())
     with pytest.raises(CommandFailed, match="CANNOT LINK EXECUTABLE"):
         measure(tflite_model(model), open_device("local"), profile, MeasureOptions(), binary=binary)
+    assert (tmp_path / ".edgepipe" / "lock").read_text() == ""
 
 
 def test_on_an_emulated_board_it_is_refused_as_it_measures_nothing_but_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
