@@ -165,5 +165,9 @@ def _quoted(text: str) -> str:
 
 
 def _input_lines(option: TensorOption) -> list[str]:
-    lines = ["[[model.inputs]]", f"name = {_quoted(option.name)}", f"shape = {list(option.shape or ())}"]
+    lines = [
+        "[[model.inputs]]",
+        f"name = {_quoted(option.name)}",
+        f"shape = {list(option.shape or ())}",
+    ]
     return lines + ([f'layout = "{option.layout}"'] if option.layout else [])
