@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.machinery
 import importlib.util
 import os
 import sys
@@ -94,10 +95,18 @@ class _importable(contextlib.AbstractContextManager[None]):
                 self._neighbours[name] = self.folder
 
 
+class FromSource(importlib.machinery.SourceFileLoader):
+    """Runs a file as it is now, and writes no ``.pyc`` beside it: one that is there is taken for that of
+    any file of the same size that was saved in the same second."""
+
+    def path_stats(self, path: Any) -> Any:
+        raise OSError("compiled anew")
+
+
 def _load_file(path: Path) -> ModuleType:
     """A fresh module from a file, under a name that shadows no other module."""
     name = f"_edgepipe_user_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=FromSource(name, str(path)))
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)

@@ -19,7 +19,9 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import os
 import pickle
+import re
 import shutil
 import sys
 import types
@@ -33,6 +35,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from edgepipe.array_ops.user_code import FromSource
 from edgepipe.artifact import hash_path
 from edgepipe.errors import ArtifactError
 from edgepipe.torch_ops.edits import apply_edits
@@ -122,8 +125,18 @@ def save_model(model: nn.Module, folder: Path, description: ModelDescription) ->
             shutil.copyfile(description.file, copy)
         record["builder"] = f"{copy.name}:{description.builder.partition(':')[2]}"
         record["builder_sha256"] = hash_path(copy)
-    safetensors.torch.save_file(state, str(folder / WEIGHTS_FILE))
+    _save(state, folder / WEIGHTS_FILE)
     (folder / MODEL_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _save(state: Mapping[str, torch.Tensor], path: Path) -> None:
+    try:
+        safetensors.torch.save_file(dict(state), str(path))
+    except safetensors.SafetensorError as exc:  # "I/O error: No space left on device (os error 28)"
+        found = re.search(r"os error (\d+)", str(exc))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from exc
 
 
 def read_description(folder: Path) -> ModelDescription:
@@ -289,7 +302,7 @@ def _find_builder(description: ModelDescription) -> Any:
 def _run_file(file: Path) -> types.ModuleType:
     """Execute a builder file as a module of its own, without touching sys.path."""
     name = f"edgepipe_builder_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(name, file)
+    spec = importlib.util.spec_from_file_location(name, file, loader=FromSource(name, str(file)))
     assert spec is not None  # the name ends in .py
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from edgepipe.errors import StageError
 from edgepipe.pruning import PruningOptions
 from edgepipe.torch_ops.edits import apply_edits
 from edgepipe.torch_ops.prune import NEAR, STAGE, Cost, plan_pruning
-from edgepipe.torch_ops.train import TrainingSet, accuracy, train
+from edgepipe.torch_ops.train import TrainingSet, accuracy, train, write_state
 
 log = logging.getLogger(__name__)
 
@@ -158,11 +157,9 @@ def _say_target(options: PruningOptions, most: float, reached: float) -> None:
 
 
 def _save(path: Path, model: nn.Module, progress: Progress) -> None:
-    state = {"progress": json.dumps(dataclasses.asdict(progress)), "model": model.state_dict()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part.{os.getpid()}")
-    torch.save(state, part)
-    part.replace(path)
+    write_state(
+        {"progress": json.dumps(dataclasses.asdict(progress)), "model": model.state_dict()}, path
+    )
 
 
 def _load(path: Path, model: nn.Module) -> tuple[nn.Module, Progress]:

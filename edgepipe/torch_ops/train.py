@@ -306,7 +306,7 @@ class _Loop:
         kept = "nothing of this stage was kept"
         if self.good and self.checkpoint is not None:
             path = self.checkpoint.with_name(f"{self.checkpoint.name}-last-good.pth")
-            _write(self.good, path)
+            write_state(self.good, path)
             kept = f"the weights after epoch {self.epoch - 1} are kept in {path}"
         return StageError(f"{what}; {kept}", stage=self.stage, hint=hint, code="diverged")
 
@@ -367,7 +367,7 @@ class _Loop:
             "history": [dataclasses.astuple(e) for e in self.history],
             "rng": torch.get_rng_state(),
         }  # fmt: skip
-        _write(state, path)
+        write_state(state, path)
 
     def load(self, path: Path) -> None:
         """Go on where `save` was. What is no whole checkpoint of this training is ignored, and said."""
@@ -421,11 +421,20 @@ class _Average:
                 parameter.copy_(self.state[name])
 
 
-def _write(state: Mapping[str, Any], path: Path) -> None:
+def write_state(state: Mapping[str, Any], path: Path) -> None:
+    """``torch.save``, whole or not at all. Raises OSError where there is no room."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part.{os.getpid()}")
-    torch.save(state, part)
-    part.replace(path)
+    try:
+        with part.open("wb") as stream:  # given a path, PyTorch tells no errno
+            torch.save(state, stream)
+        part.replace(path)
+    except RuntimeError as exc:
+        if isinstance(exc.__context__, OSError):  # upon which PyTorch's own clean-up fails
+            raise exc.__context__ from None
+        raise
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import py_compile
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +17,15 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from edgepipe.array_ops.user_code import call_function
 from edgepipe.artifact import Artifact, hash_path
 from edgepipe.errors import ArtifactError
 from edgepipe.predict import predict
 from edgepipe.stage import StageContext
 from edgepipe.stages.load import LoadModel, ModelSource, TensorOption
 from edgepipe.tflite_ops.onnx_model import keep_pooled_axes
+from edgepipe.torch_ops.model import ModelDescription, _find_builder, save_model
+from edgepipe.torch_ops.train import write_state
 
 BUILDER = """\
 from torch import nn
@@ -83,6 +90,36 @@ def test_a_builder_gives_a_torch_artifact_with_specs_of_all_tensors(root: Path) 
 def test_random_weights_are_those_of_the_seed(root: Path) -> None:
     same = [load(root, seed=s, builder="net.py:build", inputs=(IMAGE,)).sha256 for s in (1, 1, 2)]
     assert same[0] == same[1] != same[2]
+
+
+def test_a_builder_is_run_as_it_is_now_whatever_was_compiled_of_it_before(tmp_path: Path) -> None:
+    path = tmp_path / "net.py"
+    path.write_text("answer = lambda: 1\n")
+    py_compile.compile(str(path))
+    before = path.stat()
+    path.write_text("answer = lambda: 2\n")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # saved within the same second
+    assert call_function("net.py:answer", tmp_path) == 2
+    assert _find_builder(ModelDescription("net.py:answer", root=tmp_path))() == 2
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file can grow beyond 4 kB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_weights_that_find_no_room_are_an_error_of_the_system_and_leave_nothing(root: Path) -> None:
+    model = nn.Linear(100, 100)
+    with pytest.raises(OSError, match="File too large"):
+        save_model(model, root / "saved", ModelDescription("net.py:build", root=root))
+    with pytest.raises(OSError, match="File too large"):
+        write_state(model.state_dict(), root / "kept" / "state.pth")
+    assert list((root / "kept").iterdir()) == []
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
