@@ -546,7 +546,7 @@ def _say(attempt: Attempt) -> None:
     loose = ", ".join(f"{n} {name}" for name, n in attempt.loose_ops.items())
     log.info(
         "%s: proven, %d operators, %d transposes%s%s", attempt.candidate, attempt.operators, attempt.transposes,
-        f", float in int8: {loose}" if loose else "", "" if attempt.clean else " (not clean)",
+        f", float or spelt out: {loose}" if loose else "", "" if attempt.clean else " (not clean)",
     )  # fmt: skip
 
 
