@@ -238,7 +238,9 @@ def _tried_rungs(
             noise, score, errors = judge(trial)
             judged[int8] = noise, score, min(e.sqnr_db for e in errors.values())
             if score is None or float_score is None:
-                return Judgement(1 - noise, 100 * noise, len(batches))
+                return Judgement(
+                    1 - noise, 100 * noise, len(batches), told=f"noise {noise:.2g} of the signal"
+                )
             return Judgement(score, 100 * (float_score - score), len(batches))
 
         log.info("trying the rungs of the ladder")

@@ -74,12 +74,14 @@ ROUNDS, ROUND_S = 5, 0.01
 @dataclasses.dataclass(frozen=True)
 class Judgement:
     """What a file is worth on the evaluation data: ``score`` (0 to 1) of ``samples`` samples, the
-    loss in ``drop_points`` with its 95 % interval where the metric counts samples."""
+    loss in ``drop_points`` with its 95 % interval where the metric counts samples. ``told`` says it in
+    other words where it is no accuracy."""
 
     score: float
     drop_points: float
     samples: int
     interval_points: tuple[float, float] | None = None
+    told: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -409,8 +411,9 @@ class _Ladder:
         self.rungs.append(Rung(name, did, judged, self._noise(made), len(made), held, kept=True))
         self.made.append((plan, made))
         log.info(
-            "rung %s (%s): score %.4f, %+.2f points lost, %s",
-            name, did, judged.score, judged.drop_points, "holds" if held else "does not hold",
+            "rung %s (%s): %s, %s", name, did,
+            judged.told or f"score {judged.score:.4f}, {judged.drop_points:+.2f} points lost",
+            "holds" if held else "does not hold",
         )  # fmt: skip
         return made
 

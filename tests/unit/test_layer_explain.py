@@ -2,6 +2,7 @@
 
 import dataclasses
 import html.parser
+import logging
 import re
 
 import numpy as np
@@ -183,6 +184,22 @@ def test_explain_names_the_cause_of_each_network_that_int8_ruins(name, tmp_path)
     named = rungs_table(found)
     assert short_name(layer) + " alone" in named.header
     assert len(named.rows) == 1 + len(found.rungs)
+
+
+@pytest.mark.slow
+def test_without_labels_rungs_are_told_by_their_noise_and_not_as_points(tmp_path, caplog):
+    net = NETS["dead_batch_norm"]()
+    path = tmp_path / "float.tflite"
+    path.write_bytes(net.content)
+    np.savez(tmp_path / "x.npz", image=net.calibration)
+    inputs, outputs = tensor_specs(path)
+    model = make_artifact("tflite", path, inputs=inputs, outputs=outputs)
+    data = DataSource(kind="npz", path=tmp_path / "x.npz", root=tmp_path)
+    caplog.set_level(logging.INFO)
+    explain_layers(model, plain_int8(model, data, tmp_path / "int8.tflite"), data, root=tmp_path)
+    told = [r.getMessage() for r in caplog.records if r.getMessage().startswith("rung plain")]
+    assert "of the signal, does not hold" in told[0]
+    assert "points" not in told[0]
 
 
 @pytest.mark.parametrize(
