@@ -19,7 +19,14 @@ from edgepipe.input_range import check_input_range
 from edgepipe.measurement import Measurement, single
 from edgepipe.predict import predict, single_steps, with_states
 from edgepipe.rescue import in_common
-from edgepipe.state import Steps, answer_names, is_stateful, refuse_streaming
+from edgepipe.state import (
+    Steps,
+    answer_names,
+    are_independent,
+    batch_axis,
+    is_stateful,
+    refuse_streaming,
+)
 from edgepipe.units import format_bytes
 
 if TYPE_CHECKING:
@@ -136,7 +143,7 @@ def _paired(
     if was_right is None or is_right is None:
         return {}
     found: dict[str, Any] = {"by_class": by_class(labels, was_right, is_right, classes)}
-    if steps == "last" or ":" in metric:  # the steps of one sequence go wrong together
+    if are_independent(metric, steps):
         _, low, high = stats.paired_difference_interval(was_right.tolist(), is_right.tolist())
         found["interval_points"] = [100 * low, 100 * high]
     return found
@@ -220,7 +227,7 @@ def choose_evaluation(
     from edgepipe.array_ops.sampling import stratified_sample
 
     samples = load_samples(source, inputs)
-    batch = max((s.shape[max(s.layout.find("N"), 0)] for s in shipped.inputs if s.shape), default=1)
+    batch = max((s.shape[batch_axis(s.layout)] for s in shipped.inputs if s.shape), default=1)
     wanted = math.ceil(count / max(batch, 1)) * max(batch, 1)
     chosen, is_stratified = stratified_sample(wanted, len(samples), samples.labels, seed=seed)
     inputs_of = {name: array[chosen] for name, array in samples.inputs.items()}

@@ -39,6 +39,15 @@ def batch_axis(layout: str) -> int:
     return max(layout.find("N"), 0)
 
 
+def are_independent(metric: str, steps: Steps) -> bool:
+    """Whether what ``metric`` judges are samples of their own, so that an interval can be told of them.
+
+    The steps of one sequence go wrong together; a metric of the user's (``file.py:function``) judges
+    whole sequences.
+    """
+    return steps == "last" or ":" in metric
+
+
 def data_inputs(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
     """What data must give for inputs ``specs``: those that are no state, with their axis of steps.
 

@@ -29,7 +29,14 @@ from edgepipe.rescue import (
 )
 from edgepipe.schema import Unit, near_miss, record
 from edgepipe.stage import StageContext
-from edgepipe.state import Steps, data_inputs, is_stateful, refuse_streaming, state_numbers
+from edgepipe.state import (
+    Steps,
+    are_independent,
+    data_inputs,
+    is_stateful,
+    refuse_streaming,
+    state_numbers,
+)
 from edgepipe.stats import paired_difference_interval
 
 if TYPE_CHECKING:
@@ -341,9 +348,8 @@ class QuantizeInt8:
             found = predict(model, evaluation.inputs, steps=self.steps)
             judged, known = as_judged(metric, found, labels, steps=self.steps)
             is_right = correct(metric, judged, known, root=root)
-            # the steps of one sequence go wrong together: no interval can be told of them
-            alone = self.steps == "last" or ":" in metric
-            return task_metric(metric, judged, known, root=root), is_right if alone else None
+            score = task_metric(metric, judged, known, root=root)
+            return score, is_right if are_independent(metric, self.steps) else None
 
         base, was_right = answered(artifact)
         log.info("float model: %s %.4f on %d samples of %s", metric, base, len(evaluation), evaluation.origin)  # fmt: skip

@@ -62,7 +62,7 @@ def prepare_onnx(path: Path, specs: Sequence[TensorSpec], *, batch: int | None) 
                 hint="the record beside the model is not of this file",
             )
         spec = shapes[value.name]
-        axis = max(spec.layout.find("N"), 0)
+        axis = batch_axis(spec.layout)
         for index, dimension in enumerate(value.type.tensor_type.shape.dim):
             free = not dimension.HasField("dim_value")
             size = batch or 1 if index == axis else spec.shape[index]
@@ -224,7 +224,7 @@ def _assignments(
         for i, spec in enumerate(sources):
             wished = layouts.get(spec.name, spec.layout)
             sized = tuple(
-                batch if k == max(spec.layout.find("N"), 0) else n for k, n in enumerate(spec.shape)
+                batch if k == batch_axis(spec.layout) else n for k, n in enumerate(spec.shape)
             )
             for layout in dict.fromkeys((wished, spec.layout, channels_last(spec.layout))):
                 moved = sized if layout == spec.layout else permute_shape(sized, spec.layout, layout)  # fmt: skip

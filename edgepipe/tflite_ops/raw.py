@@ -15,6 +15,7 @@ from edgepipe.array_ops.layout import to_layout
 from edgepipe.array_ops.readers import DAMAGED
 from edgepipe.artifact import TensorSpec
 from edgepipe.errors import DataError
+from edgepipe.state import batch_axis
 from edgepipe.tflite_ops.run import dequantize, invoke_once, open_tflite, quantize
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def encode_samples(
                 hint=f"there are samples for: {', '.join(sorted(samples))}",
             )
         array = to_layout(np.asarray(samples[name]), spec.source_layout, spec.layout)
-        axis = max(spec.layout.find("N"), 0)
+        axis = batch_axis(spec.layout)
         # a sample of a scalar is one number
         rank, size = len(shape) or 1, shape[axis] if shape else 1
         if array.ndim != rank or any(
@@ -197,7 +198,7 @@ def real_outputs(
     details = {d["name"]: d for d in open_tflite(path).get_output_details()}
     found = {}
     for (name, rows), spec in zip(stored.items(), specs, strict=True):
-        axis = max(spec.layout.find("N"), 0)
+        axis = batch_axis(spec.layout)
         values = dequantize(rows, details[name])
         # (inferences, ..., batch, ...) -> (..., inferences * batch, ...)
         whole = np.concatenate([np.atleast_1d(row) for row in values], axis=axis)

@@ -21,6 +21,7 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from edgepipe.artifact import TensorSpec
 from edgepipe.errors import ArtifactError, DataError
+from edgepipe.state import batch_axis
 
 log = logging.getLogger(__name__)
 _stderr_lock = threading.RLock()
@@ -387,10 +388,6 @@ def _check_quantization(path: Path, detail: dict[str, Any], spec: TensorSpec) ->
         )
 
 
-def _batch_axis(layout: str) -> int:
-    return max(layout.find("N"), 0)
-
-
 def _run_in_batches(
     path: Path,
     arrays: Sequence[np.ndarray],
@@ -403,7 +400,7 @@ def _run_in_batches(
 
     A scalar input has (N,) samples and takes one at a time.
     """
-    axes = [_batch_axis(spec.layout) for spec in input_specs]
+    axes = [batch_axis(spec.layout) for spec in input_specs]
     for array, spec, shape, axis in zip(arrays, input_specs, shapes, axes, strict=True):
         fits = array.ndim == (len(shape) or 1) and all(
             n is None or i == axis or n == m
@@ -438,7 +435,7 @@ def _run_in_batches(
     results = []
     for index, spec in enumerate(output_specs):
         pieces = [np.atleast_1d(part[index]) for part in parts]
-        axis = _batch_axis(spec.layout)
+        axis = batch_axis(spec.layout)
         if len({piece.shape for piece in pieces}) > 1:
             raise ArtifactError(
                 f"output {spec.name!r} of {path.name} has another shape for each input: "
