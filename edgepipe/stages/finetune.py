@@ -30,7 +30,7 @@ class Finetune(TrainingOptions):
     ops: ClassVar[tuple[str, ...]] = (
         "edgepipe.training", "edgepipe.torch_ops.train", "edgepipe.torch_ops.augment",
         "edgepipe.torch_ops.data", "edgepipe.torch_ops.run", "edgepipe.torch_ops.model",
-        "edgepipe.torch_ops.edits", "edgepipe.torch_ops.attention", "edgepipe.torch_ops.trainer", "edgepipe.array_ops.load",
+        "edgepipe.torch_ops.edits", "edgepipe.torch_ops.attention", "edgepipe.torch_ops.trainer", "edgepipe.array_ops", "edgepipe.state",
     )  # fmt: skip
     packages: ClassVar[tuple[str, ...]] = ("torch", "safetensors", "numpy")
 

@@ -40,7 +40,7 @@ class LowRank:
     ops: ClassVar[tuple[str, ...]] = (
         "edgepipe.torch_ops.low_rank", "edgepipe.torch_ops.factors", "edgepipe.torch_ops.run", "edgepipe.torch_ops.model",
         "edgepipe.torch_ops.edits", "edgepipe.torch_ops.attention", "edgepipe.torch_ops.result", "edgepipe.torch_ops.train",
-        "edgepipe.torch_ops.data", "edgepipe.array_ops.load", "edgepipe.op_table",
+        "edgepipe.torch_ops.data", "edgepipe.array_ops", "edgepipe.state", "edgepipe.op_table",
     )  # fmt: skip
     packages: ClassVar[tuple[str, ...]] = ("torch", "tensorly", "numpy", "safetensors")
 

@@ -29,7 +29,7 @@ class Prune(PruningOptions):
         "edgepipe.torch_ops.prune_steps", "edgepipe.torch_ops.channel_groups",
         "edgepipe.torch_ops.attention", "edgepipe.torch_ops.train", "edgepipe.torch_ops.augment",
         "edgepipe.torch_ops.data", "edgepipe.torch_ops.run", "edgepipe.torch_ops.model",
-        "edgepipe.torch_ops.edits", "edgepipe.torch_ops.result", "edgepipe.array_ops.load",
+        "edgepipe.torch_ops.edits", "edgepipe.torch_ops.result", "edgepipe.array_ops", "edgepipe.state",
     )  # fmt: skip
     packages: ClassVar[tuple[str, ...]] = ("torch", "torch-pruning", "safetensors", "numpy")
 

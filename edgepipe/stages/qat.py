@@ -42,7 +42,7 @@ class Qat(TrainingOptions):
         "edgepipe.training", "edgepipe.torch_ops.qat", "edgepipe.torch_ops.tflite_module",
         "edgepipe.torch_ops.train", "edgepipe.torch_ops.augment", "edgepipe.torch_ops.data",
         "edgepipe.torch_ops.edits", "edgepipe.torch_ops.attention",
-        "edgepipe.tflite_ops.quantize", "edgepipe.tflite_ops.flatbuffer", "edgepipe.array_ops",
+        "edgepipe.tflite_ops.quantize", "edgepipe.tflite_ops.flatbuffer", "edgepipe.array_ops", "edgepipe.state",
     )  # fmt: skip
     packages: ClassVar[tuple[str, ...]] = ("torch", "litert-quantizer", "ai-edge-litert", "numpy")
 

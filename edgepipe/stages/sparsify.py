@@ -36,7 +36,7 @@ class Sparsify(TrainingOptions):
         "edgepipe.training", "edgepipe.torch_ops.sparsify", "edgepipe.torch_ops.train",
         "edgepipe.torch_ops.augment", "edgepipe.torch_ops.data", "edgepipe.torch_ops.run",
         "edgepipe.torch_ops.model", "edgepipe.torch_ops.edits", "edgepipe.torch_ops.attention", "edgepipe.torch_ops.result",
-        "edgepipe.array_ops.load",
+        "edgepipe.array_ops", "edgepipe.state",
     )  # fmt: skip
     packages: ClassVar[tuple[str, ...]] = ("torch", "safetensors", "numpy")
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from edgepipe.stages import STAGES, stage_class
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "edgepipe"
 
@@ -131,3 +133,21 @@ def test_what_runs_on_a_board_is_python_3_7_and_needs_no_package(path: Path) -> 
     runtimes = {"numpy", "ai_edge_litert", "tflite_runtime"}  # only inside functions
     assert {i.partition(".")[0] for i in imports(path, top_level_only=True)} <= ours
     assert {i.partition(".")[0] for i in imports(path)} <= ours | runtimes
+
+
+def test_a_stage_that_reads_data_is_keyed_by_all_that_reads_it() -> None:
+    """What load.py imports decides results, too; else a mended reader leaves old results in the cache."""
+    reading, pending = set[str](), {"edgepipe.array_ops.load"}
+    while pending:
+        module = pending.pop()
+        reading.add(module)
+        found = {name for name in imports(MODULES[module]) if name in MODULES}
+        pending |= {
+            n for n in found if n.startswith("edgepipe.array_ops.") or n == "edgepipe.state"
+        } - reading
+    assert {"edgepipe.array_ops.readers", "edgepipe.state"} <= reading
+    # to_tflite only proves by data what it made without
+    for stage in map(stage_class, STAGES.keys() - {"to_tflite"}):
+        named = tuple(f"{op}." for op in stage.ops)
+        missing = sorted(m for m in reading if not f"{m}.".startswith(named))
+        assert not missing, f"{stage.name}: {missing}"
