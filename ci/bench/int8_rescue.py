@@ -24,7 +24,7 @@ The seconds are of CPU, the least of two runs: plain int8 with both models judge
 data, which is what the first rung does, the ladder that ends at its first rung, and the whole ladder.
 
 ``--qat`` measures what `rescue.QAT_INFERENCES` claims: one batch of training in inferences.
-``--memory`` measures the peak memory of a process that calibrates on 500 and on 5,000 samples.
+``--memory`` measures the peak memory of processes that calibrate on 500, 5,000 and 50,000 samples.
 """
 
 from __future__ import annotations
@@ -505,24 +505,22 @@ print(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def memory(work: Path) -> None:
-    """Print the peak resident memory of processes that quantise with 500 and with 5,000 samples."""
+    """Print the peak resident memory of processes that quantise with more and more samples."""
     case = keyword("keyword", work)
     found = load_samples(case.data["validation"], source_specs(case.model.inputs))
     (clips,) = found.inputs.values()
-    images = np.resize(clips, (5000, *clips.shape[1:]))  # the same ones again and again
-    labels = np.zeros(len(images), int)
     for method in ("min_max", "kl"):
-        peaks = []
-        for count in (500, 5000):
-            source = kept(work, "memory", images[:count], labels[:count], key="mfcc")
+        for count in (500, 5_000, 50_000):
+            images = np.resize(clips, (count, *clips.shape[1:]))  # the same ones again and again
+            source = kept(work, "memory", images, np.zeros(count, int), key="mfcc")
             job = work / "memory.pickle"
             job.write_bytes(pickle.dumps((case.model, source, method)))
             done = subprocess.run([sys.executable, "-c", CALIBRATE, str(job)], capture_output=True, text=True, check=True)  # fmt: skip
-            peaks.append(1024 * int(done.stdout))
-        print(
-            f"{method}: {peaks[0] / 1e6:.1f} MB with 500 samples, {peaks[1] / 1e6:.1f} MB with 5,000:"
-            f" {(peaks[1] - peaks[0]) / 1e6:.1f} MB more, of which {images[500:5000].nbytes / 1e6:.1f} MB are samples"
-        )
+            print(
+                f"{method}: {1024 * int(done.stdout) / 1e6:.1f} MB with {count:,} samples"
+                f" of {images.nbytes / 1e6:.1f} MB in all",
+                flush=True,
+            )
 
 
 # --- tables -----------------------------------------------------------------------------------------
