@@ -188,7 +188,8 @@ def test_a_weight_cache_moves_the_packed_weights_into_a_file(board: CBoard, larg
     plain = call(words(board, large, kind="memory"))["data"]
     cached = call(words(board, large, kind="memory", weight_cache=1))["data"]
     assert cached["anon_bytes"] < plain["anon_bytes"] / 3
-    assert cached["file_bytes"] > 1.5 * plain["file_bytes"]
+    # all of the packed copy, and as much of the model, no longer read, as the page cache maps along
+    assert cached["file_bytes"] > plain["file_bytes"]
 
 
 def test_the_memory_of_a_model_is_what_the_agent_finds(board: CBoard, large: Path) -> None:
