@@ -12,7 +12,8 @@ from typing import Any
 
 from edgepipe.errors import ArtifactError
 
-SCHEMA = 1
+# The newest record that this reads. One without a signature is written as schema 1, which older ones read.
+SCHEMA = 2
 KINDS = ("torch", "pt2", "onnx", "tflite")
 
 # The layout a tensor of this rank has in PyTorch unless the recipe says otherwise.
@@ -51,7 +52,8 @@ class Artifact:
     """A model on disk: a file, or for kind ``torch`` a folder (model.json, weights.safetensors).
 
     ``parents`` are the sha256 of the models it was made from, nearest first. ``facts`` is the
-    evidence its stage gathered (parity, calibration, toolchain, ...): plain JSON data.
+    evidence its stage gathered (parity, calibration, toolchain, ...): plain JSON data. ``signature``
+    is which one of a .tflite file of several this model is; empty: the file's main graph.
     """
 
     kind: str
@@ -61,6 +63,7 @@ class Artifact:
     outputs: tuple[TensorSpec, ...]
     parents: tuple[str, ...] = ()
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    signature: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -112,7 +115,9 @@ def artifact_to_dict(artifact: Artifact, *, relative_to: Path | None = None) -> 
     """Plain data; with ``relative_to`` the path is stored relative, so a folder can be moved."""
     data = dataclasses.asdict(artifact)
     path = artifact.path.relative_to(relative_to) if relative_to else artifact.path
-    return {"schema": SCHEMA, **data, "path": path.as_posix()}
+    if not artifact.signature:
+        del data["signature"]
+    return {"schema": SCHEMA if artifact.signature else 1, **data, "path": path.as_posix()}
 
 
 def artifact_from_dict(data: Mapping[str, Any], *, root: Path | None = None) -> Artifact:
@@ -131,6 +136,7 @@ def artifact_from_dict(data: Mapping[str, Any], *, root: Path | None = None) -> 
         outputs=tuple(TensorSpec(**spec) for spec in data["outputs"]),
         parents=tuple(data["parents"]),
         facts=data["facts"],
+        signature=data.get("signature", ""),
     )
 
 
