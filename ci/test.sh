@@ -30,6 +30,11 @@ if [ "${1:-}" = fast ]; then
   shift
   exec .venv/bin/python -m pytest -q -n 2 -m 'not slow' "$@"
 fi
+# labgrid's programs, apart from ours: it is a plugin of pytest that every run would load
+if [ "${CI:-}" = true ]; then
+  [ -x .venv-labgrid/bin/python ] || .venv/bin/python -m venv .venv-labgrid
+  .venv-labgrid/bin/python -m pip install --quiet --disable-pip-version-check -c ci/constraints.txt labgrid
+fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy

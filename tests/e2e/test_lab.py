@@ -232,9 +232,17 @@ def test_eight_boards_take_little_longer_than_one_and_little_memory(tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def labgrid(bench: LoopbackSshd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real coordinator with a place "pi4", and an exporter of a real SSH server."""
-    if not all(shutil.which(f"labgrid-{part}") for part in ("client", "coordinator", "exporter")):
-        pytest.skip("labgrid's programs are not on PATH (pipx install labgrid)")
+    """A real coordinator with a place "pi4", and an exporter of a real SSH server.
+
+    labgrid's programs are those of `.venv-labgrid` (ci/test.sh), or on PATH.
+    """
+    own = Path(__file__).parents[2] / ".venv-labgrid" / "bin"
+    path = f"{own}{os.pathsep}{os.environ['PATH']}"
+    if not all(shutil.which(f"labgrid-{part}", path=path) for part in ("client", "coordinator", "exporter")):  # fmt: skip
+        message = "no labgrid on this machine (python3 -m venv .venv-labgrid && .venv-labgrid/bin/pip install -c ci/constraints.txt labgrid)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
     tmp_path, address = tmp_path_factory.mktemp("labgrid"), f"127.0.0.1:{closed_port()}"
     user = bench.address.removeprefix("ssh://").partition("@")[0]
     (tmp_path / "exporter.yaml").write_text(
@@ -242,7 +250,7 @@ def labgrid(bench: LoopbackSshd, tmp_path_factory: pytest.TempPathFactory) -> It
     )
     with contextlib.ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        for name, value in {**bench.environment(), "LG_COORDINATOR": address}.items():
+        for name, value in {**bench.environment(), "PATH": path, "LG_COORDINATOR": address}.items():
             patch.setenv(name, value)
         for command in (
             ["labgrid-coordinator", "-l", address],
