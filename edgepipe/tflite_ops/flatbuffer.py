@@ -131,6 +131,39 @@ def parse_model(content: bytes, *, where: str) -> Model:
     return model
 
 
+def find_signature(model: Model, key: str, *, where: str) -> Signature:
+    """The signature of this key. ArtifactError (``no-such-signature``) naming those there are."""
+    for signature in model.signatures:
+        if signature.key == key:
+            return signature
+    known = ", ".join(repr(s.key) for s in model.signatures) or "none"
+    raise ArtifactError(
+        f"{where} has no signature {key!r}; it has: {known}",
+        hint="`edgepipe inspect` lists the signatures of a file",
+        code="no-such-signature",
+    )
+
+
+def with_main_graph(content: bytes, key: str, *, where: str) -> bytes:
+    """The file with the graph of a signature as its main one, which changes places with it."""
+    number = find_signature(parse_model(content, where=where), key, where=where).subgraph
+    if number == 0:
+        return content
+    model = flatbuffer_utils.read_model_from_bytearray(bytearray(inline_buffers(content)))
+    places = {0: number, number: 0}
+    model.subgraphs[0], model.subgraphs[number] = model.subgraphs[number], model.subgraphs[0]
+    for signature in model.signatureDefs:
+        signature.subgraphIndex = places.get(signature.subgraphIndex, signature.subgraphIndex)
+    for operator in (o for graph in model.subgraphs for o in graph.operators or []):
+        for options in (operator.builtinOptions, operator.builtinOptions2):
+            for name, value in vars(options).items() if options else ():
+                if name.endswith(
+                    "SubgraphIndex"
+                ):  # IF, WHILE and CALL_ONCE name the graphs they run
+                    setattr(options, name, places.get(value, value))
+    return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
+
+
 def check_identifier(content: bytes, *, where: str) -> None:
     """Raise ArtifactError unless the bytes begin like a TFLite file; say what they are instead."""
     if content[4:8] == IDENTIFIER:

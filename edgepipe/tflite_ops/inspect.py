@@ -16,6 +16,7 @@ from edgepipe.tflite_ops.flatbuffer import (
     Operator,
     Subgraph,
     Tensor,
+    find_signature,
     parse_model,
 )
 
@@ -75,9 +76,23 @@ def read_model(path: Path) -> Model:
     return parse_model(_read(path), where=str(path))
 
 
-def describe(path: Path) -> ModelDescription:
-    """What a .tflite file holds and costs. Raises ArtifactError as `read_model`."""
-    return describe_model(read_model(path))
+def describe(path: Path, *, signature: str = "") -> ModelDescription:
+    """What a .tflite file holds and costs, or one of its signatures. ArtifactError as `read_model`.
+
+    Of a signature, all but the size of the file is that of its graph alone.
+    """
+    model = read_model(path)
+    if signature:
+        model = graph_of(model, signature, where=str(path))
+    return describe_model(model)
+
+
+def graph_of(model: Model, signature: str, *, where: str) -> Model:
+    """A model with the graph of one signature only. ArtifactError where it has no such signature."""
+    found = find_signature(model, signature, where=where)
+    alone = dataclasses.replace(found, subgraph=0)
+    graphs = (model.subgraphs[found.subgraph],)
+    return dataclasses.replace(model, subgraphs=graphs, signatures=(alone,))
 
 
 def describe_model(model: Model) -> ModelDescription:
@@ -246,14 +261,19 @@ def _feeds(operator: Operator, graph: Subgraph, inside: set[int]) -> bool:
     return any(o.index in inside and made & set(o.inputs) for o in graph.operators)
 
 
-def tensor_specs(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """(inputs, outputs) of a .tflite file's main graph, in the file's order.
+def tensor_specs(
+    path: Path, *, signature: str = ""
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """(inputs, outputs) of a .tflite file's main graph or of a signature's, in the file's order.
 
     Names are those of its signature where it has one, else the tensors'. Layouts are TFLite's
     convention, channels last. Raises ArtifactError as `read_model`, and for an input or output with
     more than one scale.
     """
-    return model_specs(read_model(path), where=str(path))
+    model = read_model(path)
+    if signature:
+        model = graph_of(model, signature, where=str(path))
+    return model_specs(model, where=str(path))
 
 
 def model_specs(

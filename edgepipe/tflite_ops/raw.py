@@ -16,7 +16,8 @@ from edgepipe.array_ops.readers import DAMAGED
 from edgepipe.artifact import TensorSpec
 from edgepipe.errors import DataError
 from edgepipe.state import batch_axis
-from edgepipe.tflite_ops.run import dequantize, invoke_once, open_tflite, quantize
+from edgepipe.tflite_ops.inspect import graph_of, read_model
+from edgepipe.tflite_ops.run import dequantize, open_graph, quantize
 
 log = logging.getLogger(__name__)
 
@@ -55,16 +56,20 @@ class Mismatch:
 
 
 def encode_samples(
-    path: Path, samples: Mapping[str, np.ndarray], specs: Sequence[TensorSpec]
+    path: Path,
+    samples: Mapping[str, np.ndarray],
+    specs: Sequence[TensorSpec],
+    *,
+    signature: str = "",
 ) -> RawSamples:
     """Real values by input name, (N, ...) in the source layout -> bytes for the file's inputs.
 
     ``specs`` are the artifact's inputs in the file's order; without any, names are those of the
     file's tensors and the layout is the file's. Quantised inputs are quantised, and N samples make
-    N // batch inferences; a scalar input has (N,), one for each. Raises DataError where a sample set does not fit.
+    N // batch inferences; a scalar input has (N,), one for each. ``signature`` as for `tflite_runner`.
+    Raises DataError where a sample set does not fit.
     """
-    interpreter = open_tflite(path)
-    details = interpreter.get_input_details()
+    details = open_graph(path, signature=signature).inputs
     arrays: list[list[np.ndarray]] = []
     sizes: list[int] = []
     for index, detail in enumerate(details):
@@ -109,51 +114,57 @@ def encode_samples(
 
 
 def stored_outputs(
-    path: Path, samples: RawSamples, *, delegates: bool = True
+    path: Path, samples: RawSamples, *, delegates: bool = True, signature: str = ""
 ) -> dict[str, np.ndarray]:
     """What this host computes: output tensor name -> (inferences, *shape) as the file stores it.
 
     Without ``delegates`` by the builtin kernels, as a device without XNNPACK does.
     """
-    interpreter = open_tflite(path, delegates=delegates)
-    inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
-    # resource variables (tf.Variable) outlive reset_all_variables: only loading anew clears them
-    has_resources = any(op["op_name"] == "VAR_HANDLE" for op in interpreter._get_ops_details())
-    results: dict[str, list[np.ndarray]] = {d["name"]: [] for d in outputs}
+    graph = open_graph(path, signature=signature, delegates=delegates)
+    model = read_model(path)
+    if signature:
+        model = graph_of(model, signature, where=str(path))
+    # resource variables (tf.Variable) outlive a reset of variables: only loading anew clears them
+    has_resources = any(op.name == "VAR_HANDLE" for op in model.subgraphs[0].operators)
+    results: dict[str, list[np.ndarray]] = {d["name"]: [] for d in graph.outputs}
     at, shown = 0, time.monotonic()
     for done in range(samples.count):
         if has_resources and done:
-            interpreter = open_tflite(path, delegates=delegates)
-        for detail in inputs:
+            graph = open_graph(path, signature=signature, delegates=delegates)
+        given = []
+        for detail in graph.inputs:
             shape, dtype = tuple(detail["shape"]), np.dtype(detail["dtype"])
             size = int(np.prod(shape)) * dtype.itemsize
-            piece = samples.data[at : at + size]
-            interpreter.set_tensor(detail["index"], np.frombuffer(piece, dtype).reshape(shape))
+            given.append(np.frombuffer(samples.data[at : at + size], dtype).reshape(shape))
             at += size
-        invoke_once(interpreter, where=str(path))
-        for detail in outputs:
-            results[detail["name"]].append(interpreter.get_tensor(detail["index"]))
+        for detail, array in zip(graph.outputs, graph.run(given), strict=True):
+            results[detail["name"]].append(array)
         if time.monotonic() - shown > PROGRESS_S:
             shown = time.monotonic()
             log.info("running on this host: %d of %d inferences", done + 1, samples.count)
     return {name: np.stack(rows) for name, rows in results.items()}
 
 
-def output_bytes(path: Path) -> int:
+def output_bytes(path: Path, *, signature: str = "") -> int:
     """Bytes of all outputs of one inference."""
-    details = open_tflite(path).get_output_details()
+    details = open_graph(path, signature=signature).outputs
     return sum(int(np.prod(d["shape"])) * np.dtype(d["dtype"]).itemsize for d in details)
 
 
 def read_outputs(
-    path: Path, data: bytes, described: Sequence[Mapping[str, Any]], count: int
+    path: Path,
+    data: bytes,
+    described: Sequence[Mapping[str, Any]],
+    count: int,
+    *,
+    signature: str = "",
 ) -> dict[str, np.ndarray]:
     """A board's outputs file -> as `stored_outputs`, keyed and ordered like the model file.
 
     ``data`` holds ``count`` inferences, in each the tensors in the order of ``described`` (``name``,
     ``dtype``, ``shape``, ``bytes``). Raises DataError where it is not what this model file puts out.
     """
-    details = {d["name"]: d for d in open_tflite(path).get_output_details()}
+    details = {d["name"]: d for d in open_graph(path, signature=signature).outputs}
     names = [str(one.get("name")) for one in described]
     if len(names) == len(details) == 1:
         names = list(details)  # one output needs no name: a runtime may use the signature's
@@ -188,14 +199,18 @@ def read_outputs(
 
 
 def real_outputs(
-    path: Path, stored: Mapping[str, np.ndarray], specs: Sequence[TensorSpec]
+    path: Path,
+    stored: Mapping[str, np.ndarray],
+    specs: Sequence[TensorSpec],
+    *,
+    signature: str = "",
 ) -> dict[str, np.ndarray]:
     """Stored outputs -> real values by output name, (N, ...) in the source model's layout.
 
     Worked example: 5 inferences of batch 2, stored (5, 2, 4, 4, 3) int8, layout NHWC -> dequantised
     (10, 3, 4, 4) for a source layout NCHW. ``specs`` are the artifact's outputs in the file's order.
     """
-    details = {d["name"]: d for d in open_tflite(path).get_output_details()}
+    details = {d["name"]: d for d in open_graph(path, signature=signature).outputs}
     found = {}
     for (name, rows), spec in zip(stored.items(), specs, strict=True):
         axis = batch_axis(spec.layout)

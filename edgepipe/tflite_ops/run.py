@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from edgepipe.artifact import TensorSpec
 from edgepipe.errors import ArtifactError, DataError
 from edgepipe.state import batch_axis
+from edgepipe.tflite_ops.flatbuffer import find_signature, with_main_graph
+from edgepipe.tflite_ops.inspect import read_model
 
 log = logging.getLogger(__name__)
 _stderr_lock = threading.RLock()
@@ -88,37 +91,41 @@ def run_tflite(
     arrays: Sequence[np.ndarray],
     input_specs: Sequence[TensorSpec],
     output_specs: Sequence[TensorSpec],
+    *,
+    signature: str = "",
 ) -> list[np.ndarray]:
     """Outputs of a TFLite model for N samples: see `tflite_runner`."""
     _check_count(path, len(input_specs), len(arrays), "inputs")
-    return tflite_runner(path, input_specs, output_specs)(arrays)
+    return tflite_runner(path, input_specs, output_specs, signature=signature)(arrays)
 
 
 def tflite_runner(
-    path: Path, input_specs: Sequence[TensorSpec], output_specs: Sequence[TensorSpec]
+    path: Path,
+    input_specs: Sequence[TensorSpec],
+    output_specs: Sequence[TensorSpec],
+    *,
+    signature: str = "",
 ) -> Runner:
     """A TFLite model, loaded once: N samples -> outputs in the file's order and layout, one thread.
 
     ``arrays[i]`` is input *i* of the file as real values, (N, ...) in its layout; quantized inputs
     are quantised with the file's scale and zero point and outputs dequantised. A fixed batch is
-    looped over, and variable tensors (LSTM state) are reset before every inference. Raises
-    ArtifactError where the file is no valid model or disagrees with its specs, DataError where an
+    looped over, and variable tensors (LSTM state) are reset before every inference. ``signature`` is
+    which one of a file of several is run, by its key; empty: the main graph. Raises ArtifactError where
+    the file is no valid model, has no such signature or disagrees with its specs, DataError where an
     input does not fit it.
     """
-    interpreter = open_tflite(path)
-    inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
-    _check_count(path, len(inputs), len(input_specs), "inputs")
-    _check_count(path, len(outputs), len(output_specs), "outputs")
-    for detail, spec in zip([*inputs, *outputs], [*input_specs, *output_specs], strict=True):
+    graph = open_graph(path, signature=signature)
+    _check_count(path, len(graph.inputs), len(input_specs), "inputs")
+    _check_count(path, len(graph.outputs), len(output_specs), "outputs")
+    for detail, spec in zip([*graph.inputs, *graph.outputs], [*input_specs, *output_specs], strict=True):  # fmt: skip
         _check_quantization(path, detail, spec)
 
     def invoke(batch: list[np.ndarray]) -> list[np.ndarray]:
-        for detail, array in zip(inputs, batch, strict=True):
-            interpreter.set_tensor(detail["index"], quantize(array, detail))
-        invoke_once(interpreter, where=str(path))
-        return [dequantize(interpreter.get_tensor(d["index"]), d) for d in outputs]
+        given = [quantize(array, d) for d, array in zip(graph.inputs, batch, strict=True)]
+        return [dequantize(a, d) for d, a in zip(graph.outputs, graph.run(given), strict=True)]
 
-    shapes: list[tuple[int | None, ...]] = [tuple(int(n) for n in d["shape"]) for d in inputs]
+    shapes: list[tuple[int | None, ...]] = [tuple(int(n) for n in d["shape"]) for d in graph.inputs]
     return lambda arrays: _run_in_batches(path, arrays, input_specs, output_specs, shapes, invoke)
 
 
@@ -181,16 +188,77 @@ def open_tflite(
     return interpreter
 
 
-def is_delegated(path: Path) -> bool:
+@dataclasses.dataclass(frozen=True)
+class OpenGraph:
+    """A graph of a file, ready to run: LiteRT's details of its inputs and outputs, in its order.
+
+    ``run`` makes one inference from fresh state of arrays as the inputs store them, shapes included.
+    """
+
+    inputs: list[dict[str, Any]]
+    outputs: list[dict[str, Any]]
+    run: Callable[[Sequence[np.ndarray]], list[np.ndarray]]
+
+
+def open_graph(path: Path, *, signature: str = "", delegates: bool = True) -> OpenGraph:
+    """The main graph of a file or, by its key, a signature's, run out of that very file.
+
+    Raises ArtifactError as `open_tflite`, and where there is no such signature.
+    """
+    interpreter = open_tflite(path, delegates=delegates)
+    if not signature:
+        inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
+
+        def run(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+            for detail, array in zip(inputs, arrays, strict=True):
+                interpreter.set_tensor(detail["index"], array)
+            invoke_once(interpreter, where=str(path))
+            return [interpreter.get_tensor(d["index"]) for d in outputs]
+
+        return OpenGraph(inputs, outputs, run)
+
+    model = read_model(path)
+    found = find_signature(model, signature, where=str(path))
+    graph, runner = model.subgraphs[found.subgraph], interpreter.get_signature_runner(signature)
+
+    def names(tensors: Sequence[int], named: Mapping[str, int]) -> list[str]:
+        """Those of a signature, in the order of its graph."""
+        by_tensor = {tensor: name for name, tensor in named.items()}
+        if set(by_tensor) != set(tensors):
+            raise ArtifactError(f"signature {signature!r} of {path} does not name all of its graph's inputs and outputs")  # fmt: skip
+        return [by_tensor[tensor] for tensor in tensors]
+
+    ins, outs = names(graph.inputs, found.inputs), names(graph.outputs, found.outputs)
+
+    def run_signature(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        with failures_named(f"signature {signature!r} of {path}"):
+            interpreter.reset_all_variables()
+            results = runner(**dict(zip(ins, arrays, strict=True)))
+        return [results[name] for name in outs]
+
+    details_in, details_out = runner.get_input_details(), runner.get_output_details()
+    return OpenGraph([details_in[n] for n in ins], [details_out[n] for n in outs], run_signature)
+
+
+def is_delegated(path: Path, *, signature: str = "") -> bool:
     """Whether XNNPACK runs any part of a model on this host."""
-    return any(op["op_name"] == "DELEGATE" for op in open_tflite(path)._get_ops_details())
+    # LiteRT lists the operators of the main graph only
+    model = with_main_graph(path.read_bytes(), signature, where=str(path)) if signature else path
+    return any(op["op_name"] == "DELEGATE" for op in open_tflite(model)._get_ops_details())
 
 
 def invoke_once(interpreter: Interpreter, *, where: str) -> None:
     """One inference on the inputs set, from fresh state. ArtifactError where an operator fails."""
     interpreter.reset_all_variables()
-    try:
+    with failures_named(where):
         interpreter.invoke()
+
+
+@contextlib.contextmanager
+def failures_named(where: str) -> Iterator[None]:
+    """What LiteRT raises meanwhile becomes ArtifactError (``cannot-run``)."""
+    try:
+        yield
     except RuntimeError as exc:
         raise ArtifactError(
             f"{where} fails in LiteRT: {exc}",
