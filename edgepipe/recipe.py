@@ -439,8 +439,8 @@ def _check_streaming(stages: list[Any], problems: list[str]) -> None:
             problems.append(f"[[stages]] {number} ({stage.name}): the model of [[stages]] {streaming} {what} ({EXPLICIT})")  # fmt: skip
 
 
-# Stages that run training samples through the model one by one.
-TRAINING = ("finetune", "distill", "qat", "prune", "sparsify", "low_rank")
+# Stages that cannot take sequences.
+STEPLESS = ("distill", "qat", "prune", "sparsify", "low_rank")
 
 
 def _check_state(
@@ -455,7 +455,9 @@ def _check_state(
         for known in sorted({*source.inputs} & {*state}):
             problems.append(f"[data.{name}] inputs: {known!r} is state ([model.state] {known} = {state[known]!r}): it starts at zero and takes no data")  # fmt: skip
     for number, stage in enumerate(stages, 1):
-        if state and stage and stage.name in TRAINING and stage.data_names():
+        if not state and getattr(stage, "back_steps", None):
+            problems.append(f"[[stages]] {number} ({stage.name}): back_steps: the model has no [model.state], so there is one step")  # fmt: skip
+        if state and stage and stage.name in STEPLESS and stage.data_names():
             problems.append(
                 f"[[stages]] {number} ({stage.name}): cannot train on sequences yet, and the model has [model.state];"
                 " train it before, and give the weights"

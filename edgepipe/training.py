@@ -41,6 +41,7 @@ class TrainingOptions:
     ``warmup`` raises the learning rate linearly over so many epochs (a fraction is fine), then
     ``schedule`` takes over. ``clip_norm`` bounds the gradient's norm (0: not). ``ema`` keeps a moving
     average of the weights with this decay, like 0.999, which is what comes out (0: off).
+    ``back_steps`` is for models with state: through how many steps of a sequence gradients go back (0: all).
     ``early_stop`` ends training after so many epochs without a better validation score, and keeps
     the best epoch (0: off, the last epoch is kept). Every ``checkpoint_every`` the state is saved, so
     that the same command goes on there after Ctrl-C or a kill. ``device`` ``auto`` is the GPU where
@@ -58,6 +59,7 @@ class TrainingOptions:
     warmup: float = 0.0
     label_smoothing: float = 0.0
     clip_norm: float = 0.0
+    back_steps: int = 0
     ema: float = 0.0
     early_stop: int = 0
     augment: Augmentation = Augmentation()
@@ -74,6 +76,8 @@ class TrainingOptions:
             problems.append("label_smoothing and ema are at least 0 and below 1")
         if not 0 <= self.warmup <= self.epochs:
             problems.append("warmup is from 0 to epochs")
+        if self.back_steps < 0:
+            problems.append("back_steps is not below 0")
         if self.early_stop < 0 or (self.early_stop and not self.validation):
             problems.append("early_stop is at least 0 and needs validation data")
         if self.checkpoint_every <= 0:

@@ -20,7 +20,8 @@ class Finetune(TrainingOptions):
 
     ``trainer`` = "file.py:function" trains by a function of your own instead, called as
     ``function(model, train_set, validation_set, options, seed)`` (`torch_ops.trainer`); of the
-    options it heeds what it likes, and an interrupted training begins anew.
+    options it heeds what it likes, and an interrupted training begins anew. A model with state takes
+    whole sequences there, too (`torch_ops.sequences.Unrolled`).
     """
 
     name: ClassVar[str] = "finetune"
@@ -29,7 +30,7 @@ class Finetune(TrainingOptions):
     produces: ClassVar[str] = "same"
     ops: ClassVar[tuple[str, ...]] = (
         "edgepipe.training", "edgepipe.torch_ops.train", "edgepipe.torch_ops.augment",
-        "edgepipe.torch_ops.data", "edgepipe.torch_ops.run", "edgepipe.torch_ops.model",
+        "edgepipe.torch_ops.data", "edgepipe.torch_ops.sequences", "edgepipe.torch_ops.run", "edgepipe.torch_ops.model",
         "edgepipe.torch_ops.edits", "edgepipe.torch_ops.attention", "edgepipe.torch_ops.trainer", "edgepipe.array_ops", "edgepipe.state",
     )  # fmt: skip
     packages: ClassVar[tuple[str, ...]] = ("torch", "safetensors", "numpy")
@@ -43,6 +44,7 @@ class Finetune(TrainingOptions):
         """The same model with trained weights. Nothing is kept where training fails."""
         from edgepipe.torch_ops.data import training_set
         from edgepipe.torch_ops.model import load_model, read_description, save_model
+        from edgepipe.torch_ops.sequences import stepped, unrolled
         from edgepipe.torch_ops.train import train
         from edgepipe.torch_ops.trainer import train_by_function
 
@@ -50,7 +52,7 @@ class Finetune(TrainingOptions):
         validation = None
         if self.validation:
             validation = training_set(context.data[self.validation], artifact.inputs)
-        model = load_model(artifact.path)
+        model = unrolled(load_model(artifact.path), artifact, data, back_steps=self.back_steps)
         facts: dict[str, Any] = {"samples": len(data), "seed": context.seed}
         if self.trainer:
             model = train_by_function(
@@ -65,7 +67,7 @@ class Finetune(TrainingOptions):
             )  # fmt: skip
             facts["epochs"] = [dataclasses.asdict(epoch) for epoch in history]
         folder = context.work_dir / "model"
-        save_model(model, folder, read_description(artifact.path))
+        save_model(stepped(model), folder, read_description(artifact.path))
         return make_artifact(
             "torch",
             folder,

@@ -11,18 +11,19 @@ from edgepipe.array_ops.load import SampleStream, load_samples, open_samples
 from edgepipe.artifact import TensorSpec
 from edgepipe.data import DataSource
 from edgepipe.errors import DataError
+from edgepipe.state import data_inputs
 from edgepipe.torch_ops.train import ArraySet, TrainingSet
 
 
 def training_set(source: DataSource, specs: Sequence[TensorSpec]) -> TrainingSet:
     """The samples of ``source`` prepared for inputs ``specs``: in memory, or (kind ``dataset``) read
-    batch by batch. Raises DataError where there are no labels."""
+    batch by batch; of a model with state, sequences. Raises DataError where there are no labels."""
     if source.kind == "dataset":
         return _Lazy(open_samples(source, specs, kept_bytes=0))
     samples = load_samples(source, specs)
     if samples.labels is None:
         raise _no_labels(source)
-    return ArraySet([samples.inputs[spec.name] for spec in specs], samples.labels)
+    return ArraySet([samples.inputs[spec.name] for spec in data_inputs(specs)], samples.labels)
 
 
 class _Lazy:

@@ -25,6 +25,7 @@ from edgepipe.errors import DataError, NotReadyError, StageError
 from edgepipe.torch_ops.augment import check_augmentation, mixed, view
 from edgepipe.torch_ops.edits import sparse_weights
 from edgepipe.torch_ops.run import call_model
+from edgepipe.torch_ops.sequences import stepped
 from edgepipe.training import TrainingOptions
 
 log = logging.getLogger(__name__)
@@ -317,7 +318,7 @@ class _Loop:
         if not self.is_finite():  # the loss of the last batch was that of the weights before it
             raise self.diverged(f"weights became nan or infinite in the last batch of epoch {self.epoch}")  # fmt: skip
         if self.checkpoint is not None:
-            self.good = _state(self.model)
+            self.good = _state(stepped(self.model))
         score = None
         if self.validation is not None:
             kept = None

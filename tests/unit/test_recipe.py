@@ -204,8 +204,8 @@ STATE = GOOD.replace(
 
 def test_stages_that_train_are_refused_for_a_model_with_state(folder: Path) -> None:
     with pytest.raises(RecipeError, match="cannot train on sequences yet") as caught:
-        load_recipe(write(folder, STATE.replace('"export_onnx"', '"finetune"', 1)))
-    assert "[[stages]] 1 (finetune)" in caught.value.message
+        load_recipe(write(folder, STATE.replace('"export_onnx"', '"sparsify"', 1)))
+    assert "[[stages]] 1 (sparsify)" in caught.value.message
     found = load_recipe(write(folder, STATE.replace("[evaluate]", '[evaluate]\nsteps = "each"')))
     assert found.model.state == {"h": "h_next"}
     assert found.evaluate is not None
@@ -222,6 +222,8 @@ def test_a_recipe_whose_state_is_wired_wrongly_is_refused(folder: Path) -> None:
             load_recipe(write(folder, STATE.replace(before, after, 1)))
     with pytest.raises(RecipeError, match=r"has no \[model.state\], so there is one step"):
         load_recipe(write(folder, GOOD.replace("[evaluate]", '[evaluate]\nsteps = "each"')))
+    with pytest.raises(RecipeError, match=r"back_steps: the model has no \[model.state\]"):
+        load_recipe(write(folder, GOOD.replace('"export_onnx"', '"finetune"\nback_steps = 3', 1)))
 
 
 # --- buckets

@@ -1,0 +1,215 @@
+"""Training models with state: whole sequences through a model of one step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from edgepipe.artifact import Artifact
+from edgepipe.data import DataSource
+from edgepipe.errors import ArtifactError, DataError
+from edgepipe.predict import predict
+from edgepipe.stage import StageContext
+from edgepipe.stages.finetune import Finetune
+from edgepipe.stages.load import LoadModel, ModelSource, TensorOption
+from edgepipe.torch_ops.model import load_model
+from edgepipe.torch_ops.sequences import stepped, unrolled
+from edgepipe.torch_ops.train import ArraySet
+
+NETS = '''
+import torch
+from torch import nn
+
+
+class Written(nn.Module):
+    """A GRU written out of linear layers (Cho et al. 2014, eq. 5 to 8); h is (N, size)."""
+
+    def __init__(self, size=16, wide=12):
+        super().__init__()
+        self.first = nn.Linear(8, wide)
+        self.gates = nn.Linear(wide + size, 2 * size)
+        self.new = nn.Linear(wide + size, size)
+        self.head = nn.Linear(size, 10)
+
+    def forward(self, x, h):
+        x = torch.relu(self.first(x))
+        r, z = torch.sigmoid(self.gates(torch.cat([x, h], 1))).chunk(2, 1)
+        new = torch.tanh(self.new(torch.cat([x, r * h], 1)))
+        h = z * h + (1 - z) * new
+        return self.head(h), h
+
+
+class Gru(nn.Module):
+    """PyTorch's own; h is (layers, N, 16)."""
+
+    def __init__(self, layers=1):
+        super().__init__()
+        self.gru = nn.GRU(8, 16, layers, batch_first=True)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x, h):
+        y, h = self.gru(x[:, None], h)
+        return self.head(y[:, 0]), h
+
+
+class Alone(Written):
+    def forward(self, x, h):
+        return super().forward(x[:1], h[:1])
+'''
+
+
+def artifact(
+    folder: Path, builder: str, state: tuple[int, ...], **args: int
+) -> tuple[Artifact, nn.Module]:
+    (folder / "nets.py").write_text(NETS)
+    source = ModelSource(
+        builder=f"nets.py:{builder}", args=args, state={"h": "h_next"}, outputs=("y", "h_next"),
+        inputs=(TensorOption(name="x", shape=(1, 8)), TensorOption(name="h", shape=state)), root=folder,
+    )  # fmt: skip
+    made = LoadModel(source).run(context(folder, "load"))
+    return made, load_model(made.path)
+
+
+def context(folder: Path, name: str, **data: DataSource) -> StageContext:
+    work = folder / name
+    work.mkdir()
+    return StageContext(work_dir=work, data=data, seed=0, log_path=work / "log.txt", root=folder)
+
+
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """(1797, 8, 8): a picture is a sequence of its rows."""
+    found = load_digits()
+    return (found.images / 16).astype(np.float32), found.target.astype(np.int64)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, DataSource]:
+    path = tmp_path_factory.mktemp("digits") / "digits.npz"
+    x, labels = digits()
+    np.savez(path, x=x, labels=labels)
+    source = DataSource(kind="npz", path=path)
+    return {
+        "train": dataclasses.replace(source, not_fold=(0, 3)),
+        "test": dataclasses.replace(source, fold=(0, 3)),
+    }
+
+
+def right(model: Artifact, x: np.ndarray, labels: np.ndarray) -> float:
+    return float((predict(model, {"x": x})["y"].argmax(1) == labels).mean())
+
+
+def judged(model: Artifact, folds: Mapping[str, DataSource]) -> float:
+    """Accuracy as the recipe's evaluation finds it, on a third of the test set."""
+    x, labels = digits()
+    return right(model, x[::9], labels[::9])
+
+
+# --- the sequence
+
+
+@pytest.mark.parametrize(("layers", "state"), [(1, (1, 1, 16)), (2, (2, 1, 16))])
+def test_a_sequence_gives_what_pytorchs_own_recurrence_gives(
+    tmp_path: Path, layers: int, state: tuple[int, ...]
+) -> None:
+    made, net = artifact(tmp_path, "Gru", state, layers=layers)
+    x = torch.randn(5, 7, 8)
+    with torch.no_grad():
+        whole = net.head(net.gru(x)[0])  # type: ignore[operator,union-attr] # (5, 7, 10)
+        last = unrolled(net, made, ArraySet([x.numpy()], np.zeros(5, np.int64)))(x)
+        each = unrolled(net, made, ArraySet([x.numpy()], np.zeros((5, 7), np.int64)))(x)
+    torch.testing.assert_close(last, whole[:, -1])
+    torch.testing.assert_close(each, whole.movedim(1, 2))
+
+
+def test_gradients_go_back_as_far_as_they_are_told(tmp_path: Path) -> None:
+    made, net = artifact(tmp_path, "Written", (1, 16))
+    labels = ArraySet([np.zeros((4, 7, 8), np.float32)], np.zeros(4, np.int64))
+    reached = {}
+    for back_steps in (0, 3):
+        x = torch.randn(4, 7, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        unrolled(net, made, labels, back_steps=back_steps)(x).sum().backward()
+        assert x.grad is not None
+        reached[back_steps] = x.grad.abs().sum((0, 2)) > 0
+    assert reached[0].all()
+    assert reached[3].tolist() == [False] * 4 + [True] * 3
+
+
+def test_a_model_without_state_is_left_as_it_is(tmp_path: Path) -> None:
+    made, net = artifact(tmp_path, "Written", (1, 16))
+    plain = dataclasses.replace(
+        made, inputs=tuple(dataclasses.replace(s, fed_by="") for s in made.inputs)
+    )
+    labels = ArraySet([np.zeros((4, 8), np.float32)], np.zeros(4, np.int64))
+    assert unrolled(net, plain, labels) is net
+    assert stepped(net) is net
+
+
+def test_a_step_that_cannot_take_a_batch_is_refused(tmp_path: Path) -> None:
+    made, net = artifact(tmp_path, "Alone", (1, 16))
+    labels = ArraySet([np.zeros((4, 7, 8), np.float32)], np.zeros(4, np.int64))
+    with pytest.raises(ArtifactError, match="for two samples at once") as caught:
+        unrolled(net, made, labels)
+    assert "LNC" in caught.value.hint
+
+
+# --- stages
+
+
+def test_finetune_learns_sequences_and_saves_the_step(
+    tmp_path: Path, data: dict[str, DataSource]
+) -> None:
+    made, _ = artifact(tmp_path, "Gru", (1, 1, 16))
+    stage = Finetune(epochs=6, lr=0.02, batch_size=50, validation="test")
+    trained = stage.run(made, context(tmp_path, "train", **data))
+    assert trained.inputs == made.inputs
+    before, after = (judged(m, data) for m in (made, trained))
+    assert before < 0.3
+    assert after > 0.75
+    assert trained.facts["epochs"][-1]["validation_accuracy"] == pytest.approx(after, abs=0.1)
+
+
+def test_labels_of_each_step_train_each_step(tmp_path: Path) -> None:
+    """The class of a step is what was shown the step before: only with state it can be known."""
+    shown = np.random.default_rng(0).integers(0, 8, (300, 6))
+    x = np.eye(8, dtype=np.float32)[shown]
+    labels = np.concatenate([np.zeros((300, 1), np.int64), shown[:, :-1]], axis=1)
+    np.savez(tmp_path / "d.npz", x=x, labels=labels)
+    made, _ = artifact(tmp_path, "Written", (1, 16))
+    source = DataSource(kind="npz", path=tmp_path / "d.npz")
+    stage = Finetune(epochs=10, lr=0.03, batch_size=50, back_steps=3)
+    trained = stage.run(made, context(tmp_path, "train", train=source))
+    found = predict(trained, {"x": x}, steps="each")["y"].argmax(2)
+    assert (found == labels).mean() > 0.5
+    np.savez(tmp_path / "d.npz", x=x, labels=labels[:, :4])
+    with pytest.raises(DataError, match=r"labels are \(4,\) for each sample"):
+        stage.run(made, context(tmp_path, "again", train=source))
+
+
+TRAINER = """
+import torch
+
+
+def fit(model, train_set, validation_set, options, seed):
+    method = torch.optim.Adam(model.parameters(), 0.02)
+    for rows in torch.arange(len(train_set)).split(100):
+        inputs, labels = train_set.batch(rows)
+        method.zero_grad()
+        torch.nn.functional.cross_entropy(model(*inputs), labels).backward()
+        method.step()
+"""
+
+
+def test_a_trainer_of_ones_own_is_given_whole_sequences(
+    tmp_path: Path, data: dict[str, DataSource]
+) -> None:
+    made, _ = artifact(tmp_path, "Written", (1, 16))
+    (tmp_path / "fit.py").write_text(TRAINER)
+    trained = Finetune(trainer="fit.py:fit").run(made, context(tmp_path, "train", **data))
+    assert judged(trained, data) > judged(made, data) + 0.1
