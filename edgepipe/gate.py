@@ -600,7 +600,7 @@ class AccuracyDropGate:
         status = verdict.status
         if status is Status.PASS and self.hard_max is not None and high > self.hard_max:
             status = Status.INCONCLUSIVE
-            reason += f"; a loss above {self.hard_max:g} points is not excluded: evaluate on more samples"  # fmt: skip
+            reason += f"; a loss above {format_value(self.hard_max, 'points')} is not excluded: evaluate on more samples"  # fmt: skip
         return dataclasses.replace(verdict, status=status, reason=reason)
 
 

@@ -16,7 +16,13 @@ from edgepipe.state import PARITY_STEPS, data_inputs, is_stateful, with_steps
 if TYPE_CHECKING:
     import numpy as np
 
+    from edgepipe.array_ops.load import SampleStream
+
 log = logging.getLogger(__name__)
+
+# Samples a quantised file is compared with the float file on: enough for a stable SQNR (the standard
+# error of a mean over 64 is an eighth of the spread), few enough to cost less than calibration.
+QUANTISED_SAMPLES = 64
 
 
 def parity_inputs(
@@ -97,3 +103,48 @@ def verify(
         "max_relative_error": max_relative_error,
         "outputs": outputs,
     }
+
+
+def compare_to_float(
+    before: Artifact, after: Artifact, samples: SampleStream, *, precision: str, stage: str
+) -> dict[str, Any]:
+    """How far a quantised file is from the float file it was made from, on real samples; the evidence.
+
+    Samples are `compared_samples`, outputs those of every step, states included. What is far enough
+    is for the caller to say (`worst_output`). Raises StageError (``parity``) where they cannot be compared.
+    """
+    from edgepipe.array_ops.compare import compare
+
+    few = samples.take(compared_samples(len(samples)))
+    try:
+        found = [predict(m, few.inputs, steps="each", states=True) for m in (before, after)]
+        errors = compare(*found)
+    except ArtifactError as exc:
+        raise StageError(
+            f"cannot compare the {precision} model with the float model: {exc.message}",
+            stage=stage, hint=exc.hint, code="parity",
+        ) from exc  # fmt: skip
+    parity = {
+        "against": "float tflite",
+        "reference_sha256": before.sha256,
+        "samples": len(few),
+        "data": samples.origin,
+        "random_data": samples.is_random,
+        "outputs": {name: dataclasses.asdict(error) for name, error in errors.items()},
+    }
+    worst, sqnr_db = worst_output(parity)
+    log.info("%s against float: %.1f dB on %r", precision, sqnr_db, worst)
+    return parity
+
+
+def worst_output(parity: Mapping[str, Any]) -> tuple[str, float]:
+    """The output with the least SQNR in the evidence of `compare_to_float`, and that in dB."""
+    outputs = parity["outputs"]
+    worst = min(outputs, key=lambda name: outputs[name]["sqnr_db"])
+    return worst, outputs[worst]["sqnr_db"]
+
+
+def compared_samples(total: int) -> range:
+    """Up to `QUANTISED_SAMPLES` sample numbers, evenly spread over all ``total``."""
+    step = max(1, total // QUANTISED_SAMPLES)
+    return range(0, total, step)[:QUANTISED_SAMPLES]

@@ -152,7 +152,11 @@ def run_buckets(
     for recipe, boards in zip(recipes, targets, strict=True):
         _refuse_early(recipe, boards, baselines)
     name = unique_name(datetime.datetime.now(datetime.UTC), "buckets")
-    together = {"id": name, "recipes": [recipe.name for recipe in recipes]}
+    together = {
+        "id": name,
+        "recipes": [recipe.name for recipe in recipes],
+        "buckets": [bucket_text(recipe.bucket) for recipe in recipes],
+    }
     for number, (recipe, boards) in enumerate(zip(recipes, targets, strict=True), 1):
         log.info("bucket %s (%d of %d)", bucket_text(recipe.bucket), number, len(recipes))
         result: RunResult | EdgepipeError

@@ -95,9 +95,10 @@ def buckets_table(runs: Sequence[Run], records: Sequence[Mapping[str, Any]]) -> 
     together = records[0].get("together") or {}
     by_name = {record["recipe"]: (run, record) for run, record in zip(runs, records, strict=True)}
     rows = []
-    for name in together.get("recipes") or by_name:
+    names = together.get("recipes") or list(by_name)
+    for name, bucket in zip(names, together.get("buckets") or names, strict=True):
         if name not in by_name:
-            rows.append((name, "", "", "never begun"))
+            rows.append((bucket, "", "", "never begun"))
             continue
         run, record = by_name[name]
         latencies = []
@@ -112,7 +113,7 @@ def buckets_table(runs: Sequence[Run], records: Sequence[Mapping[str, Any]]) -> 
                 latencies.append(f"{board} {p50}")
         size = run.load_measurements("model").get("model_bytes")
         bytes_text = format_value(size.valid_sessions[0][0], "B") if size else ""
-        bucket = " ".join(f"{k}={v}" for k, v in record.get("bucket", {}).items()) or name
+        bucket = " ".join(f"{k}={v}" for k, v in record.get("bucket", {}).items()) or bucket
         rows.append((bucket, bytes_text, ", ".join(latencies), outcome_text(record)))
     return Table("Buckets", ("bucket", "size", "latency (p50)", "verdict"), tuple(rows))
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from edgepipe.data import DataSource
 from edgepipe.errors import DataError
 from edgepipe.table import Table
-from edgepipe.units import format_bytes, format_seconds
+from edgepipe.units import format_bytes, format_seconds, format_value
 
 if TYPE_CHECKING:
     from edgepipe.array_ops.load import Samples, SampleStream
@@ -142,13 +142,8 @@ def rung_table(facts: Mapping[str, Any]) -> Table:
             _latency(rung["latency_s"]), verdict, rung["did"],
         ))  # fmt: skip
     header = ("rung", "score", "points lost", "bytes", "this host", "verdict", "what was done")
-    title = f"Rungs of int8: {facts['metric']} on {facts['samples']} samples, at most {points(facts['max_drop'])} to be lost"  # fmt: skip
+    title = f"Rungs of int8: {facts['metric']} on {facts['samples']} samples, at most {format_value(facts['max_drop'], 'points')} to be lost"  # fmt: skip
     return Table(title, header, tuple(rows))
-
-
-def points(count: float) -> str:
-    """``1 point``, ``0.5 points``."""
-    return f"{count:g} point{'s' * (count != 1)}"
 
 
 def _latency(seconds: float | None) -> str:

@@ -98,4 +98,5 @@ def format_value(value: float, unit: str) -> str:
         return f"{100 * value:.{'3g' if abs(value) < 9.995 else '0f'}} %"
     if unit == "":
         return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
-    return f"{value:.4g} {unit}"
+    number = f"{value:.4g}"
+    return f"{number} {'point' if unit == 'points' and number in ('1', '-1') else unit}"

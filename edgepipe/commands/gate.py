@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace, out: Output, ci: CiOutput) -> int:
             log.warning("%s: %s", run.read()["recipe"], exc.message)
             judged, result, code = run.read(), {"run": run.id, **exc.as_dict()}, exc.exit_code
             judged.setdefault("error", exc.as_dict())
-        records.append(judged)
+        records.append({**judged, "together": None} if asked else judged)
         entries.append({"bucket": judged["bucket"], **result})
         codes.append(code)
         out.text("")

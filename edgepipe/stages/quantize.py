@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from edgepipe.artifact import Artifact, make_artifact
 from edgepipe.data import at_most
-from edgepipe.errors import ArtifactError, StageError, StageOptionError
-from edgepipe.predict import predict, with_states
+from edgepipe.errors import StageError, StageOptionError
+from edgepipe.parity import compare_to_float, worst_output
+from edgepipe.predict import with_states
 from edgepipe.schema import Unit, near_miss, record
 from edgepipe.stage import StageContext
 from edgepipe.stages.quantize_int8 import (
     ENOUGH_UNSETTLED,
-    PARITY_SAMPLES,
     check_samples,
     source_specs,
-    spread_out,
 )
 from edgepipe.state import refuse_streaming
 
@@ -45,6 +44,7 @@ class Quantize:
     produces: ClassVar[str] = "tflite"
     ops: ClassVar[tuple[str, ...]] = (
         "edgepipe.array_ops",
+        "edgepipe.parity",
         "edgepipe.predict",
         "edgepipe.state",
         "edgepipe.tflite_ops.calibrate",
@@ -140,32 +140,14 @@ class Quantize:
         return dataclasses.replace(result, facts=facts)
 
     def _parity(self, before: Artifact, after: Artifact, samples: SampleStream) -> dict[str, Any]:
-        from edgepipe.array_ops.compare import compare
-
-        few = samples.take(spread_out(len(samples), PARITY_SAMPLES))
-        try:
-            found = [predict(m, few.inputs, steps="each", states=True) for m in (before, after)]
-            errors = compare(*found)
-        except ArtifactError as exc:
+        parity = compare_to_float(before, after, samples, precision=self.precision, stage=self.name)
+        worst, sqnr_db = worst_output(parity)
+        if sqnr_db < self.min_sqnr:
             raise StageError(
-                f"cannot compare the {self.precision} model with the float model: {exc.message}",
-                stage=self.name, hint=exc.hint, code="parity",
-            ) from exc  # fmt: skip
-        worst = min(errors, key=lambda name: errors[name].sqnr_db)
-        if errors[worst].sqnr_db < self.min_sqnr:
-            raise StageError(
-                f"{self.precision} output {worst!r} is {errors[worst].sqnr_db:.1f} dB from the float model on"
+                f"{self.precision} output {worst!r} is {sqnr_db:.1f} dB from the float model on"
                 f" {samples.origin}, below min_sqnr = {self.min_sqnr:g} dB",
                 stage=self.name,
                 hint='choose another precision, or accept it with min_sqnr = "... dB"',
                 code="parity",
             )
-        log.info("%s against float: %.1f dB on %r", self.precision, errors[worst].sqnr_db, worst)
-        return {
-            "against": "float tflite",
-            "reference_sha256": before.sha256,
-            "samples": len(few),
-            "data": samples.origin,
-            "random_data": samples.is_random,
-            "outputs": {name: dataclasses.asdict(error) for name, error in errors.items()},
-        }
+        return parity

@@ -16,13 +16,13 @@ from edgepipe.artifact import Artifact, TensorSpec, make_artifact
 from edgepipe.data import DataSource, at_most, user_path
 from edgepipe.errors import ArtifactError, StageError, StageOptionError
 from edgepipe.input_range import check_input_range
+from edgepipe.parity import compare_to_float, compared_samples, worst_output
 from edgepipe.predict import predict, with_states
 from edgepipe.range_table import RangeTable, read_table, table_text
 from edgepipe.rescue import (
     ENOUGH_SAMPLES,
     check_evaluation_data,
     kept_hashes,
-    points,
     qat_advice,
     rescue_facts,
     rung_lines,
@@ -38,6 +38,7 @@ from edgepipe.state import (
     state_numbers,
 )
 from edgepipe.stats import paired_difference_interval
+from edgepipe.units import format_value
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,9 +49,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Samples the int8 file is compared with the float file on: enough for a stable SQNR (the standard
-# error of a mean over 64 is an eighth of the spread), few enough to cost less than calibration.
-PARITY_SAMPLES = 64
 # Real samples that a rewritten file must agree on with the one it was made from
 REWRITE_SAMPLES = 8
 # Samples that calibration data is compared with: enough for a mean and a spread
@@ -108,6 +106,7 @@ class QuantizeInt8:
     produces: ClassVar[str] = "tflite"
     ops: ClassVar[tuple[str, ...]] = (
         "edgepipe.array_ops",
+        "edgepipe.parity",
         "edgepipe.predict",
         "edgepipe.range_table",
         "edgepipe.rescue",
@@ -340,8 +339,8 @@ class QuantizeInt8:
         self._check_evaluation(calibration, evaluation, context)
         if len(evaluation) < ENOUGH_SAMPLES:
             log.warning(
-                "max_drop is judged on %d samples, one of which is %.2g points",
-                len(evaluation), 100 / max(len(evaluation), 1),
+                "max_drop is judged on %d samples, one of which is %s",
+                len(evaluation), format_value(100 / max(len(evaluation), 1), "points"),
             )  # fmt: skip
 
         def answered(model: Artifact) -> tuple[float, np.ndarray | None]:
@@ -423,7 +422,7 @@ class QuantizeInt8:
             culprits = ", ".join(f"{c.operator} {c.layer!r} (noise {c.noise:.2g} alone)" for c in rescue.culprits)  # fmt: skip
             at_fault = f"; layers at fault: {culprits}" if culprits else ""
             raise StageError(
-                f"no rung keeps {metric} within {points(self.max_drop)} of float ({base:.4f} on"
+                f"no rung keeps {metric} within {format_value(self.max_drop, 'points')} of float ({base:.4f} on"
                 f" {evaluation.origin}){at_fault}\n"
                 + "\n".join((*lines, *rescue.causes, *judged.doubts)),
                 stage=self.name,
@@ -436,7 +435,7 @@ class QuantizeInt8:
         if interval is not None and interval[1] > self.max_drop:
             log.warning(
                 "%d samples cannot tell a loss of %s from one of %.1f: judge the file on more, by [evaluate]",
-                len(evaluation), points(self.max_drop), interval[1],
+                len(evaluation), format_value(self.max_drop, "points"), interval[1],
             )  # fmt: skip
         last = RangeTable(rescue.ranges, rescue.method, table.samples, table.data)
         return rescue.float_content, last, rescue.content, {"rescue": facts}
@@ -511,43 +510,25 @@ class QuantizeInt8:
     ) -> dict[str, Any]:
         """int8 against float on real samples; StageError with the first tensor that departs."""
         from edgepipe.array_ops.calibration import file_batches
-        from edgepipe.array_ops.compare import compare
         from edgepipe.tflite_ops.quantize import departures
 
-        few = samples.take(spread_out(len(samples), PARITY_SAMPLES))
-        try:
-            found = [predict(m, few.inputs, steps="each", states=True) for m in (before, after)]
-            errors = compare(*found)
-        except ArtifactError as exc:
-            raise StageError(
-                f"cannot compare the int8 model with the float model: {exc.message}",
-                stage=self.name,
-                hint=exc.hint,
-                code="parity",
-            ) from exc
-        worst = min(errors, key=lambda name: errors[name].sqnr_db)
+        parity = compare_to_float(before, after, samples, precision="int8", stage=self.name)
+        worst, sqnr_db = worst_output(parity)
         # a file that the ladder let pass was judged by what it is for
-        if not self.max_drop and errors[worst].sqnr_db < self.min_sqnr:
-            rows = departures(float_content, quantized, file_batches(few.take(range(min(4, len(few)))), before.inputs))  # fmt: skip
+        if not self.max_drop and sqnr_db < self.min_sqnr:
+            few = samples.take(compared_samples(len(samples))[:4])
+            rows = departures(float_content, quantized, file_batches(few, before.inputs))
             first = next((r for r in rows if r[2] < self.min_sqnr), None)
             at = f"; the first tensor below it is {first[0]!r}, made by {first[1]} ({first[2]:.1f} dB)" if first else ""  # fmt: skip
             raise StageError(
-                f"int8 output {worst!r} is {errors[worst].sqnr_db:.1f} dB from the float model on"
+                f"int8 output {worst!r} is {sqnr_db:.1f} dB from the float model on"
                 f" {samples.origin}, below min_sqnr = {self.min_sqnr:g} dB{at}",
                 stage=self.name,
                 hint="`edgepipe explain FLOAT.tflite --data SAMPLES` says which layer and why; max_drop mends much of it,"
                 ' or accept it with min_sqnr = "... dB"',
                 code="parity",
             )
-        log.info("int8 against float: %.1f dB on %r", errors[worst].sqnr_db, worst)
-        return {
-            "against": "float tflite",
-            "reference_sha256": before.sha256,
-            "samples": len(few),
-            "data": samples.origin,
-            "random_data": samples.is_random,
-            "outputs": {name: dataclasses.asdict(error) for name, error in errors.items()},
-        }
+        return parity
 
 
 def check_samples(samples: int | Literal["auto"], *, stage: str) -> None:
@@ -556,12 +537,6 @@ def check_samples(samples: int | Literal["auto"], *, stage: str) -> None:
         raise StageOptionError(
             f"{stage}: samples = {samples} is negative", hint='write "auto", a number, or 0 for all'
         )
-
-
-def spread_out(total: int, count: int) -> range:
-    """At most ``count`` of ``total`` samples, evenly spaced from the first."""
-    step = max(1, total // count)
-    return range(0, min(total, step * count), step)
 
 
 def _round_weights(seed: int) -> RoundWeights | None:

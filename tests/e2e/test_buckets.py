@@ -108,6 +108,8 @@ def test_gate_and_report_take_all_buckets_of_the_latest_run(
     assert (code, [b["verdict"] for b in found["buckets"]]) == (1, ["PASS", "PASS", "FAIL"])
     code, found = asked(capsys, "gate", "--recipe", "strict.toml", "--bucket", "length=4")
     assert (code, found["verdict"]) == (0, "PASS")
+    assert cli.main(["gate", "--bucket", "length=4", "--bucket", "length=16"]) == 0
+    assert [row[0] for row in buckets_table(capsys.readouterr().out)] == ["length=4", "length=16"]
     code, found = asked(capsys, "report")
     assert [b["recipe"] for b in found["buckets"]] == [f"small-length{n}" for n in (4, 8, 16)]
     assert cli.main(["report"]) == 0
@@ -133,7 +135,9 @@ def test_what_was_interrupted_has_no_evidence_for_the_buckets_that_were_left_out
     assert code == 3
     assert [b["bucket"]["length"] for b in found["buckets"]] == [4]
     assert cli.main(["gate"]) == 3
-    assert [row[-1] for row in buckets_table(capsys.readouterr().out)] == ["PASS", "begun", "begun"]
+    table = buckets_table(capsys.readouterr().out)
+    assert [row[-1] for row in table] == ["PASS", "begun", "begun"]
+    assert [row[0] for row in table] == ["length=4", "length=8", "length=16"]
 
 
 def test_all_buckets_are_merged_into_one_file_with_a_signature_each(

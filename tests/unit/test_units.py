@@ -68,6 +68,11 @@ def test_a_value_just_below_the_next_unit_is_written_in_it(value: float, unit: s
     assert format_value(value, unit) == text
 
 
+def test_one_point_is_singular() -> None:
+    written = [format_value(value, "points") for value in (1, -1, 0.99996, 0.9, 0, 2)]
+    assert written == ["1 point", "-1 point", "1 point", "0.9 points", "0 points", "2 points"]
+
+
 @given(st.floats(1e-9, 1e4))
 def test_formatted_seconds_read_back_within_three_digits(value_s: float) -> None:
     # three significant digits = 0.5 % at worst
