@@ -167,6 +167,7 @@ def _noisiest_layers(
     if {shipped.kind, float_model.kind} != {"tflite"} or shipped.sha256 == float_model.sha256:
         return []
     from edgepipe.array_ops.calibration import file_batches
+    from edgepipe.tflite_ops.flatbuffer import with_main_graph
     from edgepipe.tflite_ops.layer_noise import comparable
     from edgepipe.tflite_ops.quantize import noisiest_layers
 
@@ -174,6 +175,8 @@ def _noisiest_layers(
     few = with_states(dataclasses.replace(samples, inputs=inputs), float_model)
     try:
         before, after = float_model.path.read_bytes(), shipped.path.read_bytes()
+        if shipped.signature:
+            after = with_main_graph(after, shipped.signature, where=shipped.path.name)
         where = (float_model.path.name, shipped.path.name)
         return noisiest_layers(
             comparable(before, after, where=where),
@@ -270,7 +273,7 @@ def check_fits(
     """
     from edgepipe.tflite_ops.raw import output_bytes
 
-    answers = samples.count * output_bytes(model.path)
+    answers = samples.count * output_bytes(model.path, signature=model.signature)
     needed = len(samples.data) + answers + reserve_bytes
     if free_bytes is None or needed <= free_bytes:
         return
@@ -302,10 +305,11 @@ def device_measurements(
     from edgepipe.tflite_ops.raw import mismatch, read_outputs, real_outputs, stored_outputs
     from edgepipe.tflite_ops.run import is_delegated
 
-    on_device = read_outputs(model.path, answers, described, samples.count)
+    which = model.signature
+    on_device = read_outputs(model.path, answers, described, samples.count, signature=which)
     log.info("running the same %d samples on this host", samples.count * samples.batch)
-    as_there = is_delegated(model.path) and delegated is not False
-    on_host = stored_outputs(model.path, samples, delegates=as_there)
+    as_there = is_delegated(model.path, signature=which) and delegated is not False
+    on_host = stored_outputs(model.path, samples, delegates=as_there, signature=which)
     # builtin int8 kernels are written for each instruction set and may round a tie otherwise
     steps = int(not as_there and context.get("machine") not in (None, "any", platform.machine()))
     found = mismatch(on_host, on_device, steps=steps)
@@ -325,8 +329,12 @@ def device_measurements(
     n = samples.count * samples.batch // evaluation.length  # the rest of the last batch was not run
     facts = {**context, **evaluation.context, "samples": n}
     metric, root = evaluation.metric, evaluation.root
-    device = _answers_of(model, real_outputs(model.path, on_device, model.outputs), evaluation, n)
-    host = _answers_of(model, real_outputs(model.path, on_host, model.outputs), evaluation, n)
+    device, host = (
+        _answers_of(
+            model, real_outputs(model.path, said, model.outputs, signature=which), evaluation, n
+        )
+        for said in (on_device, on_host)
+    )
     known = None if evaluation.labels is None else evaluation.labels[:n]
 
     device_says, host_says = (_says(metric, f, evaluation) for f in (device, host))

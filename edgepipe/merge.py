@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from edgepipe.artifact import artifact_from_dict
-from edgepipe.data import at_most
+from edgepipe.artifact import Artifact
+from edgepipe.data import DataSource, at_most
 from edgepipe.errors import RequestError
-from edgepipe.pipeline import RunResult
 from edgepipe.recipe import SOURCE_KINDS, Recipe
-from edgepipe.store import replacing
 from edgepipe.units import format_bytes
 
 log = logging.getLogger(__name__)
 
 # Samples of each bucket that the merged file is proven on.
 SAMPLES = 16
+# What the evaluation of a file reads of the stage that made it.
+FACTS_KEPT = ("calibration", "calibration_samples")
 
 
 def check_mergeable(recipes: Sequence[Recipe]) -> None:
-    """RequestError, before any work, for recipes whose results `merge_buckets` cannot take."""
+    """RequestError, before any work, for recipes whose results `merge_models` cannot take."""
     if len(recipes) < 2:
         raise RequestError(
             "--merge makes one file of several buckets, but there is only one",
@@ -58,43 +58,66 @@ def _data_name(recipe: Recipe) -> str:
     return names[-1] if names else next(iter(recipe.data), "")
 
 
-def merge_buckets(
-    recipes: Sequence[Recipe], results: Sequence[RunResult], output: Path
-) -> dict[str, Any]:
-    """Write the shipped files of several buckets as one, and note it in each one's run.
+def signature_key(recipe: Recipe) -> str:
+    """How the signature of a bucket is called: ``length16``."""
+    return "-".join(f"{name}{size}" for name, size in recipe.bucket.items())
 
-    A signature is called like its bucket, ``length16``; the first is the main graph. Every one is run
-    by LiteRT beside its own file on up to `SAMPLES` samples, and gives the same bits. Returns what is
-    noted: ``file``, ``sha256``, ``bytes``, ``bytes_apart`` and ``samples`` by signature. Raises
-    ArtifactError where it cannot be merged or differs, DataError for samples.
+
+def proof_data(recipe: Recipe) -> DataSource:
+    """The samples that the signature of a bucket is proven on."""
+    return at_most(recipe.data[_data_name(recipe)], SAMPLES)
+
+
+def merge_models(
+    recipes: Sequence[Recipe], models: Sequence[Sequence[Artifact]], folder: Path
+) -> Artifact:
+    """Write the files of several buckets as one into ``folder``; the first is its main graph.
+
+    ``models`` are the source and the result of every stage of each. A signature is called like its bucket,
+    ``length16``. Every one is run by LiteRT beside its own file on up to `SAMPLES` samples, and gives the
+    same bits. Its facts hold ``merged``: ``sha256``, ``bytes``, ``bytes_apart`` and ``samples`` by signature.
+    Raises ArtifactError where they cannot be merged or differ, DataError for samples.
     """
     from edgepipe.array_ops.calibration import file_batches
     from edgepipe.array_ops.load import load_samples
     from edgepipe.tflite_ops.merge import check_merged, merge_signatures
 
     files, batches = {}, {}
-    for recipe, result in zip(recipes, results, strict=True):
-        key = "-".join(f"{name}{size}" for name, size in recipe.bucket.items())
-        files[key] = result.shipped.path.read_bytes()
-        source = artifact_from_dict(result.run.read()["steps"][0]["artifact"])
-        samples = load_samples(at_most(recipe.data[_data_name(recipe)], SAMPLES), source.inputs)
-        batches[key] = list(file_batches(samples, result.shipped.inputs))
-    merged = merge_signatures(files)
-    compared = check_merged(merged, files, batches)
-    with replacing(output) as temporary:
-        temporary.write_bytes(merged)
+    for recipe, made in zip(recipes, models, strict=True):
+        key = signature_key(recipe)
+        files[key] = made[-1].path.read_bytes()
+        samples = load_samples(proof_data(recipe), made[0].inputs)
+        batches[key] = list(file_batches(samples, made[-1].inputs))
+    content = merge_signatures(files)
+    compared = check_merged(content, files, batches)
+    path = folder / "model.tflite"
+    path.write_bytes(content)
     apart = sum(map(len, files.values()))
     log.info(
         "merged %d files of together %s into one of %s, each signature proven on its own samples",
-        len(files), format_bytes(apart), format_bytes(len(merged)),
+        len(files), format_bytes(apart), format_bytes(len(content)),
     )  # fmt: skip
-    facts = {
-        "file": str(output),
-        "sha256": hashlib.sha256(merged).hexdigest(),
-        "bytes": len(merged),
-        "bytes_apart": apart,
-        "samples": compared,
-    }
-    for result in results:
-        result.run.update(merged=facts)
-    return facts
+    sha256 = hashlib.sha256(content).hexdigest()
+    facts = {"sha256": sha256, "bytes": len(content), "bytes_apart": apart, "samples": compared}
+    first = models[0][-1]
+    return dataclasses.replace(
+        first,
+        path=path,
+        sha256=sha256,
+        parents=tuple(made[-1].sha256 for made in models),
+        facts={"merged": facts},
+        signature=next(iter(files)),
+    )
+
+
+def as_signature(merged: Artifact, model: Artifact, key: str) -> Artifact:
+    """The model of one bucket, which is now a signature of what `merge_models` made."""
+    kept = {name: model.facts[name] for name in FACTS_KEPT if name in model.facts}
+    return dataclasses.replace(
+        model,
+        path=merged.path,
+        sha256=merged.sha256,
+        parents=(model.sha256, *model.parents),
+        facts={**kept, **merged.facts},
+        signature=key,
+    )

@@ -42,6 +42,7 @@ from edgepipe.measurement import (
     measurement_to_dict,
     single,
 )
+from edgepipe.merge import as_signature, merge_models, proof_data, signature_key
 from edgepipe.op_table import estimate_change, gain_note, load_op_table
 from edgepipe.profile import find_profile
 from edgepipe.recipe import Recipe, bucket_text
@@ -97,6 +98,18 @@ def run(
     a failed gate is a result, not an error.
     """
     folder, found = _refuse_early(recipe, targets, baselines)
+    record = _begin(recipe, store, folder, together)
+    with _recorded(record):
+        _say_baselines(recipe, folder, found)
+        steps = _Steps(store, record, total=len(recipe.stages) + 2 + len(targets))
+        models = run_stages(recipe, steps)
+        return _finish(recipe, steps, models, record, targets, remeasure, found)
+
+
+def _begin(
+    recipe: Recipe, store: Store, baselines: Path, together: Mapping[str, Any] | None
+) -> Run:
+    """The record of a run that nothing was done of yet."""
     record = store.new_run(recipe.name)
     record.update(
         edgepipe=edgepipe.__version__,
@@ -104,15 +117,19 @@ def run(
         recipe_text=recipe.path.read_text(encoding="utf-8"),
         steps=[],
         gates=_gates_to_list(recipe.gates),
-        baselines=str(folder),
+        baselines=str(baselines),
         **({"bucket": dict(recipe.bucket)} if recipe.bucket else {}),
         **({"together": dict(together)} if together else {}),
     )
+    return record
+
+
+@contextlib.contextmanager
+def _recorded(record: Run) -> Iterator[None]:
+    """What is logged meanwhile, and how it ended where it did not end well, stands in the run's record."""
     with _log_to(record.folder / "log.txt"):
         try:
-            for profile, baseline in found.items():
-                _say_baseline(baseline, baseline_path(folder, profile, recipe.name))
-            return _run(recipe, store, record, targets, remeasure, found)
+            yield
         except KeyboardInterrupt:
             record.update(status="interrupted")
             raise
@@ -142,12 +159,17 @@ def run_buckets(
     targets: Sequence[Sequence[Target]],
     remeasure: bool = False,
     baselines: Path | None = None,
+    merge: bool = False,
 ) -> Iterator[tuple[Run, RunResult | EdgepipeError]]:
     """Run the recipes of several buckets one after the other, in one store: each one's run and result.
 
     ``targets`` are the boards of each. The error that ended a bucket is its result and does not stop
     the others; what is wrong before any work (a budget, a damaged baseline) is raised for all. The
     runs know of each other, so that `Store.find_together` finds them.
+
+    With ``merge`` the stages of all are run first, and their files become one with a signature for
+    each, which is what is evaluated, measured and judged. Where the stages of one failed, nothing is
+    merged and each of the others is judged by its own file. Recipes must pass `merge.check_mergeable`.
     """
     for recipe, boards in zip(recipes, targets, strict=True):
         _refuse_early(recipe, boards, baselines)
@@ -157,6 +179,9 @@ def run_buckets(
         "recipes": [recipe.name for recipe in recipes],
         "buckets": [bucket_text(recipe.bucket) for recipe in recipes],
     }
+    if merge:
+        yield from _run_merged(recipes, store, targets, remeasure, baselines, together)
+        return
     for number, (recipe, boards) in enumerate(zip(recipes, targets, strict=True), 1):
         log.info("bucket %s (%d of %d)", bucket_text(recipe.bucket), number, len(recipes))
         result: RunResult | EdgepipeError
@@ -169,34 +194,108 @@ def run_buckets(
             begun = store.runs_together(together)
             if len(begun) < number:  # there is no record to tell of it
                 raise
-            log.warning("%s: %s", recipe.name, exc.message)
-            if exc.hint:
-                log.warning("hint: %s", exc.hint)
+            _warn_of(recipe, exc)
             result, found = exc, begun[-1]
         yield found, result
 
 
-def _say_baseline(baseline: Baseline | None, path: Path) -> None:
-    if baseline is None:
-        log.info("no baseline at %s: gates that compare with it will be INCONCLUSIVE", path)
-    else:
-        log.info("baseline: %s of %s, promoted %s", baseline.model.sha256[:12], path, baseline.promoted[:10])  # fmt: skip
-
-
-def _run(
-    recipe: Recipe,
+def _run_merged(
+    recipes: Sequence[Recipe],
     store: Store,
+    targets: Sequence[Sequence[Target]],
+    remeasure: bool,
+    baselines: Path | None,
+    together: Mapping[str, Any],
+) -> Iterator[tuple[Run, RunResult | EdgepipeError]]:
+    """`run_buckets` with ``merge``."""
+    begun: list[tuple[Run, _Steps, dict[str, Baseline | None]]] = []
+    made: list[list[Artifact] | EdgepipeError] = []
+    for number, (recipe, boards) in enumerate(zip(recipes, targets, strict=True), 1):
+        log.info("bucket %s (%d of %d): stages", bucket_text(recipe.bucket), number, len(recipes))
+        folder, found = _refuse_early(recipe, boards, baselines)
+        record = _begin(recipe, store, folder, together)
+        steps = _Steps(store, record, total=len(recipe.stages) + 3 + len(boards))
+        begun.append((record, steps, found))
+        try:
+            with _recorded(record):
+                _say_baselines(recipe, folder, found)
+                made.append(run_stages(recipe, steps))
+        except EdgepipeError as exc:
+            _warn_of(recipe, exc)
+            made.append(exc)
+    models = [m for m in made if not isinstance(m, EdgepipeError)]
+    is_merged = len(models) == len(recipes)
+    if not is_merged:
+        log.warning("nothing is merged, since a bucket failed: the others are judged by files of their own")  # fmt: skip
+    for number, (recipe, boards) in enumerate(zip(recipes, targets, strict=True)):
+        (record, steps, found), own = begun[number], made[number]
+        if isinstance(own, EdgepipeError):
+            yield record, own
+            continue
+        log.info("bucket %s (%d of %d)", bucket_text(recipe.bucket), number + 1, len(recipes))
+        result: RunResult | EdgepipeError
+        try:
+            with _recorded(record):
+                if is_merged:
+                    own = [*own[:-1], _merge(recipes, models, number, steps)]
+                result = _finish(recipe, steps, own, record, boards, remeasure, found)
+        except EdgepipeError as exc:
+            _warn_of(recipe, exc)
+            result = exc
+        yield record, result
+
+
+def _merge(
+    recipes: Sequence[Recipe], models: Sequence[Sequence[Artifact]], number: int, steps: _Steps
+) -> Artifact:
+    """The shipped model of one bucket as a signature of the file of all, made and proven once."""
+    inputs = []
+    for recipe, made in zip(recipes, models, strict=True):
+        inputs += [signature_key(recipe), *_identity(recipe, made[-1])]
+        inputs += [repr(made[0].inputs), fingerprint(proof_data(recipe))]
+    modules = ("edgepipe.merge", "edgepipe.array_ops", "edgepipe.tflite_ops")
+    key = step_key("merge", {}, modules, ("numpy", "ai-edge-litert"), inputs)
+    with steps.step("merge", key, _is_whole) as work_dir:
+        if work_dir is not None:
+            save_artifact(merge_models(recipes, models, work_dir), work_dir)
+    merged = load_artifact(steps.store.root / "cache" / key)
+    shipped = as_signature(merged, models[number][-1], signature_key(recipes[number]))
+    steps.lineage[-1]["artifact"] = artifact_to_dict(shipped)
+    return shipped
+
+
+def _warn_of(recipe: Recipe, error: EdgepipeError) -> None:
+    log.warning("%s: %s", recipe.name, error.message)
+    if error.hint:
+        log.warning("hint: %s", error.hint)
+
+
+def _say_baselines(recipe: Recipe, folder: Path, found: Mapping[str, Baseline | None]) -> None:
+    for profile, baseline in found.items():
+        path = baseline_path(folder, profile, recipe.name)
+        if baseline is None:
+            log.info("no baseline at %s: gates that compare with it will be INCONCLUSIVE", path)
+        else:
+            log.info("baseline: %s of %s, promoted %s", baseline.model.sha256[:12], path, baseline.promoted[:10])  # fmt: skip
+
+
+def _finish(
+    recipe: Recipe,
+    steps: _Steps,
+    models: Sequence[Artifact],
     record: Run,
     targets: Sequence[Target],
     remeasure: bool,
     baselines: Mapping[str, Baseline | None],
 ) -> RunResult:
-    steps = _Steps(store, record, total=len(recipe.stages) + 2 + len(targets))
-    models = run_stages(recipe, steps)
+    """Evaluate, measure and judge the last of ``models``, which ships: the source and a result of each stage."""
     shipped = models[-1]
     measured = _model_measurements(recipe, steps, models)
     record.save_measurements("model", measured)
-    record.update(shipped=artifact_to_dict(shipped))
+    record.update(
+        shipped=artifact_to_dict(shipped),
+        **({"merged": shipped.facts["merged"]} if shipped.signature else {}),
+    )
     by_board = {t.name: baselines.get(t.profile.name) for t in targets} if baselines else {}
     beside = {name: _measurable(baseline, shipped) for name, baseline in by_board.items()}
     outcomes = _measure_all(recipe, steps, models, targets, remeasure, beside, record)
@@ -379,7 +478,7 @@ def _op_table(profile: str, store: Store) -> str:
 
 def _identity(recipe: Recipe, *models: Artifact) -> list[str]:
     """Everything about models that decides what is made of them or measured on them."""
-    parts = [f"{m.kind} {m.sha256} {m.inputs!r} {m.outputs!r}" for m in models]
+    parts = [f"{m.kind} {m.sha256} {m.inputs!r} {m.outputs!r}{m.signature}" for m in models]
     for model in models:
         if (
             model.kind == "torch"
@@ -548,7 +647,7 @@ def float_model_of(recipe: Recipe, models: Sequence[Artifact]) -> Artifact:
 def _float_islands(shipped: Artifact, context: Mapping[str, Any]) -> Measurement:
     from edgepipe.tflite_ops.inspect import describe
 
-    found = describe(shipped.path)
+    found = describe(shipped.path, signature=shipped.signature)
     listed = [dataclasses.asdict(island) for island in found.float_islands]
     return single("float_islands", "", found.float_operators, {**context, "islands": listed})
 
@@ -676,7 +775,7 @@ def _measure(
             hash_path(target_dir(target.profile.target)),
             *_evaluation_identity(recipe),
             str(recipe.seed),
-            baseline.sha256 if baseline else "",
+            f"{baseline.sha256}{baseline.signature}" if baseline else "",
         ],
     )
 

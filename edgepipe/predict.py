@@ -73,7 +73,9 @@ def opened(
     if artifact.kind == "tflite":
         from edgepipe.tflite_ops.run import tflite_runner
 
-        run = tflite_runner(artifact.path, artifact.inputs, artifact.outputs)
+        run = tflite_runner(
+            artifact.path, artifact.inputs, artifact.outputs, signature=artifact.signature
+        )
     elif artifact.kind == "onnx":
         from edgepipe.tflite_ops.run import onnx_runner
 

@@ -191,10 +191,9 @@ def _stage_table(record: Mapping[str, Any]) -> Table:
         if artifact is None:
             rows.append((step["step"], took, "", "", ""))
             continue
-        parity = artifact["facts"].get("parity")
-        rows.append(
-            (step["step"], took, artifact["kind"], artifact["sha256"][:12], _parity_text(parity))
-        )
+        facts = artifact["facts"]
+        parity = "the same bits" if "merged" in facts else _parity_text(facts.get("parity"))
+        rows.append((step["step"], took, artifact["kind"], artifact["sha256"][:12], parity))
     return Table("Steps", ("step", "took", "kind", "sha256", "parity with the step before"), tuple(rows))  # fmt: skip
 
 

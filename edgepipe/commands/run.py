@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-devices", action="store_true", help="stop after evaluation; device gates become INCONCLUSIVE")  # fmt: skip
     parser.add_argument("--remeasure", action="store_true", help="measure again even if nothing changed")  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FILE", help="also copy the shipped model here if no gate failed (of several buckets: FILE-length16 and so on)")  # fmt: skip
-    parser.add_argument("--merge", type=Path, metavar="FILE", help="also write all buckets as one .tflite, a signature for each, if no gate failed")  # fmt: skip
+    parser.add_argument("--merge", type=Path, metavar="FILE", help="ship all buckets as one .tflite, a signature for each: it is what is measured and judged, and copied here if no gate failed")  # fmt: skip
     parser.add_argument("--baselines", type=Path, metavar="DIR", help="where baselines lie (default: the recipe's folder, else ci/baselines)")  # fmt: skip
     ci_output.add_arguments(parser)
 
@@ -50,9 +50,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 def _run(args: argparse.Namespace, out: Output, ci: CiOutput) -> int:
     from edgepipe import pipeline, report
-    from edgepipe.errors import EXIT_FAIL, EdgepipeError, worst_exit_code
+    from edgepipe.errors import EXIT_FAIL, EdgepipeError, RequestError, worst_exit_code
     from edgepipe.inventory import resolve_targets
-    from edgepipe.merge import check_mergeable, merge_buckets
+    from edgepipe.merge import check_mergeable
     from edgepipe.recipe import load_buckets, parse_bucket
     from edgepipe.store import Store, check_output
 
@@ -60,6 +60,11 @@ def _run(args: argparse.Namespace, out: Output, ci: CiOutput) -> int:
     check_output(args.output)
     check_output(args.merge, option="--merge")
     if args.merge:
+        if args.output:
+            raise RequestError(
+                "--output copies a file for each bucket, and with --merge one file is what ships",
+                hint="give --merge FILE alone; run again without it for the single files",
+            )
         check_mergeable(recipes)
     for recipe in recipes:
         _check_output_kind(args.output, recipe)
@@ -82,7 +87,8 @@ def _run(args: argparse.Namespace, out: Output, ci: CiOutput) -> int:
         return EXIT_CODES[result.status]
 
     runs, records, entries, codes, results = [], [], [], [], []
-    for run, outcome in pipeline.run_buckets(recipes, store, targets=targets, **options):
+    merge = args.merge is not None
+    for run, outcome in pipeline.run_buckets(recipes, store, targets=targets, merge=merge, **options):  # fmt: skip
         record = run.read()
         runs.append(run)
         records.append(record)
@@ -101,15 +107,24 @@ def _run(args: argparse.Namespace, out: Output, ci: CiOutput) -> int:
     out.text(report.text_table(report.buckets_table(runs, records)))
     merged = None
     if args.merge and len(results) == len(recipes) and EXIT_FAIL not in codes:
-        merged = merge_buckets(recipes, results, args.merge)
-        out.text(
-            f"merged into {args.merge}: {merged['bytes']:,} bytes, {merged['bytes_apart']:,} apart;"
-            f" signatures {', '.join(merged['samples'])}"
-        )
+        merged = _hand_over_merged(results[0], args.merge, out)
     elif args.merge:
-        out.text(f"not merged into {args.merge}: a bucket failed")
+        out.text(f"not copied to {args.merge}: a bucket failed")
     out.json({"buckets": entries, **({"merged": merged} if args.merge else {})})
     return worst_exit_code(codes)
+
+
+def _hand_over_merged(result: RunResult, path: Path, out: Output) -> dict[str, Any]:
+    """Copy the file of all buckets, which any one's result names, and say what it is."""
+    from edgepipe import adhoc
+
+    adhoc.write_model(result.shipped, path)
+    facts = result.shipped.facts["merged"]
+    out.text(
+        f"copied to {path}: {facts['bytes']:,} bytes, {facts['bytes_apart']:,} apart;"
+        f" signatures {', '.join(facts['samples'])}"
+    )
+    return {"file": str(path), **facts}
 
 
 def _check_output_kind(output: Path | None, recipe: Recipe) -> None:
@@ -132,9 +147,11 @@ def _output_of(output: Path | None, bucket: Mapping[str, int]) -> Path | None:
 def _hand_over(result: RunResult, output: Path | None, out: Output) -> None:
     from edgepipe import adhoc
 
-    out.text(f"model: {result.shipped.path}")
+    shipped = result.shipped
+    which = f", signature {shipped.signature}" if shipped.signature else ""
+    out.text(f"model: {shipped.path}{which}")
     if output and result.status is not result.status.FAIL:
-        adhoc.write_model(result.shipped, output)
+        adhoc.write_model(shipped, output)
         out.text(f"copied to {output}")
 
 
@@ -146,6 +163,7 @@ def _as_dict(result: RunResult, record: Mapping[str, Any]) -> dict[str, Any]:
         "verdicts": [dataclasses.asdict(v) for v in result.verdicts],
         "model": str(result.shipped.path),
         "sha256": result.shipped.sha256,
+        **({"signature": result.shipped.signature} if result.shipped.signature else {}),
         "steps": record["steps"],
         "devices": record.get("devices", []),
     }

@@ -10,17 +10,21 @@ import dataclasses
 import functools
 import inspect
 import re
+import shlex
 import struct
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.tools import flatbuffer_utils
 
-from edgepipe.errors import ArtifactError
+from edgepipe.errors import ArtifactError, RequestError
 
 IDENTIFIER = b"TFL3"
+# More than any file has; a damaged one may claim billions.
+MAX_SIGNATURES = 10_000
 FLOAT_DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
 CONVERSIONS = frozenset({"QUANTIZE", "DEQUANTIZE"})
 
@@ -142,6 +146,41 @@ def find_signature(model: Model, key: str, *, where: str) -> Signature:
         hint="`edgepipe inspect` lists the signatures of a file",
         code="no-such-signature",
     )
+
+
+def signature_graphs(path: Path) -> dict[str, int]:
+    """The number of each signature's graph by its key; empty where the file has none or is damaged.
+
+    Nothing else of the file is looked at, so that whatever runs it can tell what is wrong with it.
+    """
+    try:
+        root = schema.Model.GetRootAs(path.read_bytes(), 0)
+        found = [
+            root.SignatureDefs(i) for i in range(min(root.SignatureDefsLength(), MAX_SIGNATURES))
+        ]
+        return {(s.SignatureKey() or b"").decode(): s.SubgraphIndex() for s in found}
+    except _DAMAGE:
+        return {}
+
+
+def check_signature(path: Path, key: str, *, option: str = "--signature") -> None:
+    """RequestError unless ``key`` is a signature of the file, or is empty and there is nothing to choose."""
+    graphs = signature_graphs(path)
+    known = ", ".join(graphs) or "none"
+    example = f"{option} {shlex.quote(next(iter(graphs), ''))}"
+    if key and key not in graphs:
+        raise RequestError(
+            f"{path} has no signature {key!r}; it has: {known}",
+            hint=f"{example} or another of these" if graphs else f"leave {option} out",
+            code="no-such-signature",
+        )
+    # one that is not of the main graph is no better known to programs that ask for none
+    if not key and (len(graphs) > 1 or set(graphs.values()) - {0}):
+        raise RequestError(
+            f"{path} has several graphs, each a model by itself, called by signature: {known}",
+            hint=f"name the one that is meant: {example}",
+            code="which-signature",
+        )
 
 
 def with_main_graph(content: bytes, key: str, *, where: str) -> bytes:

@@ -23,7 +23,7 @@ def merge_signatures(files: Mapping[str, bytes]) -> bytes:
 
     The first file's graph is the main graph, which programs run that ask for no signature. Constants
     of equal bytes lie in it once, whichever tensors they belong to. Inputs and outputs keep their
-    names. Raises ArtifactError for a file with several subgraphs (control flow).
+    names. Raises ArtifactError for a file with several subgraphs (control flow) or variable tensors.
     """
     merged = schema.ModelT()
     merged.version, merged.description = 3, b"edgepipe"
@@ -82,6 +82,13 @@ def _door_names(content: bytes, key: str) -> tuple[list[str], list[str]]:
             code="not-mergeable",
         )
     graph = model.subgraphs[0]
+    if any(tensor.is_variable for tensor in graph.tensors):
+        # LiteRT resets those of all graphs, and refuses while it has not allocated every one
+        raise ArtifactError(
+            f"the model of {key} keeps a state of its own (a fused LSTM or RNN), so it cannot be merged",
+            hint="ship the files as they are, one for each bucket",
+            code="not-mergeable",
+        )
     found = []
     for side, tensors in (("inputs", graph.inputs), ("outputs", graph.outputs)):
         signature = getattr(model.signatures[0], side) if model.signatures else {}

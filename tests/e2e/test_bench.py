@@ -230,8 +230,8 @@ def test_outputs_that_differ_are_counted(
 
     honest = raw.stored_outputs
 
-    def off_by_one(path: Path, samples: raw.RawSamples, *, delegates: bool) -> Any:
-        outputs = honest(path, samples, delegates=delegates)
+    def off_by_one(path: Path, samples: raw.RawSamples, **options: Any) -> Any:
+        outputs = honest(path, samples, **options)
         outputs["y"][0, 0, 0] += 1
         return outputs
 

@@ -158,9 +158,9 @@ def test_the_host_runs_the_kernels_that_the_board_ran(
     asked: list[bool] = []
     real = raw.stored_outputs
 
-    def stored_outputs(path: Path, samples: raw.RawSamples, *, delegates: bool = True) -> Any:
-        asked.append(delegates)
-        return real(path, samples, delegates=delegates)
+    def stored_outputs(path: Path, samples: raw.RawSamples, **options: Any) -> Any:
+        asked.append(options["delegates"])
+        return real(path, samples, **options)
 
     evaluation = chosen(model, digits(tmp_path, np.arange(8) % 4))
     samples = raw.encode_samples(model.path, evaluation.inputs, model.inputs)

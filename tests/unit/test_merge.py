@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 
-from edgepipe.errors import ArtifactError
-from edgepipe.tflite_ops.flatbuffer import parse_model
+from edgepipe.errors import ArtifactError, DataError
+from edgepipe.tflite_ops import raw
+from edgepipe.tflite_ops.flatbuffer import parse_model, with_main_graph
+from edgepipe.tflite_ops.inspect import describe, tensor_specs
 from edgepipe.tflite_ops.merge import RUNTIME_KEY, check_merged, merge_signatures
 from edgepipe.tflite_ops.quantize import collect_ranges, quantize
-from edgepipe.tflite_ops.run import open_tflite
+from edgepipe.tflite_ops.run import is_delegated, open_tflite, run_tflite
+from edgepipe.tflite_ops.tiny import stateful_tflite
 
 from .tflite_builder import Graph
 
@@ -82,3 +85,107 @@ def test_the_newest_runtime_that_any_file_needs_is_kept(buckets):
     merged = flatbuffer_utils.read_model_from_bytearray(bytearray(merge_signatures(files)))
     (entry,) = merged.metadata
     assert bytes(merged.buffers[entry.buffer].data) == b"2.17.0".ljust(16, b"\0")
+
+
+def test_a_model_that_keeps_state_of_its_own_is_not_merged(buckets):
+    files, _ = buckets
+    with pytest.raises(ArtifactError, match="of length8 keeps a state of its own") as caught:
+        merge_signatures({**files, "length8": stateful_tflite()})
+    assert caught.value.code == "not-mergeable"
+
+
+@pytest.fixture(scope="module")
+def merged_path(buckets, tmp_path_factory):
+    path = tmp_path_factory.mktemp("merged") / "merged.tflite"
+    path.write_bytes(merge_signatures(buckets[0]))
+    return path
+
+
+def test_real_values_go_through_the_signature_that_is_asked_for(buckets, merged_path, tmp_path):
+    files, batches = buckets
+    for key in ("length4", "length8", "length16", ""):
+        alone = tmp_path / f"{key}.tflite"
+        alone.write_bytes(files[key or "length4"])  # the main graph is the first
+        specs = tensor_specs(alone)
+        assert tensor_specs(merged_path, signature=key) == specs
+        given = [np.concatenate([b[0] for b in batches[key or "length4"]])]
+        (expected,) = run_tflite(alone, given, *specs)
+        (found,) = run_tflite(merged_path, given, *specs, signature=key)
+        assert len(found) == 6
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_what_a_board_is_given_and_answers_is_that_of_the_signature(buckets, merged_path, tmp_path):
+    files, batches = buckets
+    alone = tmp_path / "alone.tflite"
+    alone.write_bytes(files["length8"])
+    specs, _ = tensor_specs(alone)
+    samples = {"x": np.concatenate([b[0] for b in batches["length8"]])}
+    expected = raw.encode_samples(alone, samples, specs)
+    found = raw.encode_samples(merged_path, samples, specs, signature="length8")
+    assert found == expected
+    here = raw.stored_outputs(merged_path, found, signature="length8")
+    there = raw.stored_outputs(alone, expected)
+    assert raw.mismatch(there, here).unequal == 0
+    assert raw.output_bytes(merged_path, signature="length8") == raw.output_bytes(alone)
+    answer = np.stack(list(there["second"])).tobytes()
+    described = [{"name": "second", "dtype": "int8", "shape": [1, 8, 8, 64], "bytes": 8 * 8 * 64}]
+    read = raw.read_outputs(merged_path, answer, described, 6, signature="length8")
+    np.testing.assert_array_equal(read["second"], there["second"])
+    with pytest.raises(DataError, match="4096 bytes on the device, int8 of 8192"):
+        raw.read_outputs(merged_path, answer, described, 6, signature="length16")
+
+
+def test_a_signature_that_is_not_there_is_refused_with_those_that_are(merged_path):
+    specs = tensor_specs(merged_path)
+    for ask in (
+        lambda: describe(merged_path, signature="length5"),
+        lambda: tensor_specs(merged_path, signature="length5"),
+        lambda: run_tflite(merged_path, [], (), specs[1], signature="length5"),
+        lambda: is_delegated(merged_path, signature="length5"),
+    ):
+        with pytest.raises(ArtifactError, match="no signature 'length5'; it has: 'length4', 'length8', 'length16'") as caught:  # fmt: skip
+            ask()
+        assert caught.value.code == "no-such-signature"
+
+
+def test_costs_are_those_of_one_signature(buckets, merged_path, tmp_path):
+    alone = tmp_path / "alone.tflite"
+    for key, content in buckets[0].items():
+        alone.write_bytes(content)
+        of_file, of_signature = describe(alone), describe(merged_path, signature=key)
+        assert of_signature.macs == of_file.macs > 0
+        assert of_signature.operators == of_file.operators
+        assert of_signature.weight_bytes == of_file.weight_bytes
+    assert describe(merged_path).operators["CONV_2D"] == 6
+
+
+def test_another_main_graph_changes_no_signature(buckets, merged_path):
+    content = merged_path.read_bytes()
+    moved = with_main_graph(content, "length16", where="merged")
+    assert [s.subgraph for s in parse_model(moved, where="moved").signatures] == [2, 1, 0]
+    assert open_tflite(moved).get_input_details()[0]["shape"].tolist() == [1, 16, 8, 1]
+    assert check_merged(moved, *buckets) == dict.fromkeys(buckets[0], 6)
+    assert with_main_graph(content, "length4", where="merged") == content
+
+
+@pytest.mark.parametrize("delegates", [True, False])
+def test_a_signature_is_run_by_the_kernels_that_are_asked_for(tmp_path, delegates):
+    """XNNPACK sums floats in another order than the builtin kernels do."""
+    generator = np.random.default_rng(0)
+    files = {}
+    for n in (8, 16):
+        graph = Graph()
+        x = graph.input("x", (1, n, 8, 16))
+        y = graph.conv(x, np.random.default_rng(1).normal(0, 0.1, (16, 3, 3, 16)).astype(np.float32), np.zeros(16, np.float32), "y", (1, n, 8, 16))  # fmt: skip
+        files[f"length{n}"] = graph.bytes([y])
+    merged, alone = tmp_path / "merged.tflite", tmp_path / "alone.tflite"
+    merged.write_bytes(merge_signatures(files))
+    alone.write_bytes(files["length16"])
+    assert is_delegated(merged, signature="length16")
+    samples = {"x": generator.normal(0, 1, (4, 16, 8, 16)).astype(np.float32)}
+    given = raw.encode_samples(merged, samples, (), signature="length16")
+    found = raw.stored_outputs(merged, given, signature="length16", delegates=delegates)["y"]
+    same, other = (raw.stored_outputs(alone, given, delegates=d)["y"] for d in (delegates, not delegates))  # fmt: skip
+    np.testing.assert_array_equal(found, same)
+    assert not np.array_equal(found, other)
