@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "changes nothing else on the board: no service, no package.\n\n"
         "exit code 0: ready, perhaps with warnings; 3: not ready, or something could not be found out"
     )
-    parser.add_argument("address", help="the board: ssh://[user@]host[:port], virt://NAME or local")
+    parser.add_argument(
+        "address", help="the board: ssh://[user@]host[:port], virt://NAME, labgrid://PLACE or local"
+    )
     parser.add_argument("--profile", metavar="NAME", help="what the board should be (default: any board)")  # fmt: skip
     parser.add_argument(
         "--fix", action="store_true", help="push the runtime, clear away what dead jobs left"

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("action", choices=["build", "up", "down", "list"], help="build a board, start it, stop it, or list all")  # fmt: skip
     parser.add_argument("names", nargs="*", metavar="NAME", help="virtual boards (default for list: all)")  # fmt: skip
-    parser.add_argument("--port", type=int, default=0, help="up: port of 127.0.0.1 for SSH (default: a free one)")  # fmt: skip
+    parser.add_argument("--port", type=int, default=0, metavar="N", help="up: port of 127.0.0.1 for SSH (default: a free one)")  # fmt: skip
     parser.add_argument("--all", action="store_true", help="build, up, down: all there are")
 
 

@@ -34,8 +34,8 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 def add_board_arguments(parser: argparse.ArgumentParser, *, default: str) -> None:
     """Which boards; see `inventory.resolve_targets`."""
     group = parser.add_argument_group("boards")
-    group.add_argument("--device", metavar="ADDRESS", action="append", default=[], help=f"where to measure: local, ssh://user@host[:port], adb://SERIAL, virt://virt-pi-4, null://quiet for a simulated board, or a board of the lab by name; may be given many times (default: {default})")  # fmt: skip
-    group.add_argument("--profile", metavar="NAME", help="device profile that describes them (default: the lab's, the recipe's, else localhost)")  # fmt: skip
+    group.add_argument("--device", metavar="ADDRESS", action="append", default=[], help=f"where to measure: local, ssh://user@host[:port], adb://SERIAL, virt://virt-pi-4, labgrid://PLACE, null://quiet for a board that is only simulated, or a board of the lab by name; may be repeated (default: {default})")  # fmt: skip
+    group.add_argument("--profile", metavar="NAME", help="device profile that describes them (default: the lab's, else the one that a recipe names; local, virt:// and null:// need none)")  # fmt: skip
     group.add_argument("--lab", type=Path, metavar="FILE", help="your inventory of boards (default: edgepipe.local.toml)")  # fmt: skip
     group.add_argument("--match", metavar="EXPR", help="the boards of the lab that fit, like 'soc=bcm2712 tag=upper' (keys: board, tag, and those of `edgepipe devices match`)")  # fmt: skip
 
@@ -129,8 +129,15 @@ def opened(target: Target) -> Iterator[Device]:
         device.close()
 
 
-def tflite_model(path: Path) -> Artifact:
-    """The file as an artifact without specs: the runner reads shapes from the file itself."""
+def add_signature_argument(parser: argparse.ArgumentParser, *, of: str) -> None:
+    parser.add_argument("--signature", metavar="KEY", default="", help=f"which one of {of}, a file of several signatures (edgepipe run --merge writes such; edgepipe inspect lists them)")  # fmt: skip
+
+
+def tflite_model(path: Path, *, signature: str = "") -> Artifact:
+    """The file, or that signature of it, as an artifact without specs: the runner reads shapes itself.
+
+    RequestError where the file has no such signature, or has several and none is named.
+    """
     from edgepipe.artifact import make_artifact
     from edgepipe.errors import ArtifactError
 
@@ -143,7 +150,11 @@ def tflite_model(path: Path) -> Artifact:
         raise ArtifactError(
             f"{path} is not a TFLite file", hint="convert it first: edgepipe convert MODEL"
         )
-    return make_artifact("tflite", path, inputs=(), outputs=())
+    from edgepipe.tflite_ops.flatbuffer import check_signature
+
+    check_signature(path, signature)
+    made = make_artifact("tflite", path, inputs=(), outputs=())
+    return dataclasses.replace(made, signature=signature)
 
 
 def read_samples(args: argparse.Namespace, model: Path) -> dict[str, Any] | None:

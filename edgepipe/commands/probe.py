@@ -24,9 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  edgepipe probe ssh://pi@raspberrypi --write my_board\n\n"
         "exit code 1: the board differs from the profile"
     )
-    parser.add_argument(
-        "address", help="the board: local, ssh://[user@]host[:port] or adb://SERIAL"
-    )
+    parser.add_argument("address", help="the board: local, ssh://[user@]host[:port], adb://SERIAL, virt://NAME or labgrid://PLACE")  # fmt: skip
     parser.add_argument("--profile", metavar="NAME", help="say what differs from this profile")
     parser.add_argument("--write", metavar="NAME", help=f"write the facts to {PROFILE_FOLDER}/NAME.toml, a new profile")  # fmt: skip
     parser.add_argument("--target", metavar="PLATFORM", help="payload that knows how to ask (default: the profile's; android over adb, else linux)")  # fmt: skip

@@ -42,12 +42,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  edgepipe students --profile rpi5_8gb --input 6x128 --student ds_cnn --all\n\n"
         "Then comes the stage for a recipe that distils into the first of them."
     )
-    parser.add_argument("--profile", required=True, help="device profile (`edgepipe devices list`)")
+    parser.add_argument(
+        "--profile", required=True, metavar="NAME", help="device profile (`edgepipe devices list`)"
+    )
     parser.add_argument("--input", required=True, metavar="CxHxW", help="shape of one sample: channels x height x width, or channels x length of a series")  # fmt: skip
     parser.add_argument("--max-latency", default="", metavar="TIME", help='like "5 ms"')
     parser.add_argument("--max-bytes", default="", metavar="SIZE", help='of the int8 file, like "100 kB"')  # fmt: skip
-    parser.add_argument("--classes", type=int, default=10, help="class scores (default: 10)")
-    parser.add_argument("--threads", type=int, default=0, help="default: as the profile says")
+    parser.add_argument(
+        "--classes", type=int, default=10, metavar="N", help="class scores (default: 10)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=0,
+        metavar="N",
+        help="threads of the runtime (default: the profile's)",
+    )
     parser.add_argument("--student", default="", metavar="NAME", help="only this one")
     parser.add_argument("--all", action="store_true", help="every width that fits, not only the widest")  # fmt: skip
 
