@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,8 @@ class Teacher:
     """One teacher: ``stage``, the number of an earlier stage of the recipe whose result it is (0 = the
     model that the recipe starts from), or a ``builder`` with ``args`` and ``weights``, as in ``[model]``.
 
-    ``weight`` is its share among several.
+    ``weight`` is its share among several. A builder whose model has state, wired as ``[model.state]`` says,
+    gives its ``state_shapes``, ``{ h = [1, 1, 128] }``; without them it takes whole sequences, (N, T, ...).
     """
 
     stage: int | None = None
@@ -25,6 +27,7 @@ class Teacher:
     args: dict[str, Any] = dataclasses.field(default_factory=dict)
     weights: Path | None = None
     weight: float = 1.0
+    state_shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.stage is None) == (not self.builder):
@@ -37,6 +40,8 @@ class Teacher:
                 f"teacher {self.builder} has no weights, and random ones teach nothing",
                 hint='name its state dict: weights = "teacher.safetensors"',
             )
+        if self.state_shapes and not self.builder:
+            raise StageOptionError("a teacher that is the result of a stage has the states of that")
         if not self.weight > 0:
             raise StageOptionError(f"the weight of a teacher is above 0, not {self.weight:g}")
 
@@ -47,7 +52,8 @@ class Feature:
 
     ``hint`` (FitNets, Romero et al. 2015, eq. 3): the mean squared difference, behind a learned 1x1
     convolution or linear layer that is thrown away afterwards. ``attention`` (Zagoruyko & Komodakis
-    2017, eq. 2): where on a map (N, C, H, W) the activations are strong, whatever their channels.
+    2017, eq. 2): where on a map (N, C, H, W) the activations are strong, whatever their channels. Of a model with state the
+    last step's are compared.
     """
 
     student: str
@@ -66,12 +72,14 @@ class DistillOptions(TrainingOptions):
     labels', reached after ``soft_warmup`` epochs. A teacher that was trained with label smoothing has soft
     answers already: ``temperature = 1.0`` (Mueller et al. 2019, section 4). Where the data is augmented, teachers and student see
     the same variations: ``views`` of them in turn (0: another in every epoch). What teachers say of a
-    view is kept in the store unless ``cache`` is off, samples are mixed or ``features`` compared.
+    view is kept in the store unless ``cache`` is off, samples are mixed or ``features`` compared. A student
+    whose states are smaller than the given model's says so: ``state_shapes = { h = [1, 1, 32] }``.
     """
 
     student: str = ""
     args: dict[str, Any] = dataclasses.field(default_factory=dict)
     weights: Path | None = None
+    state_shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     teachers: tuple[Teacher, ...] = ()
     loss: Literal["kd", "dkd"] = "kd"
     temperature: float = 4.0
@@ -97,9 +105,9 @@ class DistillOptions(TrainingOptions):
                 hint='name a student to be taught by the model (student = "mobilenet_v2"), or teachers of '
                 "the model (teachers = [{ stage = 1 }])",
             )
-        if not self.student and (self.args or self.weights):
+        if not self.student and (self.args or self.weights or self.state_shapes):
             raise StageOptionError(
-                "distill: args and weights are those of a student, but none is named"
+                "distill: args, weights and state_shapes are those of a student, but none is named"
             )
         problems = []
         if not self.temperature > 0:

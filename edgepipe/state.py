@@ -124,6 +124,34 @@ def with_state(artifact: Artifact, wiring: Mapping[str, str]) -> Artifact:
     )
 
 
+def with_state_shapes(artifact: Artifact, shapes: Mapping[str, Sequence[int]]) -> Artifact:
+    """The artifact with its states (by the name of the input) of other shapes, where they come out, too.
+
+    Raises ArtifactError (``bad-state``) for a name that is no state, or another number of axes.
+    """
+    states = {spec.name: spec for spec in artifact.inputs if spec.fed_by}
+    for name, shape in shapes.items():
+        if name not in states:
+            raise ArtifactError(
+                f"state_shapes: {name!r} is no state of the model{near_miss(name, list(states))}",
+                hint=f"its states: {', '.join(states) or 'none ([model.state] wires them)'}",
+                code="bad-state",
+            )
+        if len(shape) != len(states[name].shape) or min(shape) < 1:
+            raise ArtifactError(
+                f"state_shapes: {name} = {list(shape)}, but the model's own is {list(states[name].shape)}",
+                hint="give as many axes, with the batch, 1, at the same place",
+                code="bad-state",
+            )
+    feeds = {states[name].fed_by: tuple(shape) for name, shape in shapes.items()}
+    own = {name: tuple(shape) for name, shape in shapes.items()}
+    return dataclasses.replace(
+        artifact,
+        inputs=tuple(dataclasses.replace(s, shape=own.get(s.name, s.shape)) for s in artifact.inputs),
+        outputs=tuple(dataclasses.replace(s, shape=feeds.get(s.name, s.shape)) for s in artifact.outputs),
+    )  # fmt: skip
+
+
 def _in_torch_layout(spec: TensorSpec) -> TensorSpec:
     """A state (2, 1, 64) of unknown layout is that of an RNN: (layers, N, channels), in ONNX as in PyTorch."""
     if spec.layout == spec.source_layout == "NCL" and spec.shape[0] != 1 and spec.shape[1] == 1:

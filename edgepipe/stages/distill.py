@@ -15,18 +15,20 @@ from edgepipe.distillation import DistillOptions, Teacher
 from edgepipe.errors import StageError
 from edgepipe.schema import record
 from edgepipe.stage import StageContext
+from edgepipe.state import with_state_shapes
 from edgepipe.students import FOLDER, STUDENTS, student_args
 
 if TYPE_CHECKING:
     from torch import nn
 
     from edgepipe.torch_ops.model import ModelDescription
+    from edgepipe.torch_ops.train import TrainingSet
 
 log = logging.getLogger(__name__)
 
 GIVEN = Teacher(stage=-1)  # the model that the stage is given
 # Our code that decides what a teacher is shown.
-DECIDE_ANSWERS = ("torch_ops/augment.py", "torch_ops/data.py", "torch_ops/run.py", "array_ops")
+DECIDE_ANSWERS = ("torch_ops/augment.py", "torch_ops/data.py", "torch_ops/run.py", "torch_ops/sequences.py", "array_ops")  # fmt: skip
 
 
 @record
@@ -40,7 +42,7 @@ class Distill(DistillOptions):
     ops: ClassVar[tuple[str, ...]] = (
         "edgepipe.distillation", "edgepipe.students", "edgepipe.torch_ops.students",
         "edgepipe.torch_ops.distill", "edgepipe.training", "edgepipe.torch_ops.train",
-        "edgepipe.torch_ops.augment", "edgepipe.torch_ops.data", "edgepipe.torch_ops.run",
+        "edgepipe.torch_ops.augment", "edgepipe.torch_ops.data", "edgepipe.torch_ops.sequences", "edgepipe.torch_ops.run",
         "edgepipe.torch_ops.model", "edgepipe.torch_ops.edits", "edgepipe.torch_ops.attention", "edgepipe.torch_ops.result",
         "edgepipe.array_ops", "edgepipe.state",
     )  # fmt: skip
@@ -66,18 +68,24 @@ class Distill(DistillOptions):
         from edgepipe.torch_ops.model import load_model
         from edgepipe.torch_ops.result import describe_layers, save_result
         from edgepipe.torch_ops.run import example_inputs
+        from edgepipe.torch_ops.sequences import unrolled
         from edgepipe.torch_ops.train import accuracy
 
         data = training_set(context.data[self.data], artifact.inputs)
         validation = None
         if self.validation:
             validation = training_set(context.data[self.validation], artifact.inputs)
-        teachers = self._teachers(artifact, context)
+        made = with_state_shapes(artifact, self.state_shapes)  # the student, as it will be
+        teachers = self._teachers(artifact, data, context)
         description, student = self._student(artifact, context)
-        examples = example_inputs([(s.shape, s.dtype) for s in artifact.inputs], seed=context.seed)
+        trained = unrolled(student, made, data, back_steps=self.back_steps)
+        examples, own = (
+            example_inputs([(s.shape, s.dtype) for s in one.inputs], seed=context.seed)
+            for one in (artifact, made)
+        )
         before = describe_layers(load_model(artifact.path), examples)
         history = ops.distill(
-            student,
+            trained,
             [(model, share) for model, share, _ in teachers],
             data,
             self,
@@ -88,7 +96,7 @@ class Distill(DistillOptions):
             checkpoint=context.checkpoint,
         )
         facts = save_result(
-            before, student, context.work_dir / "model", description, examples, stage=self.name
+            before, student, context.work_dir / "model", description, own, stage=self.name
         )
         facts["teachers"] = [
             {"identity": identity, "share": share}
@@ -96,14 +104,14 @@ class Distill(DistillOptions):
             for model, share, identity in teachers
         ]
         if validation is not None:
-            facts["accuracy"] = accuracy(student, validation)
+            facts["accuracy"] = accuracy(trained, validation)
             best = max(t["accuracy"] for t in facts["teachers"])
             log.info("validation: teacher %.2f %%, student %.2f %%", 100 * best, 100 * facts["accuracy"])  # fmt: skip
         return make_artifact(
             "torch",
             context.work_dir / "model",
-            inputs=artifact.inputs,
-            outputs=artifact.outputs,
+            inputs=made.inputs,
+            outputs=made.outputs,
             parent=artifact,
             facts={
                 **facts,
@@ -114,20 +122,27 @@ class Distill(DistillOptions):
         )
 
     def _teachers(
-        self, artifact: Artifact, context: StageContext
+        self, artifact: Artifact, data: TrainingSet, context: StageContext
     ) -> list[tuple[nn.Module, float, str]]:
-        """(model, share, what identifies it) of each teacher."""
+        """(model, share, what identifies it) of each teacher; all take the samples of ``data``."""
         from edgepipe.torch_ops.model import load_model, read_description
+        from edgepipe.torch_ops.sequences import unrolled
 
         found = []
         for teacher in self.teachers or (GIVEN,):
             if teacher.stage is None:
-                found.append(_built(teacher, context))
+                built, share, identity = _built(teacher, context)
+                if teacher.state_shapes:
+                    shaped = with_state_shapes(artifact, teacher.state_shapes)
+                    built = unrolled(built, shaped, data)
+                    identity = _digest([identity, repr(shaped.inputs)])
+                found.append((built, share, identity))
                 continue
             model = artifact if teacher is GIVEN else context.models[teacher.stage]
             _check_teacher(model, self.name)
             identity = _digest([model.sha256, _code(read_description(model.path), context)])
-            found.append((load_model(model.path), teacher.weight, identity))
+            whole = unrolled(load_model(model.path), model, data)
+            found.append((whole, teacher.weight, identity))
         return found
 
     def _keep(

@@ -22,6 +22,7 @@ from edgepipe.errors import ArtifactError, StageError, StageOptionError
 from edgepipe.schema import near_miss
 from edgepipe.torch_ops.augment import view as view_of
 from edgepipe.torch_ops.run import call_model
+from edgepipe.torch_ops.sequences import Unrolled, stepped
 from edgepipe.torch_ops.train import (
     Batch,
     Epoch,
@@ -102,7 +103,9 @@ def check_outputs(
             raise StageError(
                 f"the {who} cannot take the data: {exc.message}",
                 stage=stage,
-                hint="teachers and student need the same inputs: check args of the builder",
+                hint="the builder of a teacher with state needs state_shapes; without, it takes whole sequences (N, T, ...)"
+                if isinstance(student, Unrolled)
+                else "teachers and student need the same inputs: check args of the builder",
                 code="different-inputs",
             ) from exc
     if shapes["student"] != shapes["teacher"] or len(shapes["student"]) != 1:
@@ -234,7 +237,7 @@ class Features(nn.Module):
         self.projections = nn.ModuleDict()
         try:
             for who, model in (("student", student), ("teacher", teacher)):
-                self._watch(who, model)
+                self._watch(who, stepped(model))
             with torch.no_grad():
                 for model in (student, teacher):
                     call_model(model.eval(), inputs)

@@ -9,14 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import nn
 
 from edgepipe.artifact import Artifact
 from edgepipe.data import DataSource
-from edgepipe.errors import ArtifactError, DataError
+from edgepipe.distillation import Teacher
+from edgepipe.errors import ArtifactError, DataError, StageError
 from edgepipe.predict import predict
 from edgepipe.stage import StageContext
+from edgepipe.stages.distill import Distill
 from edgepipe.stages.finetune import Finetune
 from edgepipe.stages.load import LoadModel, ModelSource, TensorOption
 from edgepipe.torch_ops.model import load_model
@@ -213,3 +216,72 @@ def test_a_trainer_of_ones_own_is_given_whole_sequences(
     (tmp_path / "fit.py").write_text(TRAINER)
     trained = Finetune(trainer="fit.py:fit").run(made, context(tmp_path, "train", **data))
     assert judged(trained, data) > judged(made, data) + 0.1
+
+
+WHOLE = '''
+import torch
+from torch import nn
+
+
+class Whole(nn.Module):
+    """Reads all rows of a picture at once; no state."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+    def forward(self, x):
+        return self.layers(x)
+'''
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory, data: dict[str, DataSource]) -> Artifact:
+    """A trained teacher of 16 states."""
+    folder = tmp_path_factory.mktemp("teacher")
+    made, _ = artifact(folder, "Written", (1, 16))
+    work = context(folder, "train", **data)
+    made = dataclasses.replace(made, facts={})  # its random weights are trained now
+    return Finetune(epochs=8, lr=0.02, batch_size=50).run(made, work)
+
+
+def test_a_teacher_with_state_teaches_a_student_with_less(
+    taught: Artifact, tmp_path: Path, data: dict[str, DataSource]
+) -> None:
+    stage = Distill(
+        student="nets.py:Written", args={"size": 8}, state_shapes={"h": (1, 8)}, validation="test",
+        epochs=8, lr=0.02, batch_size=50,
+    )  # fmt: skip
+    (tmp_path / "nets.py").write_text(NETS)
+    made = stage.run(taught, context(tmp_path, "distill", **data))
+    assert [s.shape for s in (*made.inputs, *made.outputs)] == [(1, 8), (1, 8), (1, 10), (1, 8)]
+    assert made.facts["before"]["parameters"] > 1.5 * made.facts["after"]["parameters"]
+    assert made.facts["accuracy"] > 0.6
+    assert made.facts["teachers"][0]["accuracy"] == pytest.approx(judged(taught, data), abs=0.1)
+    assert judged(made, data) == pytest.approx(made.facts["accuracy"], abs=0.1)
+    for wrong, told in (({"g": (1, 8)}, "'g' is no state"), ({"h": (8,)}, r"own is \[1, 16\]")):
+        with pytest.raises(ArtifactError, match=told):
+            dataclasses.replace(stage, state_shapes=wrong).run(taught, context(tmp_path, told[:8], **data))  # fmt: skip
+
+
+def test_a_teacher_that_reads_whole_sequences_teaches_one_that_reads_steps(
+    taught: Artifact, tmp_path: Path, data: dict[str, DataSource]
+) -> None:
+    (tmp_path / "nets.py").write_text(NETS)
+    (tmp_path / "whole.py").write_text(WHOLE)
+    names: dict[str, type[nn.Module]] = {}
+    exec(WHOLE, names)
+    save_file(names["Whole"]().state_dict(), tmp_path / "whole.safetensors")
+    weights = Path("whole.safetensors")
+    stage = Distill(teachers=(Teacher(builder="whole.py:Whole", weights=weights),), epochs=1, soft_weight=0.5)  # fmt: skip
+    made = stage.run(taught, context(tmp_path, "distill", **data))
+    assert made.inputs == taught.inputs
+    state = load_model(taught.path).state_dict()
+    save_file(state, tmp_path / "step.safetensors")
+    stepwise = Teacher(builder="nets.py:Written", weights=Path("step.safetensors"))
+    with pytest.raises(StageError, match="teacher cannot take the data") as caught:
+        dataclasses.replace(stage, teachers=(stepwise,)).run(taught, context(tmp_path, "wrong", **data))  # fmt: skip
+    assert "state_shapes" in caught.value.hint
+    shaped = dataclasses.replace(stepwise, state_shapes={"h": (1, 16)})
+    told = dataclasses.replace(stage, teachers=(shaped,), validation="test").run(taught, context(tmp_path, "right", **data))  # fmt: skip
+    assert told.facts["teachers"][0]["accuracy"] > 0.75
