@@ -221,7 +221,7 @@ def measure(
     if samples is not None:
         from edgepipe.tflite_ops.raw import encode_samples
 
-        encoded = encode_samples(model.path, samples, model.inputs)
+        encoded = encode_samples(model.path, samples, model.inputs, signature=model.signature)
     budget_s = options.budget + options.sustained
     deadline_s = time.monotonic() + budget_s + COMMAND_TIMEOUT_S
     link = RetryingDevice(device, deadline_s=deadline_s, stop=stop)
@@ -325,6 +325,7 @@ def _request(
                 "path": f"{board.work_dir}/models/{model.sha256}.tflite",
                 "size": model.size_bytes,
                 "sha256": model.sha256,
+                "signature": model.signature,
             }
             for arm, model in models.items()
         },
@@ -618,7 +619,9 @@ def _context(
     departures = _departures(profile, device, runtime, governor)
     for departure in departures:
         log.warning("profile %s: %s", profile.name, departure)
-    compared = {} if baseline is None else {
+    signatures = {"model_signature": model, "baseline_signature": baseline}
+    compared: dict[str, Any] = {k: m.signature for k, m in signatures.items() if m and m.signature}
+    compared |= {} if baseline is None else {
         "baseline_sha256": baseline.sha256, "baseline_bytes": baseline.size_bytes,
         "baseline_inputs": _model_inputs(sessions, BASE),
         "tolerance": options.tolerance,

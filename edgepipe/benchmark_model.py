@@ -161,6 +161,7 @@ def measure(
     affinity = list(options.affinity or profile.affinity or android.fast_cpus(facts))
     mask = f"{sum(1 << cpu for cpu in affinity):x}"
     words = [*(["taskset", mask] if affinity else []), program, f"--graph={graph}", f"--num_threads={threads}"]  # fmt: skip
+    words += [f"--signature_to_run_for={model.signature}"] if model.signature else []
     words += [f"--min_secs={options.session:g}", f"--warmup_min_secs={options.warmup:g}"]
     job_id, reports = f"benchmark_model-{secrets.token_hex(4)}", []
     # the lease that our own jobs take; should this host die, it ends by itself

@@ -524,6 +524,7 @@ class CRunnerJob(BoardJob):
         for arm in entry["arms"]:
             model = job["models"][arm]
             found += [f"arm={arm}", f"model={model['path']}", f"size={model['size']}", f"sha256={model['sha256']}"]  # fmt: skip
+            found += [f"signature={model['signature']}"] if model.get("signature") else []
         if entry["kind"] == "outputs" and given is not None:
             found += [f"inputs={given['path']}", f"inputs_size={given['size']}", f"inputs_sha256={given['sha256']}"]  # fmt: skip
             found += [f"input={name}" for name in given["tensors"]]

@@ -10,6 +10,7 @@ from edgepipe.cli import Output
 from edgepipe.commands.on_device import (
     add_device_arguments,
     add_samples_argument,
+    add_signature_argument,
     asks_for_many,
     find_targets,
     measure_options,
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--affinity", metavar="CPUS", help="stay on these CPUs of the device, like 0,1")  # fmt: skip
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the random inputs (default: 0)")  # fmt: skip
     add_samples_argument(parser)
+    add_signature_argument(parser, of="MODEL")
     parser.add_argument("--keep", action="store_true", help="leave the job's files on the device")
 
 
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from edgepipe.errors import EXIT_FAIL, EXIT_NOT_READY, EXIT_PASS, EdgepipeError
 
     options = measure_options(args, command="bench", affinity=_affinity(args.affinity))
-    model, targets = tflite_model(args.model), find_targets(args)
+    model, targets = tflite_model(args.model, signature=args.signature), find_targets(args)
     samples = read_samples(args, args.model)
 
     def work(device: Device, target: Target, stop: threading.Event) -> BenchResult:
@@ -85,11 +87,13 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
     def show(target: Target, result: BenchResult) -> str:
         emulated = any(m.context["emulated"] for m in result.measurements)
-        title = f"{args.model} on {target.name} ({target.address}){' (emulated)' * emulated}"
+        which = f" signature {args.signature}" if args.signature else ""
+        title = f"{args.model}{which} on {target.name} ({target.address}){' (emulated)' * emulated}"
         return render(result, title)
 
     measured = on_each(targets, work, show, out)
     named = {"model": str(args.model), "model_sha256": model.sha256}
+    named |= {"signature": args.signature} if args.signature else {}
     boards = [_board(target, outcome) for target, outcome in measured]
     many = len(targets) > 1 or asks_for_many(args)
     out.json({**named, "boards": boards} if many else {**named, **boards[0]})

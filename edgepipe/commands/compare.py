@@ -10,6 +10,7 @@ from edgepipe.cli import Output
 from edgepipe.commands.on_device import (
     add_device_arguments,
     add_samples_argument,
+    add_signature_argument,
     asks_for_many,
     find_targets,
     measure_options,
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tolerance", metavar="RATIO", help='how much slower it may be (default: "3 %%")')  # fmt: skip
     parser.add_argument("--max-sessions", type=int, metavar="N", help="give up after so many latency sessions, 3 at least (default: 12)")  # fmt: skip
     add_samples_argument(parser)
+    add_signature_argument(parser, of="CANDIDATE (and of BASE, if it has it)")
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
@@ -53,9 +55,13 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from edgepipe.calibration import quote_noise
     from edgepipe.errors import EdgepipeError
     from edgepipe.gate import EXIT_CODES, Status, Verdict, overall
+    from edgepipe.tflite_ops.flatbuffer import signature_graphs
 
     options = measure_options(args, command="compare")
-    base, candidate = tflite_model(args.base), tflite_model(args.candidate)
+    candidate = tflite_model(args.candidate, signature=args.signature)
+    # the same of the base; or all of it, where the candidate is to stand for a file of its own
+    shared = args.signature if args.signature in signature_graphs(args.base) else ""
+    base = tflite_model(args.base, signature=shared)
     targets = find_targets(args)
     samples = read_samples(args, args.candidate)
 
@@ -88,6 +94,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         "candidate": {"path": str(args.candidate), "sha256": candidate.sha256},
         "verdict": status.value,
     }
+    named |= {"signature": args.signature} if args.signature else {}
     boards = [_board(target, found) for target, found in compared]
     many = len(targets) > 1 or asks_for_many(args)
     out.json({**named, "boards": boards} if many else {**named, **boards[0]})

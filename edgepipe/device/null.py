@@ -394,7 +394,7 @@ class NullDevice:
         return None
 
     def _data(self, job_dir: str, spec: Mapping[str, Any], *, throttled: bool) -> dict[str, Any]:
-        models = {arm: self.files[spec["models"][arm]["path"]] for arm in spec["arms"]}
+        models = {arm: self._model(spec["models"][arm]) for arm in spec["arms"]}
         if spec["kind"] == "outputs":
             (model,) = models.values()
             raw = self.files[spec["inputs"]["path"]]
@@ -404,6 +404,14 @@ class NullDevice:
             return {**data, "path": path}
         around = null_sessions.Surroundings(self._now_s - _BOOT_S, throttled)
         return null_sessions.session_data(spec, self.scenario, around, models)
+
+    def _model(self, item: Mapping[str, Any]) -> bytes:
+        content = self.files[item["path"]]
+        if not item.get("signature"):
+            return content
+        from edgepipe.tflite_ops.flatbuffer import with_main_graph
+
+        return with_main_graph(content, item["signature"], where="the model on the null device")
 
     def _reboot(self) -> None:
         self._boots += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import mmap
 import re
 import shlex
 import struct
@@ -154,12 +155,15 @@ def signature_graphs(path: Path) -> dict[str, int]:
     Nothing else of the file is looked at, so that whatever runs it can tell what is wrong with it.
     """
     try:
-        root = schema.Model.GetRootAs(path.read_bytes(), 0)
-        found = [
-            root.SignatureDefs(i) for i in range(min(root.SignatureDefsLength(), MAX_SIGNATURES))
-        ]
-        return {(s.SignatureKey() or b"").decode(): s.SubgraphIndex() for s in found}
-    except _DAMAGE:
+        with (
+            path.open("rb") as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            root = schema.Model.GetRootAs(content, 0)
+            numbers = range(min(root.SignatureDefsLength(), MAX_SIGNATURES))
+            found = [root.SignatureDefs(number) for number in numbers]
+            return {(s.SignatureKey() or b"").decode(): s.SubgraphIndex() for s in found}
+    except (*_DAMAGE, OSError):
         return {}
 
 

@@ -18,6 +18,14 @@ class Unsupported(RuntimeError):
     """This backend cannot do that by design: run this model, use that kernel, time operators."""
 
 
+class NoSuchSignature(RuntimeError):
+    """The file has no signature of the name that was asked for."""
+
+    def __init__(self, key, keys):
+        names = ", ".join(sorted(keys)) or "none"
+        RuntimeError.__init__(self, "the model has no signature %r; it has: %s" % (key, names))
+
+
 KERNELS = ("", "xnnpack", "builtin")  # "" = whatever the runtime takes by itself
 
 
@@ -29,6 +37,9 @@ ELEMENT_TYPES = {
 }  # fmt: skip
 # Builtin operators (tflite schema.fbs) that keep state from one inference to the next.
 STATEFUL_OPERATORS = {16, 24, 27, 35, 44, 46, 52, 129, 142, 143, 144}
+# Those that run other graphs of the file: CALL, IF, WHILE, CALL_ONCE and StableHLO's CUSTOM_CALL,
+# REDUCE, SCATTER, REDUCE_WINDOW, SORT, WHILE, COMPOSITE, CASE. What is in there is not looked for.
+CALLING_OPERATORS = {31, 118, 119, 129, 173, 174, 190, 198, 199, 200, 206, 209}
 
 _VOID, _SIZE, _INT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
@@ -83,7 +94,9 @@ class LiteRtC:
     reset = None  # the C API has no way to reset variable tensors
     delegated = None  # whether XNNPACK runs any part of the model: only the profiler tells
 
-    def __init__(self, library, path, threads, kernel="", weight_cache="", profile=False):
+    def __init__(
+        self, library, path, threads, kernel="", weight_cache="", profile=False, signature=""
+    ):
         at = [time.perf_counter_ns()]
         self.api = ctypes.CDLL(library, mode=os.RTLD_LAZY | os.RTLD_LOCAL)
         at.append(time.perf_counter_ns())
@@ -97,23 +110,24 @@ class LiteRtC:
         at.append(time.perf_counter_ns())
         file = ctypes.c_char_p(os.fsencode(path))
         self.do("CreateModelFromFile", self.environment, file, byref(self.model))
+        self.number, handle, graph = self._find_signature(signature)
         at.append(time.perf_counter_ns())
         options = self._options(threads, kernel, weight_cache, profile)
         self.do("CreateCompiledModel", self.environment, self.model, options, byref(self.compiled))
         at.append(time.perf_counter_ns())
-        signature = _VOID()
-        self.do("GetModelSignature", self.model, _SIZE(0), byref(signature))
-        self.inputs, inputs = self._buffers(signature, "Input")
-        self.outputs, outputs = self._buffers(signature, "Output")
+        self.inputs, inputs = self._buffers(handle, "Input")
+        self.outputs, outputs = self._buffers(handle, "Output")
         at.append(time.perf_counter_ns())
         steps = [after - before for before, after in zip(at, at[1:])]
         self.runtime_load_ns = steps[0]
         self.load_parts_ns = dict(zip(("environment", "model", "compile", "buffers"), steps[1:]))
-        self.graphs, self.stateful = self._graphs_and_state()
+        operators = self._operators(graph)
+        self.calls_graphs = bool(operators & CALLING_OPERATORS)
+        self.stateful = self.calls_graphs or bool(operators & STATEFUL_OPERATORS)  # do not guess
         run = self.api.LiteRtRunCompiledModel
         # made once: converting them by argtypes takes 0.3 us in every call
         arguments = (
-            self.compiled, _SIZE(0), _SIZE(len(inputs)), inputs, _SIZE(len(outputs)), outputs,
+            self.compiled, self.number, _SIZE(len(inputs)), inputs, _SIZE(len(outputs)), outputs,
         )  # fmt: skip
 
         def call():
@@ -131,6 +145,25 @@ class LiteRtC:
             # kLiteRtStatusErrorUnsupported: variable tensors (LSTM, RNN, SVDF), for one
             error = Unsupported if status == 5 else RuntimeError
             raise error("LiteRt%s: status %d" % (function, status))
+
+    def _find_signature(self, key):
+        """(number, signature, its graph) of the signature ``key``; of the main graph without one."""
+        main, handle, graph, count = _VOID(), _VOID(), _VOID(), _SIZE()
+        self.do("GetModelSubgraph", self.model, _SIZE(0), byref(main))
+        self.do("GetNumModelSignatures", self.model, byref(count))
+        keys = []
+        for number in range(count.value):
+            name = ctypes.c_char_p()
+            self.do("GetModelSignature", self.model, _SIZE(number), byref(handle))
+            self.do("GetSignatureSubgraph", handle, byref(graph))
+            self.do("GetSignatureKey", handle, byref(name))
+            keys.append((name.value or b"").decode("utf-8", "replace"))
+            # a file without signatures has one here, of its main graph
+            if (keys[-1] == key) if key else (graph.value == main.value):
+                return _SIZE(number), handle, graph
+        if not key:
+            raise Unsupported("no signature is of the main graph; they are: %s" % ", ".join(keys))
+        raise NoSuchSignature(key, keys)
 
     def _options(self, threads, kernel, weight_cache, profile):
         libc = ctypes.CDLL(None)
@@ -162,20 +195,21 @@ class LiteRtC:
         layouts = (Layout * count.value)()
         # the model's own layouts have -1 for a dynamic batch; the compiled model's do not
         if kind == "Output":
-            arguments = (self.compiled, _SIZE(0), count, layouts, ctypes.c_bool(True))
+            arguments = (self.compiled, self.number, count, layouts, ctypes.c_bool(True))
             self.do("GetCompiledModelOutputTensorLayouts", *arguments)
         handles, tensors = (_VOID * count.value)(), []
         for k in range(count.value):
             tensor, tensor_type, needs, buffer = _VOID(), TensorType(), _VOID(), _VOID()
             name, size = ctypes.c_char_p(), _SIZE()
             if kind == "Input":
-                arguments = (self.compiled, _SIZE(0), _SIZE(k), byref(layouts, k * sizeof(Layout)))
+                layout = byref(layouts, k * sizeof(Layout))
+                arguments = (self.compiled, self.number, _SIZE(k), layout)
                 self.do("GetCompiledModelInputTensorLayout", *arguments)
             self.do("GetSignature%sTensorByIndex" % kind, signature, _SIZE(k), byref(tensor))
             self.do("GetTensorName", tensor, byref(name))
             self.do("GetRankedTensorType", tensor, byref(tensor_type))
             tensor_type.layout = layouts[k]
-            arguments = (self.compiled, _SIZE(0), _SIZE(k), byref(needs))
+            arguments = (self.compiled, self.number, _SIZE(k), byref(needs))
             self.do("GetCompiledModel%sBufferRequirements" % kind, *arguments)
             arguments = (self.environment, byref(tensor_type), needs, byref(buffer))
             self.do("CreateManagedTensorBufferFromRequirements", *arguments)
@@ -193,21 +227,16 @@ class LiteRtC:
             )
         return tensors, handles
 
-    def _graphs_and_state(self):
-        """How many graphs the model has, and whether it keeps state between inferences."""
-        graph, graphs, count = _VOID(), _SIZE(), _SIZE()
-        self.do("GetNumModelSubgraphs", self.model, byref(graphs))
-        if graphs.value > 1:
-            return graphs.value, True  # control flow or CALL_ONCE: do not guess
-        self.do("GetModelSubgraph", self.model, _SIZE(0), byref(graph))
+    def _operators(self, graph):
+        """The builtin operators of a graph, as numbers."""
+        count, codes = _SIZE(), set()
         self.do("GetNumSubgraphOps", graph, byref(count))
         for index in range(count.value):
             operator, code = _VOID(), _INT()
             self.do("GetSubgraphOp", graph, _SIZE(index), byref(operator))
             self.do("GetOpCode", operator, byref(code))
-            if code.value in STATEFUL_OPERATORS:
-                return 1, True
-        return 1, False
+            codes.add(code.value)
+        return codes
 
     def profiled_call(self):
         """One inference, opened with ``profile``: [(name, where, ns)] in order of execution.
@@ -215,7 +244,7 @@ class LiteRtC:
         Recording takes about 0.1 ms of its own, and the numbers have a grain of 1 us. An operator
         is known by its place: XNNPACK counts anew in each part of the graph that it took.
         """
-        if self.graphs > 1:
+        if self.calls_graphs:
             raise Unsupported("operators of inner graphs are counted twice by the profiler")
         profiler, count = _VOID(), _INT()
         self.do("CompiledModelGetProfiler", self.compiled, byref(profiler))
@@ -256,7 +285,7 @@ class LiteRtC:
 class Interpreter:
     """The Python interpreter of ai_edge_litert or tflite_runtime; needs numpy on the board."""
 
-    def __init__(self, module, path, threads, kernel=""):
+    def __init__(self, module, path, threads, kernel="", signature=""):
         started = time.perf_counter_ns()
         if module == "ai_edge_litert":
             from ai_edge_litert.interpreter import Interpreter as Implementation
@@ -274,20 +303,64 @@ class Interpreter:
         interpreter = self.interpreter = Implementation(
             model_path=path, num_threads=threads, experimental_op_resolver_type=resolver
         )
+        keys = interpreter.get_signature_list() if signature else {}
+        if signature and signature not in keys:
+            raise NoSuchSignature(signature, keys)
         read_ns = time.perf_counter_ns()
-        interpreter.allocate_tensors()
+        interpreter.allocate_tensors()  # of the main graph; delegates take their parts of all graphs
+        self.graph = self._graph_of(signature) if signature else 0
         self.runtime_load_ns = loaded - started
         self.load_parts_ns = {
             "model": read_ns - loaded,
             "compile": time.perf_counter_ns() - read_ns,
         }
+        self.reset = interpreter.reset_all_variables
+        if self.graph:
+            self._use_graph(signature)
+            return
         self.inputs = [self._describe(d) for d in interpreter.get_input_details()]
         self.outputs = [self._describe(d) for d in interpreter.get_output_details()]
         # resource variables (tf.Variable) are not reset by reset_all_variables, only by loading anew
         operators = {operator["op_name"] for operator in interpreter._get_ops_details()}
         self.stateful = bool(operators & {"VAR_HANDLE", "CALL_ONCE"})
         self.delegated = "DELEGATE" in operators
-        self.call, self.reset = interpreter.invoke, interpreter.reset_all_variables
+        self.call, self.view = interpreter.invoke, interpreter.tensor
+
+    def _graph_of(self, signature):
+        """The number of a signature's graph, whose tensors have memory then."""
+        try:
+            graph = self.interpreter._interpreter.GetSubgraphIndexFromSignature(signature)
+            if graph:
+                self.interpreter._interpreter.AllocateTensors(graph)
+        except (AttributeError, TypeError) as exc:
+            raise Unsupported("this Python interpreter cannot run a signature: %s" % exc)
+        return graph
+
+    def _use_graph(self, signature):
+        """As for the main graph. A signature's runner copies all inputs and outputs in every call,
+        which would be part of what is measured; this is what it does besides."""
+        interpreter, graph = self.interpreter, self.graph
+        runner = interpreter.get_signature_runner(signature)
+        self.inputs, self.outputs = (
+            [self._describe(d) for d in sorted(details.values(), key=lambda d: d["index"])]
+            for details in (runner.get_input_details(), runner.get_output_details())
+        )
+        # names of operators are told of the main graph only; a resource's handle has this type
+        self.stateful = any(
+            interpreter._interpreter.TensorType(index, graph) is self.numpy.object_
+            for index in range(interpreter._interpreter.NumTensors(graph))
+        )
+        self.delegated = None
+
+        def call():
+            interpreter._ensure_safe()
+            interpreter._interpreter.Invoke(graph)
+
+        def view(index):
+            base = interpreter._interpreter
+            return lambda: base.tensor(base, index, graph)
+
+        self.call, self.view = call, view
 
     def _describe(self, detail):
         dtype = self.numpy.dtype(detail["dtype"])
@@ -305,18 +378,19 @@ class Interpreter:
 
     def write(self, tensor, offset, chunk):
         # no copy of the whole input, and no view left behind: invoke refuses while one is alive
-        flat = self.interpreter.tensor(tensor["handle"])().reshape(-1).view(self.numpy.uint8)
+        flat = self.view(tensor["handle"])().reshape(-1).view(self.numpy.uint8)
         flat[offset : offset + len(chunk)] = self.numpy.frombuffer(chunk, self.numpy.uint8)
 
     def read(self, tensor):
-        return self.interpreter.get_tensor(tensor["handle"]).tobytes()
+        return self.view(tensor["handle"])().tobytes()
 
 
-def open_model(runtime, path, threads, kernel="", weight_cache="", profile=False):
-    """``weight_cache`` is a file for XNNPACK's packed weights; ``profile`` allows profiled_call.
-    Raises Unsupported where this backend cannot do what was asked for."""
+def open_model(runtime, path, threads, kernel="", weight_cache="", profile=False, signature=""):
+    """``weight_cache`` is a file for XNNPACK's packed weights; ``profile`` allows profiled_call;
+    ``signature`` names the one to run ("": the main graph). Raises Unsupported where this backend
+    cannot do what was asked for, NoSuchSignature."""
     if runtime["backend"] == "litert-c":
-        return LiteRtC(runtime["path"], path, threads, kernel, weight_cache, profile)
+        return LiteRtC(runtime["path"], path, threads, kernel, weight_cache, profile, signature)
     for asked, what in (
         (profile, "does not time operators"),
         (weight_cache, "takes no weight cache file"),
@@ -327,7 +401,7 @@ def open_model(runtime, path, threads, kernel="", weight_cache="", profile=False
     folder = os.path.dirname(runtime.get("path") or "")
     if folder and folder not in sys.path:
         sys.path.append(folder)  # it was pushed, not installed
-    return Interpreter(runtime["module"], path, threads, kernel)
+    return Interpreter(runtime["module"], path, threads, kernel, signature)
 
 
 # A float32 model of one dense layer, y = 2 x + 1, (1, 4) -> (1, 4): edgepipe's tiny_tflite().

@@ -35,6 +35,8 @@ JOB_KEYS = {
 # without them every zone is watched, and the governor stays what it is
 OPTIONAL_KEYS = {"thermal_zones": list, "set_governor": str}
 FILE_KEYS = {"path": str, "size": int, "sha256": str}
+# without it, or where it is "", the main graph is run
+MODEL_KEYS = dict(FILE_KEYS, signature=str)
 
 
 class Stop(Exception):
@@ -103,9 +105,8 @@ def load_job(job_dir):
     wrong += ["unknown key %s" % key for key in job if key not in known]
     if not wrong:
         for arm, item in job["models"].items():
-            wrong += wrong_types(
-                "models.%s." % arm, item if isinstance(item, dict) else {}, FILE_KEYS
-            )
+            item = dict({"signature": ""}, **item) if isinstance(item, dict) else {}
+            wrong += wrong_types("models.%s." % arm, item, MODEL_KEYS)
         if job["runtime"] is not None:
             wrong += wrong_types("runtime.", job["runtime"], dict(FILE_KEYS, version=str))
         if job["inputs"] is not None:

@@ -72,7 +72,7 @@ static const int ELF_MACHINE = 40;
 /* ------------------------------------------------------------------------------- the job */
 
 typedef struct {
-    const char *name, *path, *sha256;
+    const char *name, *path, *sha256, *signature; /* "": the main graph */
     char cache[4200]; /* XNNPACK's packed weights, or empty */
     long long size;
 } Arm;
@@ -434,7 +434,10 @@ typedef struct {
     X(AddOpaqueOptions, (Handle, Handle))                                                          \
     X(CreateCompiledModel, (Handle, Handle, Handle, Handle *))                                     \
     X(DestroyCompiledModel, (Handle))                                                              \
+    X(GetNumModelSignatures, (Handle, size_t *))                                                   \
     X(GetModelSignature, (Handle, size_t, Handle *))                                               \
+    X(GetSignatureKey, (Handle, const char **))                                                    \
+    X(GetSignatureSubgraph, (Handle, Handle *))                                                    \
     X(GetNumSignatureInputs, (Handle, size_t *))                                                   \
     X(GetNumSignatureOutputs, (Handle, size_t *))                                                  \
     X(GetSignatureInputTensorByIndex, (Handle, size_t, Handle *))                                  \
@@ -450,7 +453,6 @@ typedef struct {
     X(LockTensorBuffer, (Handle, void **, int))                                                    \
     X(UnlockTensorBuffer, (Handle))                                                                \
     X(RunCompiledModel, (Handle, size_t, size_t, Handle *, size_t, Handle *))                      \
-    X(GetNumModelSubgraphs, (Handle, size_t *))                                                    \
     X(GetModelSubgraph, (Handle, size_t, Handle *))                                                \
     X(GetNumSubgraphOps, (Handle, size_t *))                                                       \
     X(GetSubgraphOp, (Handle, size_t, Handle *))                                                   \
@@ -492,9 +494,9 @@ typedef struct {
     Handle model, compiled, in[MAX_TENSORS], out[MAX_TENSORS];
     Tensor inputs[MAX_TENSORS], outputs[MAX_TENSORS];
     size_t input_count, output_count;
+    size_t number; /* of the signature that is run */
     int64_t parts_ns[4]; /* environment, model, compile, buffers */
-    size_t graph_count;
-    bool stateful;
+    bool calls_graphs, stateful;
     char output_sha256[65];
 } Model;
 
@@ -539,34 +541,59 @@ static void describe(Tensor *tensor, Handle of, const TensorType *type, Handle b
     tensor->handle = buffer;
 }
 
-/* Whether the model keeps state between inferences; more than one graph: do not guess. */
-static bool is_stateful(Handle model, size_t graphs)
+/* The number of the signature `key` ("": that of the main graph, which a file without any has as
+ * well), its handle and its graph. */
+static size_t find_signature(Handle model, const char *key, Handle *signature, Handle *graph)
 {
-    /* builtin operators of the tflite schema.fbs, as in backends.py */
-    static const int STATEFUL[] = {16, 24, 27, 35, 44, 46, 52, 129, 142, 143, 144};
-    Handle graph, operator;
+    Handle main_graph;
+    char keys[1500] = "";
+    size_t count, used = 0;
+    DO(GetModelSubgraph, model, 0, &main_graph);
+    DO(GetNumModelSignatures, model, &count);
+    for (size_t i = 0; i < count; i++) {
+        const char *name = NULL;
+        DO(GetModelSignature, model, i, signature);
+        DO(GetSignatureSubgraph, *signature, graph);
+        DO(GetSignatureKey, *signature, &name);
+        name = name ? name : "";
+        if (*key ? !strcmp(name, key) : *graph == main_graph)
+            return i;
+        if (used < sizeof keys)
+            used += snprintf(keys + used, sizeof keys - used, "%s%s", i ? ", " : "", name);
+    }
+    if (!*key)
+        fail("unsupported", "no signature is of the main graph; they are: %s", keys);
+    fail("bad-request", "the model has no signature '%.300s'; it has: %s", key, keys);
+    return 0;
+}
+
+/* Whether a graph has one of these operators (builtin ones of the tflite schema.fbs). */
+static bool has_operator(Handle graph, const int *codes, size_t code_count)
+{
+    Handle operator;
     size_t count;
     int code;
-    if (graphs > 1)
-        return true;
-    DO(GetModelSubgraph, model, 0, &graph);
     DO(GetNumSubgraphOps, graph, &count);
     for (size_t i = 0; i < count; i++) {
         DO(GetSubgraphOp, graph, i, &operator);
         DO(GetOpCode, operator, &code);
-        for (size_t k = 0; k < sizeof STATEFUL / sizeof *STATEFUL; k++)
-            if (code == STATEFUL[k])
+        for (size_t k = 0; k < code_count; k++)
+            if (code == codes[k])
                 return true;
     }
     return false;
 }
 
-static void open_model(Model *m, const char *path, const char *weight_cache, bool profile)
+/* As in backends.py. */
+static const int STATEFUL[] = {16, 24, 27, 35, 44, 46, 52, 129, 142, 143, 144};
+static const int CALLING[] = {31, 118, 119, 129, 173, 174, 190, 198, 199, 200, 206, 209};
+
+static void open_model(Model *m, const char *path, const char *key, const char *weight_cache, bool profile)
 {
     static Handle environment;
     int64_t at[5];
     char cpu[4400];
-    Handle options, signature;
+    Handle options, signature, graph;
     load_runtime();
     at[0] = wall_ns();
     if (!environment) {
@@ -577,6 +604,7 @@ static void open_model(Model *m, const char *path, const char *weight_cache, boo
     }
     at[1] = wall_ns();
     DO(CreateModelFromFile, environment, path, &m->model);
+    m->number = find_signature(m->model, key, &signature, &graph);
     at[2] = wall_ns();
     DO(CreateOptions, &options);
     DO(SetOptionsHardwareAccelerators, options, 1); /* CPU */
@@ -590,21 +618,20 @@ static void open_model(Model *m, const char *path, const char *weight_cache, boo
         add_options(options, "runtime_options_string", "enable_profiling = true\n");
     DO(CreateCompiledModel, environment, m->model, options, &m->compiled);
     at[3] = wall_ns();
-    DO(GetModelSignature, m->model, 0, &signature);
     DO(GetNumSignatureInputs, signature, &m->input_count);
     DO(GetNumSignatureOutputs, signature, &m->output_count);
     if (m->input_count > MAX_TENSORS || m->output_count > MAX_TENSORS)
         fail("unsupported", "the model has more than %d inputs or outputs", MAX_TENSORS);
     /* the model's own layouts have -1 for a dynamic batch; the compiled model's do not */
     static Layout layouts[MAX_TENSORS];
-    DO(GetCompiledModelOutputTensorLayouts, m->compiled, 0, m->output_count, layouts, true);
+    DO(GetCompiledModelOutputTensorLayouts, m->compiled, m->number, m->output_count, layouts, true);
     for (size_t k = 0; k < m->input_count; k++) {
         Handle tensor, needs;
         TensorType type;
         DO(GetSignatureInputTensorByIndex, signature, k, &tensor);
         DO(GetRankedTensorType, tensor, &type);
-        DO(GetCompiledModelInputTensorLayout, m->compiled, 0, k, &type.layout);
-        DO(GetCompiledModelInputBufferRequirements, m->compiled, 0, k, &needs);
+        DO(GetCompiledModelInputTensorLayout, m->compiled, m->number, k, &type.layout);
+        DO(GetCompiledModelInputBufferRequirements, m->compiled, m->number, k, &needs);
         DO(CreateManagedTensorBufferFromRequirements, environment, &type, needs, &m->in[k]);
         describe(&m->inputs[k], tensor, &type, m->in[k]);
     }
@@ -614,20 +641,21 @@ static void open_model(Model *m, const char *path, const char *weight_cache, boo
         DO(GetSignatureOutputTensorByIndex, signature, k, &tensor);
         DO(GetRankedTensorType, tensor, &type);
         type.layout = layouts[k];
-        DO(GetCompiledModelOutputBufferRequirements, m->compiled, 0, k, &needs);
+        DO(GetCompiledModelOutputBufferRequirements, m->compiled, m->number, k, &needs);
         DO(CreateManagedTensorBufferFromRequirements, environment, &type, needs, &m->out[k]);
         describe(&m->outputs[k], tensor, &type, m->out[k]);
     }
     at[4] = wall_ns();
     for (int i = 0; i < 4; i++)
         m->parts_ns[i] = at[i + 1] - at[i];
-    DO(GetNumModelSubgraphs, m->model, &m->graph_count);
-    m->stateful = is_stateful(m->model, m->graph_count);
+    m->calls_graphs = has_operator(graph, CALLING, sizeof CALLING / sizeof *CALLING);
+    m->stateful = m->calls_graphs || /* do not guess what the other graphs do */
+                  has_operator(graph, STATEFUL, sizeof STATEFUL / sizeof *STATEFUL);
 }
 
 static inline void call(Model *m)
 {
-    int status = lite.RunCompiledModel(m->compiled, 0, m->input_count, m->in, m->output_count, m->out);
+    int status = lite.RunCompiledModel(m->compiled, m->number, m->input_count, m->in, m->output_count, m->out);
     if (status)
         check(status, "RunCompiledModel");
 }
@@ -676,7 +704,7 @@ static void fill_random(Model *m, uint64_t seed)
 static void warm_up_runtime(void)
 {
     static Model tiny;
-    open_model(&tiny, job.self_test, "", false);
+    open_model(&tiny, job.self_test, "", "", false);
     fill_random(&tiny, 0);
     call(&tiny);
 }
@@ -700,7 +728,7 @@ static void session_self_test(FILE *out)
     static const float IN[4] = {0, 1, 2, 3}, OUT[4] = {1, 3, 5, 7}; /* y = 2 x + 1 */
     static Model model;
     void *at;
-    open_model(&model, job.self_test, "", false);
+    open_model(&model, job.self_test, "", "", false);
     DO(LockTensorBuffer, model.in[0], &at, 1);
     memcpy(at, IN, sizeof IN);
     DO(UnlockTensorBuffer, model.in[0]);
@@ -753,7 +781,7 @@ static void session_weight_cache(FILE *out)
     const Arm *arm = &job.arms[only_arm];
     char part[4300];
     snprintf(part, sizeof part, "%s.part", arm->cache);
-    open_model(&model, arm->path, part, false);
+    open_model(&model, arm->path, arm->signature, part, false);
     if (access(part, F_OK))
         fail("unsupported", "XNNPACK has no weights of this model to keep in a cache");
     if (rename(part, arm->cache))
@@ -769,7 +797,7 @@ static void session_cold(FILE *out)
     if (*arm->cache)
         drop_from_page_cache(arm->cache);
     double resident = drop_from_page_cache(arm->path);
-    open_model(&model, arm->path, arm->cache, false);
+    open_model(&model, arm->path, arm->signature, arm->cache, false);
     fprintf(out, "{\"load_ns\":%lld,\"resident_share\":", (long long)load_ns(&model));
     if (resident < 0)
         fputs("null}", out);
@@ -866,7 +894,7 @@ static void session_latency(FILE *out)
     int swap = job.arm_count > 1 && next_random(&order) >> 63;
     for (int k = 0; k < job.arm_count; k++) {
         int a = k ^ swap;
-        open_model(&models[a], job.arms[a].path, job.arms[a].cache, false);
+        open_model(&models[a], job.arms[a].path, job.arms[a].signature, job.arms[a].cache, false);
         fill_random(&models[a], job.seed);
         int64_t began = wall_ns();
         call(&models[a]);
@@ -1065,7 +1093,7 @@ static void session_memory(FILE *out)
     if (file >= 0)
         close(file);
     at[0] = memory_of(arm);
-    open_model(&model, arm->path, arm->cache, false);
+    open_model(&model, arm->path, arm->signature, arm->cache, false);
     at[1] = memory_of(arm);
     fill_random(&model, job.seed);
     call(&model);
@@ -1106,7 +1134,7 @@ static void session_outputs(FILE *out)
     char path[4096], part[4200], hex[65];
     long long reloads = 0;
     Sha256 sha;
-    open_model(&model, job.arms[0].path, job.arms[0].cache, false);
+    open_model(&model, job.arms[0].path, job.arms[0].signature, job.arms[0].cache, false);
     if ((size_t)job.input_name_count != model.input_count)
         fail("bad-request", "the model has %zu inputs, the samples %d", model.input_count, job.input_name_count);
     for (size_t k = 0; k < model.input_count; k++) {
@@ -1136,7 +1164,7 @@ static void session_outputs(FILE *out)
         void *at;
         if (model.stateful && n) { /* the C API cannot reset variable tensors */
             DO(DestroyCompiledModel, model.compiled);
-            open_model(&model, job.arms[0].path, job.arms[0].cache, false);
+            open_model(&model, job.arms[0].path, job.arms[0].signature, job.arms[0].cache, false);
             reloads++;
         }
         for (size_t k = 0; k < model.input_count; k++) {
@@ -1178,9 +1206,9 @@ static void session_ops(FILE *out)
     Operation *ops = NULL;
     int count = 0;
     Handle profiler;
-    open_model(&model, job.arms[0].path, job.arms[0].cache, true);
+    open_model(&model, job.arms[0].path, job.arms[0].signature, job.arms[0].cache, true);
     fill_random(&model, job.seed);
-    if (model.graph_count > 1)
+    if (model.calls_graphs)
         fail("unsupported", "operators of inner graphs are counted twice by the profiler");
     DO(CompiledModelGetProfiler, model.compiled, &profiler);
     for (int n = -WARM_UP; n < PROFILED; n++) {
@@ -1287,7 +1315,7 @@ static void session_instructions(FILE *out)
     if (file < 0)
         fail("unsupported", "%s", why);
     warm_up_runtime();
-    open_model(&model, job.arms[0].path, job.arms[0].cache, false);
+    open_model(&model, job.arms[0].path, job.arms[0].signature, job.arms[0].cache, false);
     fill_random(&model, job.seed);
     for (int n = 0; n < COUNTED; n++) {
         int64_t empty = counted(file, NULL);
@@ -1653,9 +1681,12 @@ static void parse_job(int argc, char **argv)
         if (!strcmp(key, "arm")) {
             if (job.arm_count == MAX_ARMS)
                 stop(BAD_JOB, "bad-job", NULL, "more than %d arms", MAX_ARMS);
+            job.arms[job.arm_count].signature = "";
             job.arms[job.arm_count++].name = value;
         } else if (arm && !strcmp(key, "model"))
             arm->path = realpath(value, NULL) ? realpath(value, NULL) : value; /* as smaps spells it */
+        else if (arm && !strcmp(key, "signature"))
+            arm->signature = value;
         else if (arm && !strcmp(key, "size"))
             arm->size = atoll(value);
         else if (arm && !strcmp(key, "sha256"))

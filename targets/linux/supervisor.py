@@ -472,6 +472,7 @@ class Supervisor:
             entry,
             runtime=self.runtime, self_test=self.self_test,
             arms={arm: self.models[arm] for arm in entry["arms"]},
+            signatures={arm: job["models"][arm].get("signature", "") for arm in entry["arms"]},
             inputs=self.inputs, job_dir=self.job_dir,
             out_path=os.path.join(self.job_dir, "outputs-%s.bin" % tag),
         )  # fmt: skip

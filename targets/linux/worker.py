@@ -9,6 +9,7 @@ The spec of every session but the self-test (which needs kind, runtime, self_tes
     self_test        path of the self-test model
     job_dir          where files go that outlive this process
     arms             {arm: path of its model}; two only in a latency session
+    signatures       {arm: key of the signature to run}; those without run the main graph (optional)
     threads, affinity, kernel ("" = the runtime's own choice), weight_cache (bool), seed
     warmup_s, session_s, min_inferences          latency; warmup_s also sustained and energy
     inputs, out_path, first, count               outputs
@@ -43,6 +44,7 @@ from backends import (
     KERNELS,
     SELF_TEST_INPUT,
     SELF_TEST_OUTPUT,
+    NoSuchSignature,
     Unsupported,
     open_model,
 )
@@ -114,10 +116,14 @@ def weight_cache_of(spec, arm):
     return os.path.join(spec["job_dir"], "weights-" + arm) if spec["weight_cache"] else ""
 
 
+def signature_of(spec, arm):
+    return spec.get("signatures", {}).get(arm, "")
+
+
 def open_arm(spec, arm, profile=False):
     return open_model(
         spec["runtime"], spec["arms"][arm], spec["threads"], spec["kernel"],
-        weight_cache_of(spec, arm), profile,
+        weight_cache_of(spec, arm), profile, signature_of(spec, arm),
     )  # fmt: skip
 
 
@@ -128,19 +134,22 @@ def make_weight_caches(spec):
         cache = weight_cache_of(spec, arm)
         if not cache or os.path.exists(cache):
             continue
-        options = spec["runtime"], path, spec["threads"], spec["kernel"]
+        options = (
+            spec["runtime"], path, spec["threads"], spec["kernel"], cache + ".part", False,
+            signature_of(spec, arm),
+        )  # fmt: skip
         child = os.fork()
         if child == 0:
             die_with_parent()
             code = 1
             try:
-                open_model(*options, weight_cache=cache + ".part")
+                open_model(*options)
                 code = 0
             finally:
                 os._exit(code)
         _, status = os.waitpid(child, 0)
         if status:
-            open_model(*options, weight_cache=cache + ".part")  # once more, to tell why
+            open_model(*options)  # once more, to tell why
             raise Unsupported("the weight cache could be written only the second time")
         if not os.path.exists(cache + ".part"):
             raise Unsupported("no weight cache was made: XNNPACK runs nothing of this model")
@@ -678,7 +687,7 @@ def main(supervisor):
         result, code = {"ok": WORK[spec["kind"]](spec)}, 0
     except MemoryError:
         result, code = {"error": "out of memory", "what": "out-of-memory"}, 1
-    except BadRequest as exc:
+    except (BadRequest, NoSuchSignature) as exc:
         result, code = {"error": str(exc), "what": "bad-request"}, 1
     except Unsupported as exc:
         result, code = {"error": str(exc), "what": "unsupported"}, 1
