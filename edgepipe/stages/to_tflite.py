@@ -410,10 +410,12 @@ class _Job:
         """The file with its tensors named and every output compared. Raises StageError."""
         from edgepipe.tflite_ops.candidates import keeps_state
         from edgepipe.tflite_ops.convert import flat_biases, match_tensors
+        from edgepipe.tflite_ops.doors import own_outputs
         from edgepipe.tflite_ops.sparse import store_sparse
 
         path, variable_tensors = converted
-        path.write_bytes(flat_biases(path.read_bytes(), where="model.tflite"))
+        content = flat_biases(path.read_bytes(), where="model.tflite")
+        path.write_bytes(own_outputs(content, where="model.tflite"))
         if self.options.sparse:
             path.write_bytes(store_sparse(path.read_bytes(), where="model.tflite"))
         tolerance = self.options.max_relative_error
@@ -593,6 +595,7 @@ def _check_runs(path: Path, context: StageContext) -> int:
 
     Returns the number of its variable tensors.
     """
+    from edgepipe.tflite_ops.doors import unmade_outputs
     from edgepipe.tflite_ops.inspect import read_model
     from edgepipe.tflite_ops.run import open_tflite, refuse_crashing
 
@@ -606,6 +609,8 @@ def _check_runs(path: Path, context: StageContext) -> int:
                 stage=NAME, code="unsupported-op", log_path=str(context.log_path),
                 hint="write them with other PyTorch operators, or do them outside the model",
             )  # fmt: skip
+        if lost := unmade_outputs(graphs[0]):
+            raise ArtifactError(f"no operator makes its output {lost[0]!r}")
         refuse_crashing(path)
         open_tflite(path)
     except ArtifactError as exc:

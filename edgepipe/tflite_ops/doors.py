@@ -1,7 +1,8 @@
-"""A TRANSPOSE at the door: inputs and outputs of a file in the layout that an application has."""
+"""The doors of a file: inputs and outputs in the layout that an application has, each a tensor of its own."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.tools import flatbuffer_utils
 
 from edgepipe.array_ops.layout import permute_shape
+from edgepipe.tflite_ops.flatbuffer import Subgraph, parse_model
 from edgepipe.tflite_ops.stand_in import add_constant, merge_codes, operator_code
 
 
@@ -39,6 +41,58 @@ def move_axes(
     graph.operators = [*first, *graph.operators, *last]
     merge_codes(model)
     return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
+
+
+def own_outputs(content: bytes, *, where: str) -> bytes:
+    """The file with a tensor of its own for every output of its main graph: a RESHAPE copies one that is
+    an input as well, or an output before it.
+
+    LiteRT's compiled models (litert/c) have a buffer for each input and output, of which a tensor gets
+    one: the other is never written, and an operator that reads the tensor may get the wrong one.
+    """
+    graph = parse_model(content, where=where).subgraphs[0]
+    shared = _shared_outputs(graph)
+    if not shared:
+        return content
+    model = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
+    target = model.subgraphs[0]
+    target.outputs = list(target.outputs)
+    signatures = [s for s in model.signatureDefs or [] if s.subgraphIndex == 0]
+    for position in shared:
+        old = int(target.outputs[position])
+        made = copy.deepcopy(target.tensors[old])
+        made.name, made.buffer = made.name + f"/output_{position}".encode(), 0
+        target.tensors.append(made)
+        target.outputs[position] = len(target.tensors) - 1
+        operator = schema.OperatorT()
+        operator.opcodeIndex = len(model.operatorCodes)
+        model.operatorCodes.append(operator_code("RESHAPE", 1))
+        sizes = np.array(graph.tensors[old].shape, np.int32)
+        operator.inputs = [old, add_constant(model, sizes, f"{made.name.decode()}/shape")]
+        operator.outputs = [target.outputs[position]]
+        target.operators.append(operator)
+        for signature in signatures:
+            # of the entries that name the tensor, the last: those before it keep it
+            entries = [e for e in signature.outputs or [] if e.tensorIndex == old]
+            _rename(entries[-1:], old, target.outputs[position])
+    merge_codes(model)
+    return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
+
+
+def unmade_outputs(graph: Subgraph) -> list[str]:
+    """Names of the outputs that no operator makes, and that are neither an input nor a constant."""
+    made = {i for o in graph.operators for i in o.outputs} | set(graph.inputs)
+    return [graph.tensors[i].name for i in graph.outputs if i not in made and not (graph.tensors[i].is_constant or graph.tensors[i].is_variable)]  # fmt: skip
+
+
+def _shared_outputs(graph: Subgraph) -> list[int]:
+    """Positions of the outputs that are an input, or were an output before, from the last one back."""
+    seen = set(graph.inputs)
+    shared = []
+    for position, tensor in enumerate(graph.outputs):
+        shared += [position] if tensor in seen else []
+        seen.add(tensor)
+    return shared[::-1]
 
 
 def _outside(model: Any, old: int, inner: str, outer: str) -> int:

@@ -1,9 +1,9 @@
-"""A TRANSPOSE at a door: the layout changes there, names and values do not."""
+"""Doors: a TRANSPOSE changes the layout and neither names nor values; every output has a tensor of its own."""
 
 import numpy as np
 import pytest
 
-from edgepipe.tflite_ops.doors import move_axes
+from edgepipe.tflite_ops.doors import move_axes, own_outputs, unmade_outputs
 from edgepipe.tflite_ops.flatbuffer import parse_model
 from edgepipe.tflite_ops.run import open_tflite
 
@@ -45,3 +45,33 @@ def test_doors_move_axes_and_keep_names_and_values(inner, outer, shape, axes):
     assert len(set(names)) == len(names)
     versions = {o.version for o in graph.operators if o.name == "TRANSPOSE"}
     assert versions == {4 if len(shape) == 5 else 1}
+
+
+def test_an_output_that_is_an_input_or_another_output_gets_a_tensor_of_its_own():
+    graph = Graph()
+    a, b = graph.input("a", (1, 3)), graph.input("b", (1, 3))
+    total = graph.op("ADD", [a, b], "sum", (1, 3), "AddOptions")
+    content = graph.bytes([total, b, total, total])
+    made = own_outputs(content, where="made")
+    inner = parse_model(made, where="made").subgraphs[0]
+    assert len({*inner.inputs, *inner.outputs}) == 2 + 4
+    interpreter = open_tflite(made)
+    values = [np.float32([[1, 2, 3]]), np.float32([[10, 20, 30]])]
+    for detail, array in zip(interpreter.get_input_details(), values, strict=True):
+        interpreter.set_tensor(detail["index"], array)
+    interpreter.invoke()
+    found = [interpreter.get_tensor(d["index"]).tolist() for d in interpreter.get_output_details()]
+    assert found == [[[11, 22, 33]], [[10, 20, 30]], [[11, 22, 33]], [[11, 22, 33]]]
+    (signature,) = parse_model(made, where="made").signatures
+    assert {*signature.outputs.values()} <= {*inner.outputs}
+    assert own_outputs(made, where="made") is made
+
+
+def test_an_output_that_nothing_makes_is_named():
+    graph = Graph()
+    a = graph.input("a", (1, 3))
+    made = graph.op("ADD", [a, a], "sum", (1, 3), "AddOptions")
+    lost = graph.input("lost", (1, 3))
+    assert graph.inputs.pop() == lost
+    content = graph.bytes([made, a, lost, graph.const("k", np.zeros(3, np.float32))])
+    assert unmade_outputs(parse_model(content, where="x").subgraphs[0]) == ["lost"]
