@@ -374,6 +374,9 @@ def changes(
     measured = {**model.measurements, **device.measurements}
     before: Mapping[str, Mapping[str, Any]] = old.figures if old else {}
     other_data = old is not None and old.conditions.get("data_sha256") != _conditions(measured)["data_sha256"]  # fmt: skip
+    size = measured.get("model_bytes")
+    is_merged = size is not None and bool(size.context.get("model_signature"))
+    other_files = old is not None and bool(old.model.signature) != is_merged
     rows = []
     for metric in METRICS:
         was = before.get(metric, {}).get("p50")
@@ -384,6 +387,8 @@ def changes(
         change = "" if was is None or now is None or not was else f"{100 * (now / was - 1):+.1f} %"
         if change and other_data and metric.startswith(ON_DATA):
             change = "(other data)"
+        if change and other_files and metric == "model_bytes":
+            change = "(merged, or not)"
         old_text, new_text = ("-" if v is None else format_value(v, unit) for v in (was, now))
         rows.append((metric, old_text, new_text, change))
     return tuple(rows)

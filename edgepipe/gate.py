@@ -416,6 +416,8 @@ class GrowthGate:
         found = _evidence(self, evidence, metric, required)
         if isinstance(found, Verdict):
             return found
+        if self.quantity == "size" and (why := _other_kinds_of_file(found.context)):
+            return Verdict(self.name, Status.INCONCLUSIVE, why[0], evidence.device, details=why[1:])
         if len(base.valid_sessions) * 2 < len(base.samples) or not base.valid_sessions:
             return Verdict(self.name, Status.INCONCLUSIVE, f"device unfit: too few sessions of {metric}_baseline count", evidence.device)  # fmt: skip
         before = sorted(x for s in base.valid_sessions for x in s)
@@ -431,6 +433,20 @@ class GrowthGate:
         if status is Status.INCONCLUSIVE:
             reason += f": cannot tell, sessions differ by up to {format_value(max(now[-1] - now[0], before[-1] - before[0]), 'B')}"  # fmt: skip
         return Verdict(self.name, status, reason, evidence.device, value, limit, "B")
+
+
+def _other_kinds_of_file(context: Mapping[str, Any]) -> tuple[str, ...]:
+    """Why the sizes of model and baseline say nothing, and what mends it, where one file holds one model
+    and the other a signature for each of several."""
+    ours, theirs = context.get("model_signature", ""), context.get("baseline_signature", "")
+    if bool(ours) == bool(theirs):
+        return ()
+    merged, own = ("this model", "the baseline") if ours else ("the baseline", "this model")
+    how = "without --merge" if ours else "with --merge"
+    return (
+        f"{merged} is one signature ({ours or theirs}) of a file of several, {own} a file of its own: their sizes cannot be compared",
+        f"run {how}, as the baseline was, or promote a run of this kind",
+    )
 
 
 @record

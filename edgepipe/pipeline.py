@@ -602,6 +602,8 @@ def _model_measurements(
 
     def make(work_dir: Path) -> list[Measurement]:
         context = {"model_sha256": shipped.sha256}
+        if shipped.signature:
+            context["model_signature"] = shipped.signature
         if options:
             data = fingerprint(recipe.data[options.data])
             context["data_sha256"] = hashlib.sha256(data.encode()).hexdigest()

@@ -24,18 +24,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  edgepipe inspect model.tflite --tensors\n"
         "  edgepipe inspect model.tflite --sparsity\n"
         "  edgepipe inspect model.tflite --profile rpi4b_4gb\n"
+        "  edgepipe inspect merged.tflite --signature length16\n"
         "  edgepipe inspect model.tflite --json"
     )
     parser.add_argument("model", type=Path, metavar="MODEL.tflite", help="the file to look into")
+    parser.add_argument("--signature", default="", metavar="NAME", help="only this one of a file of several (default: each, and the file as a whole)")  # fmt: skip
     parser.add_argument("--tensors", action="store_true", help="list every tensor with dtype, shape, scale and zero point")  # fmt: skip
     parser.add_argument("--sparsity", action="store_true", help="say whether zeros in the weights make it faster, and what it weighs compressed")  # fmt: skip
     parser.add_argument("--profile", metavar="NAME", help="predict its latency on a board that this device profile describes")  # fmt: skip
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    from edgepipe.tflite_ops.inspect import as_dict, describe
+    from edgepipe.errors import RequestError
+    from edgepipe.tflite_ops.inspect import as_dict, by_signature, describe
 
-    description = describe(args.model)
+    description = describe(args.model, signature=args.signature)
+    if args.profile and by_signature(description.model):
+        raise RequestError(
+            f"--profile predicts one inference, and {args.model} has several signatures",
+            hint=f"choose one with --signature: {', '.join(by_signature(description.model))}",
+        )
     data = {"path": str(args.model), **as_dict(description, tensors=args.tensors)}
     out.text(render(description, args.model, tensors=args.tensors))
     if args.sparsity:
@@ -62,8 +70,11 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 
 def render(description: ModelDescription, path: Path, *, tensors: bool) -> str:
-    """The description as text for people."""
+    """The description as text for people; of a file of several signatures, what each costs."""
+    from edgepipe.tflite_ops.inspect import by_signature
+
     model = description.model
+    several = by_signature(model)
     lines = [f"{path}: {format_bytes(model.size_bytes)} ({model.size_bytes} bytes)"]
     if model.description:
         lines.append(f"  made by      {model.description}")
@@ -74,7 +85,21 @@ def render(description: ModelDescription, path: Path, *, tensors: bool) -> str:
     for signature in model.signatures:
         names = ", ".join([*signature.inputs, "->", *signature.outputs]).replace(", ->,", " ->")
         lines.append(f"  signature    {signature.key}: {names}")
-    lines += [
+        if signature.key in several:
+            lines += [f"  {line}" for line in _cost_lines(several[signature.key])]
+    if several:
+        lines.append(f"  weights      {format_bytes(description.weight_bytes)} in all")
+    else:
+        lines += _cost_lines(description)
+    if tensors:
+        for graph in model.subgraphs:
+            lines += ["", *_tensor_table(graph)]
+    return "\n".join(lines)
+
+
+def _cost_lines(description: ModelDescription) -> list[str]:
+    """What one inference does."""
+    return [
         f"  MACs         {description.macs:,}"
         + _shares(description.macs_by_operator, description.macs),
         f"  weights      {format_bytes(description.weight_bytes)}",
@@ -84,12 +109,8 @@ def render(description: ModelDescription, path: Path, *, tensors: bool) -> str:
         f"  dtypes       {_counts(description.dtypes)}",
         f"  transposes   {description.transposes}"
         + (f", moving {format_bytes(description.transpose_bytes)}" if description.transposes else ""),
+        *_integer_lines(description),
     ]  # fmt: skip
-    lines += _integer_lines(description)
-    if tensors:
-        for graph in model.subgraphs:
-            lines += ["", *_tensor_table(graph)]
-    return "\n".join(lines)
 
 
 def _integer_lines(description: ModelDescription) -> list[str]:

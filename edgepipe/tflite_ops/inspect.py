@@ -95,6 +95,13 @@ def graph_of(model: Model, signature: str, *, where: str) -> Model:
     return dataclasses.replace(model, subgraphs=graphs, signatures=(alone,))
 
 
+def by_signature(model: Model) -> dict[str, ModelDescription]:
+    """What each signature's graph costs, by its key; empty where there are not several with a graph each."""
+    if len(model.signatures) < 2 or len({s.subgraph for s in model.signatures}) < 2:
+        return {}
+    return {s.key: describe_model(graph_of(model, s.key, where=s.key)) for s in model.signatures}
+
+
 def describe_model(model: Model) -> ModelDescription:
     """Totals of a parsed model."""
     macs: Counter[str] = Counter()
@@ -320,24 +327,34 @@ def _read(path: Path) -> bytes:
 def as_dict(description: ModelDescription, *, tensors: bool = False) -> dict[str, Any]:
     """Plain data for ``--json``; the list of all tensors only on request."""
     model = description.model
+    several = by_signature(model)
+
+    def costs(one: ModelDescription) -> dict[str, Any]:
+        return {
+            "macs": one.macs,
+            "macs_by_operator": dict(one.macs_by_operator),
+            "operators": dict(one.operators),
+            "dtypes": dict(one.dtypes),
+            "weight_bytes": one.weight_bytes,
+            "activation_bytes": one.activation_bytes,
+            "transposes": one.transposes,
+            "transpose_bytes": one.transpose_bytes,
+            "full_integer": one.is_full_integer,
+            "float_operators": one.float_operators,
+            "float_islands": [dataclasses.asdict(island) for island in one.float_islands],
+            "doors": list(one.doors),
+        }
+
     data: dict[str, Any] = {
         "schema": 1,
         "size_bytes": model.size_bytes,
         "description": model.description,
         "schema_version": model.version,
-        "macs": description.macs,
-        "macs_by_operator": dict(description.macs_by_operator),
-        "operators": dict(description.operators),
-        "dtypes": dict(description.dtypes),
-        "weight_bytes": description.weight_bytes,
-        "activation_bytes": description.activation_bytes,
-        "transposes": description.transposes,
-        "transpose_bytes": description.transpose_bytes,
-        "full_integer": description.is_full_integer,
-        "float_operators": description.float_operators,
-        "float_islands": [dataclasses.asdict(island) for island in description.float_islands],
-        "doors": list(description.doors),
-        "signatures": [dataclasses.asdict(s) for s in model.signatures],
+        **costs(description),
+        "signatures": [
+            {**dataclasses.asdict(s), **(costs(several[s.key]) if several else {})}
+            for s in model.signatures
+        ],
         "metadata": list(model.metadata),
         "subgraphs": [],
     }

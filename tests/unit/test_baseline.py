@@ -269,6 +269,19 @@ def test_a_promotion_says_what_it_changes(tmp_path: Path, shipped: Artifact) -> 
     assert set(first.values()) == {"-"}
 
 
+def test_a_merged_file_that_is_promoted_keeps_its_signature(
+    tmp_path: Path, shipped: Artifact
+) -> None:
+    single_file = promoted(tmp_path, shipped)
+    merged = dataclasses.replace(shipped, signature="length16")
+    context = {"model_sha256": merged.sha256, "model_signature": "length16"}
+    size = Evidence(merged.sha256, "", {"model_bytes": single("model_bytes", "B", 9, context)})
+    assert ("model_bytes", "8 B", "9 B", "(merged, or not)") in changes(single_file, size, evidence(merged))  # fmt: skip
+    found = promoted(tmp_path, merged)
+    assert found.model.signature == "length16"
+    assert ("model_bytes", "8 B", "9 B", "+12.5 %") in changes(found, size, evidence(merged))
+
+
 def test_figures_on_other_evaluation_data_are_not_compared(tmp_path: Path, shipped: Artifact) -> None:  # fmt: skip
     def on_data(value: float, data: str) -> Evidence:
         context = {"model_sha256": shipped.sha256, "data_sha256": data}

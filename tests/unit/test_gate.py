@@ -416,6 +416,28 @@ def test_growth_of_the_file_is_judged_like_memory() -> None:
     assert "model_bytes 3 MB, +1 MB against the baseline's 2 MB" in verdict.reason
 
 
+@pytest.mark.parametrize(
+    ("signatures", "expected", "hint"),
+    [
+        ({"model_signature": "length16"}, Status.INCONCLUSIVE, "run without --merge"),
+        ({"baseline_signature": "length16"}, Status.INCONCLUSIVE, "run with --merge"),
+        ({"model_signature": "length16", "baseline_signature": "length16"}, Status.FAIL, ""),
+    ],
+)
+def test_the_size_of_a_merged_file_is_not_compared_with_that_of_a_single_one(
+    signatures: dict[str, str], expected: Status, hint: str
+) -> None:
+    context = {**CONTEXT, **signatures}
+    names = (("model_bytes", 3e6), ("model_bytes_baseline", 2e6))
+    made = {name: single(name, "B", value, context) for name, value in names}
+    verdict = GrowthGate(quantity="size").judge(Evidence("m1", "pi", made))
+    assert verdict.status is expected
+    assert "".join(verdict.details).startswith(hint)
+    # what a process takes is measured with either, so it may be compared
+    sessions = {f"memory_anon{name}": Measurement(f"memory_anon{name}", "B", ((1e6,), (1e6,)), context=context) for name in ("", "_baseline")}  # fmt: skip
+    assert GrowthGate().judge(Evidence("m1", "pi", sessions)).status is Status.PASS
+
+
 def test_the_null_device_can_fail_a_gate_and_never_pass_one() -> None:
     gates = [SlowdownGate(max=0.03)]
     fine = beside_baseline(ratios(0.0), ratios(0.0), simulated=True)

@@ -1,8 +1,11 @@
 """Several files of one network as one: every signature computes what its own file did, weights lie in it once."""
 
+import json
+
 import numpy as np
 import pytest
 
+from edgepipe import cli
 from edgepipe.errors import ArtifactError, DataError
 from edgepipe.tflite_ops import raw
 from edgepipe.tflite_ops.flatbuffer import parse_model, with_main_graph
@@ -158,6 +161,23 @@ def test_costs_are_those_of_one_signature(buckets, merged_path, tmp_path):
         assert of_signature.operators == of_file.operators
         assert of_signature.weight_bytes == of_file.weight_bytes
     assert describe(merged_path).operators["CONV_2D"] == 6
+
+
+def test_inspect_says_what_each_signature_costs(merged_path, capsys):
+    def asked(*options):
+        assert cli.main(["inspect", str(merged_path), *options]) == 0
+        return capsys.readouterr().out
+
+    text, found = asked(), json.loads(asked("--json"))
+    one = describe(merged_path, signature="length16")
+    assert [s["key"] for s in found["signatures"]] == ["length4", "length8", "length16"]
+    assert found["signatures"][2]["macs"] == one.macs > found["signatures"][1]["macs"]
+    block = text[text.index("signature    length16: x -> second") :].splitlines()
+    assert block[1].strip() == f"MACs         {one.macs:,} (CONV_2D 100 %)"
+    assert text.count("integer      every operator") == 3
+    assert json.loads(asked("--signature", "length16", "--json"))["macs"] == one.macs
+    assert cli.main(["inspect", str(merged_path), "--profile", "rpi4b_4gb"]) == 2
+    assert "choose one with --signature: length4, length8, length16" in capsys.readouterr().err
 
 
 def test_another_main_graph_changes_no_signature(buckets, merged_path):
