@@ -12,7 +12,7 @@ import hashlib
 import importlib.machinery
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,34 +151,38 @@ def source_hash(reference: str, root: Path | None) -> str:
     """sha256 of the Python source behind ``"file.py:name"`` or ``"package.module:name"``.
 
     Of a file: that file and what it imports from its own folder. Of a module: the whole package it
-    lies in, found without importing it. "" where there is none.
+    lies in, found without importing it, and where that lies in ``root`` what it imports from there.
+    "" where there is none.
     """
     module, _ = split_reference(reference, root)
     if isinstance(module, str):
-        path = [str(root or Path.cwd()), *sys.path]
-        spec = importlib.machinery.PathFinder.find_spec(module.partition(".")[0], path)
+        home = str(root or Path.cwd())
+        spec = importlib.machinery.PathFinder.find_spec(module.partition(".")[0], [home, *sys.path])
         folders = spec.submodule_search_locations if spec else None
         if folders:
             files = {file for folder in folders for file in Path(folder).rglob("*.py")}
+            if Path(home) in [Path(folder).parent for folder in folders]:
+                files = _with_neighbours(Path(home), files)
         else:
-            files = _with_neighbours(Path(spec.origin)) if spec and spec.origin else set()
+            origin = Path(spec.origin) if spec and spec.origin else None
+            files = _with_neighbours(origin.parent, [origin]) if origin else set()
     else:
-        files = _with_neighbours(module)
+        files = _with_neighbours(module.parent, [module])
     parts = [f"{file.name} {hash_path(file)}" for file in sorted(files)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else ""
 
 
-def _with_neighbours(file: Path) -> set[Path]:
-    """A Python file, and the modules beside it that it imports, and those that they import."""
+def _with_neighbours(folder: Path, files: Iterable[Path]) -> set[Path]:
+    """Python files, and the modules of a folder that they import, and those that they import."""
     found: set[Path] = set()
-    to_read = [file]
+    to_read = list(files)
     while to_read:
         path = to_read.pop()
         if path in found or not path.is_file():
             continue
         found.add(path)
         for name in _imported(path.read_bytes()):
-            to_read += [file.parent / f"{name}.py", *(file.parent / name).rglob("*.py")]
+            to_read += [folder / f"{name}.py", *(folder / name).rglob("*.py")]
     return found
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
+from edgepipe.artifact import hash_path
 from edgepipe.data import split_reference
 from edgepipe.errors import DataError
 from edgepipe.schema import near_miss
@@ -69,30 +70,57 @@ def call_function(reference: str, root: Path | None, *args: object, **options: o
 class _importable(contextlib.AbstractContextManager[None]):
     """Puts a folder first on sys.path while the user's code runs.
 
-    Modules that code of another folder imported from beside itself are forgotten first: two recipes
-    may each have a ``helper.py``.
+    Modules that were imported from beside the user's code are forgotten first where they are of
+    another folder, since two recipes may each have a ``helper.py``, or where one of them was changed.
     """
 
-    _neighbours: ClassVar[dict[str, str]] = {}  # module -> the folder it was found beside
+    # module -> the folder it was found beside, its file and the hash that had
+    _neighbours: ClassVar[dict[str, tuple[str, Path, str]]] = {}
 
     def __init__(self, folder: Path) -> None:
         self.folder = str(folder)
 
     def __enter__(self) -> None:
-        for name in [n for n, folder in self._neighbours.items() if folder != self.folder]:
-            sys.modules.pop(name, None)
-            del self._neighbours[name]
+        held = self._neighbours.values()
+        if any(folder != self.folder or _hash(file) != digest for folder, file, digest in held):
+            for name in self._neighbours:
+                sys.modules.pop(name, None)
+            self._neighbours.clear()
         self.before = set(sys.modules)
         sys.path.insert(0, self.folder)
+        sys.path_hooks.insert(0, self._finder)
+        sys.path_importer_cache.pop(self.folder, None)
 
     def __exit__(self, *exc: object) -> None:
         with contextlib.suppress(ValueError):
             sys.path.remove(self.folder)
+        with contextlib.suppress(ValueError):
+            sys.path_hooks.remove(self._finder)
         for name in set(sys.modules) - self.before:
             file = getattr(sys.modules.get(name), "__file__", None) or ""
             beside = str(Path(self.folder, name.partition(".")[0]))
             if file == f"{beside}.py" or file.startswith(beside + os.sep):
-                self._neighbours[name] = self.folder
+                self._neighbours[name] = (self.folder, Path(file), _hash(Path(file)))
+
+    def _finder(self, path: str) -> importlib.machinery.FileFinder:
+        """Of the folder and packages in it modules are run from their source as well, but not those of an
+        environment that lies there."""
+        inner = [p for p in sys.path if p != self.folder and _is_in(p, self.folder)]
+        if not _is_in(path, self.folder) or any(_is_in(path, p) for p in inner):
+            raise ImportError(path)
+        return importlib.machinery.FileFinder(
+            path,
+            (importlib.machinery.ExtensionFileLoader, importlib.machinery.EXTENSION_SUFFIXES),
+            (FromSource, importlib.machinery.SOURCE_SUFFIXES),
+        )
+
+
+def _is_in(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def _hash(file: Path) -> str:
+    return hash_path(file) if file.is_file() else ""
 
 
 class FromSource(importlib.machinery.SourceFileLoader):

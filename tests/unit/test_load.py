@@ -2,6 +2,9 @@
 
 import contextlib
 import io
+import os
+import py_compile
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from edgepipe.array_ops.load import load_samples, open_samples
+from edgepipe.array_ops.user_code import call_function
 from edgepipe.artifact import TensorSpec
-from edgepipe.data import AudioPreprocess, DataSource, ImagePreprocess
+from edgepipe.data import AudioPreprocess, DataSource, ImagePreprocess, source_hash
 from edgepipe.errors import DataError
 
 X = TensorSpec("x", (1, 1, 4, 4))
@@ -425,3 +429,50 @@ def test_two_folders_may_each_have_a_helper(tmp_path: Path) -> None:
         source = DataSource(kind="python", function="data.py:make", root=folder)
         found = load_samples(source, [TensorSpec("x", (1, 3))])
         assert found.inputs["x"].tolist() == [[number] * 3] * 2
+
+
+def test_a_helper_is_run_as_it_is_now_whatever_was_compiled_or_imported_of_it_before(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "mine.py").write_text("import helper\ndef value():\n    return helper.VALUE\n")
+    helper = tmp_path / "helper.py"
+    helper.write_text("VALUE = 1\n")
+    py_compile.compile(str(helper))
+    before, hooks = helper.stat(), list(sys.path_hooks)
+    for number in (2, 3):
+        helper.write_text(f"VALUE = {number}\n")
+        os.utime(
+            helper, ns=(before.st_atime_ns, before.st_mtime_ns)
+        )  # saved within the same second
+        assert call_function("mine.py:value", tmp_path) == number
+    assert sys.path_hooks == hooks
+
+
+def test_an_environment_in_the_folder_of_a_recipe_is_imported_as_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages = tmp_path / ".venv" / "packages"
+    packages.mkdir(parents=True)
+    monkeypatch.syspath_prepend(packages)
+    (packages / "installed_here.py").write_text("")
+    (tmp_path / "mine.py").write_text(
+        "import installed_here\ndef value():\n    return type(installed_here.__loader__).__name__\n"
+    )
+    assert call_function("mine.py:value", tmp_path) == "SourceFileLoader"
+
+
+@pytest.mark.parametrize("reference", ["mine.py:f", "nets.body:f"])
+def test_what_helpers_of_a_function_import_decides_its_cache_key(
+    reference: str, tmp_path: Path
+) -> None:
+    (tmp_path / "nets").mkdir()
+    (tmp_path / "mine.py").write_text("from nets.body import f\n")
+    (tmp_path / "nets" / "body.py").write_text("from common import WIDTH\n")
+    (tmp_path / "nets" / "__init__.py").write_text("")
+    (tmp_path / "common.py").write_text("WIDTH = 1\n")
+    (tmp_path / "other.py").write_text("")
+    before = source_hash(reference, tmp_path)
+    (tmp_path / "other.py").write_text("# nobody imports it\n")
+    assert source_hash(reference, tmp_path) == before
+    (tmp_path / "common.py").write_text("WIDTH = 2\n")
+    assert source_hash(reference, tmp_path) != before
