@@ -445,7 +445,7 @@ def _other_kinds_of_file(context: Mapping[str, Any]) -> tuple[str, ...]:
     how = "without --merge" if ours else "with --merge"
     return (
         f"{merged} is one signature ({ours or theirs}) of a file of several, {own} a file of its own: their sizes cannot be compared",
-        f"run {how}, as the baseline was, or promote a run of this kind",
+        f"run {how}, as the baseline was, or remove the baseline's .json and .tflite and promote anew",
     )
 
 

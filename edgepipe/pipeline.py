@@ -224,8 +224,9 @@ def _run_merged(
             _warn_of(recipe, exc)
             made.append(exc)
     models = [m for m in made if not isinstance(m, EdgepipeError)]
-    is_merged = len(models) == len(recipes)
-    if not is_merged:
+    # once for all, lest a file of the user's that changes meanwhile makes them two
+    key = _merge_key(recipes, models) if len(models) == len(recipes) else ""
+    if not key:
         log.warning("nothing is merged, since a bucket failed: the others are judged by files of their own")  # fmt: skip
     for number, (recipe, boards) in enumerate(zip(recipes, targets, strict=True)):
         (record, steps, found), own = begun[number], made[number]
@@ -236,8 +237,8 @@ def _run_merged(
         result: RunResult | EdgepipeError
         try:
             with _recorded(record):
-                if is_merged:
-                    own = [*own[:-1], _merge(recipes, models, number, steps)]
+                if key:
+                    own = [*own[:-1], _merge(recipes, models, number, steps, key)]
                 result = _finish(recipe, steps, own, record, boards, remeasure, found)
         except EdgepipeError as exc:
             _warn_of(recipe, exc)
@@ -245,16 +246,23 @@ def _run_merged(
         yield record, result
 
 
-def _merge(
-    recipes: Sequence[Recipe], models: Sequence[Sequence[Artifact]], number: int, steps: _Steps
-) -> Artifact:
-    """The shipped model of one bucket as a signature of the file of all, made and proven once."""
+def _merge_key(recipes: Sequence[Recipe], models: Sequence[Sequence[Artifact]]) -> str:
     inputs = []
     for recipe, made in zip(recipes, models, strict=True):
         inputs += [signature_key(recipe), *_identity(recipe, made[-1])]
         inputs += [repr(made[0].inputs), fingerprint(proof_data(recipe))]
     modules = ("edgepipe.merge", "edgepipe.array_ops", "edgepipe.tflite_ops")
-    key = step_key("merge", {}, modules, ("numpy", "ai-edge-litert"), inputs)
+    return step_key("merge", {}, modules, ("numpy", "ai-edge-litert"), inputs)
+
+
+def _merge(
+    recipes: Sequence[Recipe],
+    models: Sequence[Sequence[Artifact]],
+    number: int,
+    steps: _Steps,
+    key: str,
+) -> Artifact:
+    """The shipped model of one bucket as a signature of the file of all, made and proven once."""
     with steps.step("merge", key, _is_whole) as work_dir:
         if work_dir is not None:
             save_artifact(merge_models(recipes, models, work_dir), work_dir)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from edgepipe import cli, pipeline
+from edgepipe.artifact import hash_path
 from edgepipe.tflite_ops.flatbuffer import parse_model
 from edgepipe.tflite_ops.tiny import tiny_tflite
 
@@ -30,6 +31,25 @@ memory_sessions = 1
 [[gates]]
 gate = "size"
 max = "LIMIT"
+"""
+
+DATA = """\
+[data.test]
+kind = "npy"
+path = "x_${length}.npy"
+"""
+LABELLED = """\
+[data.test]
+kind = "npz"
+path = "labelled_${length}.npz"
+labels = "y"
+[evaluate]
+data = "test"
+[[gates]]
+gate = "device_agreement"
+[[gates]]
+gate = "growth"
+quantity = "size"
 """
 
 
@@ -150,8 +170,7 @@ def test_all_buckets_are_merged_into_one_file_with_a_signature_each(
     (folder / "recipe.toml").write_text(text + '[model.state]\nx = "y"\n')
     assert cli.main(command) == 2
     assert "has state" in capsys.readouterr().err
-    data = '[data.test]\nkind = "npy"\npath = "x_${length}.npy"\n'
-    (folder / "recipe.toml").write_text(text + data)
+    (folder / "recipe.toml").write_text(text + DATA)
     for length in (4, 8, 16):
         np.save(f"x_{length}.npy", np.random.default_rng(0).normal(0, 1, (5, length)).astype(np.float32))  # fmt: skip
     code, found = asked(capsys, *command)
@@ -159,15 +178,83 @@ def test_all_buckets_are_merged_into_one_file_with_a_signature_each(
     assert found["merged"]["samples"] == {"length4": 5, "length8": 5, "length16": 5}
     model = parse_model((folder / "all.tflite").read_bytes(), where="all")
     assert [s.key for s in model.signatures] == ["length4", "length8", "length16"]
+    # it is what was judged, and not the files it was made of
+    sha256 = hash_path(folder / "all.tflite")
+    assert [(b["sha256"], b["signature"]) for b in found["buckets"]] == [(sha256, f"length{n}") for n in (4, 8, 16)]  # fmt: skip
     code, shown = asked(capsys, "report")
-    assert [b["merged"]["sha256"] for b in shown["buckets"]] == [found["merged"]["sha256"]] * 3
+    assert [b["merged"]["sha256"] for b in shown["buckets"]] == [sha256] * 3
+    for bucket in shown["buckets"]:
+        size = bucket["measurements"]["model"]["model_bytes"]
+        assert size["context"]["model_sha256"] == sha256
+        assert size["samples"] == [[(folder / "all.tflite").stat().st_size]]
+        assert [step["step"] for step in bucket["steps"]] == ["load", "merge", "evaluate"]
+    assert cli.main(["report"]) == 0
+    assert capsys.readouterr().out.count("the same bits") == 3
 
-    # nothing is handed over of a recipe one of whose buckets failed
+    # nothing is handed over of a recipe one of whose buckets failed; the limit is one for the whole file
     (folder / "all.tflite").unlink()
-    size = (folder / "model_8.tflite").stat().st_size
-    (folder / "recipe.toml").write_text(RECIPE.replace("LIMIT", f"{size} B") + data)
+    size = (folder / "model_16.tflite").stat().st_size
+    (folder / "recipe.toml").write_text(RECIPE.replace("LIMIT", f"{size} B") + DATA)
     code, found = asked(capsys, *command)
     assert (code, found["merged"]) == (1, None)
+    assert [b["verdict"] for b in found["buckets"]] == ["FAIL"] * 3
     assert not (folder / "all.tflite").exists()
     assert cli.main([*command, "--bucket", "length=8"]) == 2
     assert "there is only one" in capsys.readouterr().err
+    assert cli.main([*command, "--output", "out.tflite"]) == 2
+    assert "with --merge one file is what ships" in capsys.readouterr().err
+
+
+def test_nothing_is_merged_where_the_stages_of_a_bucket_failed(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "recipe.toml").write_text(RECIPE.replace("LIMIT", "1 MB") + DATA)
+    for length in (4, 8, 16):
+        np.save(f"x_{length}.npy", np.ones((2, length), np.float32))
+    (folder / "model_8.tflite").write_bytes(b"no model")
+    code = cli.main(["run", "recipe.toml", "--no-devices", "--merge", "all.tflite", "--json"])
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert (code, found["merged"]) == (2, None)
+    assert "nothing is merged, since a bucket failed" in said.err
+    assert said.err.count("load ...") == 3  # what fails is not tried twice
+    assert [b["verdict"] for b in found["buckets"]] == ["PASS", None, "PASS"]
+    assert found["buckets"][2]["sha256"] == hash_path(folder / "model_16.tflite")
+    assert not (folder / "all.tflite").exists()
+
+
+@pytest.mark.slow
+def test_a_device_measures_each_signature_of_the_merged_file(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for length in (4, 8):
+        x = np.random.default_rng(0).normal(0, 1, (5, length)).astype(np.float32)
+        np.savez(f"labelled_{length}.npz", x=x, y=x.argmax(1))
+    text = RECIPE.replace("LIMIT", "1 MB").replace("[4, 8, 16]", "[4, 8]")
+    (folder / "recipe.toml").write_text(text + LABELLED)
+    command = ["run", "recipe.toml", "--merge", "all.tflite", "--device", "local", "--json"]
+    assert cli.main(command) == 3  # there is no baseline yet
+    capsys.readouterr()
+    sha256 = hash_path(folder / "all.tflite")
+    code, shown = asked(capsys, "report")
+    for bucket, length in zip(shown["buckets"], (4, 8), strict=True):
+        measured = bucket["measurements"]["localhost"]
+        context = measured["latency_wall"]["context"]
+        assert (context["model_sha256"], context["model_signature"]) == (sha256, f"length{length}")
+        assert context["model_inputs"][0]["shape"] == [1, length]
+        # every output of the signature on the device is that of this host
+        mismatch = measured["device_mismatch"]
+        assert (mismatch["samples"], mismatch["context"]["values"]) == ([[0.0]], 5 * length)
+        # and this host's are those of the file that it was made of
+        assert measured["device_task_metric"]["context"]["task_metric_host"] == 1
+    code, found = asked(capsys, "gate", "--promote")
+    assert (code, [b["not_promoted"] for b in found["buckets"]]) == (0, ["", ""])
+    kept = json.loads((folder / "ci/baselines/localhost/small-length8.json").read_text())
+    assert (kept["model"]["sha256"], kept["model"]["signature"]) == (sha256, "length8")
+
+    assert cli.main(command) == 0  # now measured beside that signature of it
+    found = json.loads(capsys.readouterr().out)
+    growth = [v for b in found["buckets"] for v in b["verdicts"] if v["gate"] == "growth"]
+    assert [(v["status"], "+0 B against the baseline's" in v["reason"]) for v in growth] == [("PASS", True)] * 2  # fmt: skip
+    assert cli.main(["bench", "all.tflite", "--signature", "length5", "--device", "local"]) == 2
+    assert "length4, length8" in capsys.readouterr().err
