@@ -133,10 +133,11 @@ def add_signature_argument(parser: argparse.ArgumentParser, *, of: str) -> None:
     parser.add_argument("--signature", metavar="KEY", default="", help=f"which one of {of}, a file of several signatures (edgepipe run --merge writes such; edgepipe inspect lists them)")  # fmt: skip
 
 
-def tflite_model(path: Path, *, signature: str = "") -> Artifact:
+def tflite_model(path: Path, *, signature: str | None = None) -> Artifact:
     """The file, or that signature of it, as an artifact without specs: the runner reads shapes itself.
 
-    RequestError where the file has no such signature, or has several and none is named.
+    RequestError where the file has no such signature, or has several and none is named; None is for
+    commands that have no way to name one.
     """
     from edgepipe.artifact import make_artifact
     from edgepipe.errors import ArtifactError
@@ -152,9 +153,9 @@ def tflite_model(path: Path, *, signature: str = "") -> Artifact:
         )
     from edgepipe.tflite_ops.flatbuffer import check_signature
 
-    check_signature(path, signature)
+    check_signature(path, signature or "", option="" if signature is None else "--signature")
     made = make_artifact("tflite", path, inputs=(), outputs=())
-    return dataclasses.replace(made, signature=signature)
+    return dataclasses.replace(made, signature=signature or "")
 
 
 def read_samples(args: argparse.Namespace, model: Path) -> dict[str, Any] | None:

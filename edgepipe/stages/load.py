@@ -283,17 +283,11 @@ def _load_onnx(path: Path, source: ModelSource, context: StageContext) -> Artifa
 
 
 def _load_tflite(path: Path, source: ModelSource, context: StageContext) -> Artifact:
-    from edgepipe.tflite_ops.flatbuffer import signature_graphs
+    from edgepipe.tflite_ops.flatbuffer import check_signature
     from edgepipe.tflite_ops.inspect import tensor_specs
     from edgepipe.tflite_ops.run import refuse_crashing
 
-    keys = list(signature_graphs(path))
-    if len(keys) > 1:
-        raise ArtifactError(
-            f"{path} has {len(keys)} signatures ({', '.join(keys)}), and a recipe is about one model",
-            hint="give the file of one of them alone; edgepipe bench --signature measures one of these",
-            code="several-signatures",
-        )
+    check_signature(path, "", option="")
     copy = context.work_dir / "model.tflite"
     shutil.copyfile(path, copy)
     inputs, outputs = tensor_specs(copy)

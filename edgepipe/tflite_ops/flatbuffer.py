@@ -167,8 +167,11 @@ def signature_graphs(path: Path) -> dict[str, int]:
         return {}
 
 
-def check_signature(path: Path, key: str, *, option: str = "--signature") -> None:
-    """RequestError unless ``key`` is a signature of the file, or is empty and there is nothing to choose."""
+def check_signature(path: Path, key: str, *, option: str) -> None:
+    """RequestError unless ``key`` is a signature of the file, or is empty and there is nothing to choose.
+
+    ``option`` is how the user names one; empty where there is no way to.
+    """
     graphs = signature_graphs(path)
     known = ", ".join(graphs) or "none"
     example = f"{option} {shlex.quote(next(iter(graphs), ''))}"
@@ -182,7 +185,9 @@ def check_signature(path: Path, key: str, *, option: str = "--signature") -> Non
     if not key and (len(graphs) > 1 or set(graphs.values()) - {0}):
         raise RequestError(
             f"{path} has several graphs, each a model by itself, called by signature: {known}",
-            hint=f"name the one that is meant: {example}",
+            hint=f"name the one that is meant: {example}"
+            if option
+            else "give the file of one of them alone; edgepipe bench --signature measures one of these",
             code="which-signature",
         )
 

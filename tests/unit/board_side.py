@@ -10,18 +10,27 @@ import importlib
 import json
 import os
 import platform
+import struct
 import subprocess
 import sys
 import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+from ai_edge_litert.tools import flatbuffer_utils
+
 from edgepipe.resources import target_dir
 from edgepipe.runtime import runtime_library
-from edgepipe.tflite_ops.tiny import tiny_tflite
+from edgepipe.tflite_ops.flatbuffer import with_main_graph
+from edgepipe.tflite_ops.merge import merge_signatures
+from edgepipe.tflite_ops.tiny import counting_tflite, tiny_tflite
+
+from .tflite_builder import Graph
 
 TARGET = target_dir("linux")
 AGENT = TARGET / "agent.py"
@@ -47,6 +56,76 @@ def library() -> dict[str, Any]:
     """The runtime of this machine, as a job names it."""
     found = runtime_library(platform.machine())
     return {**item(found.path), "version": found.version, "glibc": found.glibc}
+
+
+def bucket(length: int) -> bytes:
+    """(1, length, 4, 1) -> (1, length, 4, 2): XNNPACK takes the convolutions and not what is between."""
+    random = np.random.default_rng(0)
+    graph, shape = Graph(), (1, length, 4, 2)
+    weights = [random.normal(0, 1, (2, 3, 3, n)).astype(np.float32) for n in (1, 2)]
+    bias = np.ones(2, np.float32)
+    y = graph.conv(graph.input("x", (1, length, 4, 1)), weights[0], bias, "first", shape)
+    y = graph.op("LOG_SOFTMAX", [y], "middle", shape, "LogSoftmaxOptions")
+    return graph.bytes([graph.conv(y, weights[1], bias, "last", shape)])
+
+
+@functools.cache
+def bucket_files() -> dict[str, bytes]:
+    """Three files of one network, by the key of the signature that each is in `merged_file`."""
+    return {f"length{n}": bucket(n) for n in (8, 16, 4)}
+
+
+@functools.cache
+def merged_file() -> bytes:
+    return merge_signatures(bucket_files())
+
+
+def bucket_samples(folder: Path, key: str, count: int = 3) -> dict[str, Any]:
+    """Inputs of so many inferences of a bucket, as a job names them."""
+    path = folder / f"{key}.bin"
+    values = [Random(0).uniform(-2, 2) for _ in range(count * 4 * int(key[len("length") :]))]
+    path.write_bytes(struct.pack(f"<{len(values)}f", *values))
+    return {**item(path), "count": count, "tensors": ["x"]}
+
+
+def _with_graph(content: bytes, other: bytes) -> Any:
+    """A model (as objects) with the only graph of another file as its last one."""
+    model, added = (
+        flatbuffer_utils.read_model_from_bytearray(bytearray(file)) for file in (content, other)
+    )
+    (graph,) = added.subgraphs
+    for tensor in graph.tensors:
+        tensor.buffer += len(model.buffers)
+    for operator in graph.operators:
+        operator.opcodeIndex += len(model.operatorCodes)
+    model.buffers += added.buffers
+    model.operatorCodes += added.operatorCodes
+    model.subgraphs.append(graph)
+    return model
+
+
+def one_counts(*, main: str) -> bytes:
+    """A file with the signatures ``counts``, which keeps state and runs another graph, and ``plain``."""
+    plain = merge_signatures({"plain": tiny_tflite()})
+    model = _with_graph(counting_tflite(), plain)
+    signatures = [
+        flatbuffer_utils.read_model_from_bytearray(bytearray(plain)).signatureDefs[0]
+        for _ in range(2)
+    ]
+    signatures[0].signatureKey = b"counts"
+    signatures[0].inputs[0].tensorIndex, signatures[0].outputs[0].tensorIndex = 0, 3
+    signatures[1].subgraphIndex = 2
+    model.signatureDefs = signatures
+    return with_main_graph(bytes(flatbuffer_utils.convert_object_to_bytearray(model)), main, where="it")  # fmt: skip
+
+
+def branching_tflite() -> bytes:
+    """``y = 2 x + 1`` in a graph of its own, run by an IF; float32 (1, 4)."""
+    graph = Graph()
+    yes = graph.tensor("yes", (1,), data=np.array([True]), dtype="BOOL")
+    y = graph.op("IF", [yes, graph.input("x", (1, 4))], "y", (1, 4), "IfOptions", thenSubgraphIndex=1, elseSubgraphIndex=1)  # fmt: skip
+    model = _with_graph(graph.bytes([y]), tiny_tflite())
+    return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
 
 
 def plan(*kinds: str) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import struct
@@ -41,10 +42,15 @@ from edgepipe.payload import Payload
 from edgepipe.tflite_ops.tiny import crashing_tflite, stateful_tflite, tiny_tflite
 from tests.unit.board_side import (
     TARGET,
+    branching_tflite,
+    bucket_files,
+    bucket_samples,
     children_of,
     is_gone,
     item,
     library,
+    merged_file,
+    one_counts,
     payload_module,
     wait_for,
 )
@@ -136,6 +142,62 @@ def test_two_models_are_timed_in_the_same_rounds(board: CBoard, tiny: Path, tmp_
     assert per_inference["candidate"] > 1.5 * per_inference["base"]
     assert base["sha256"] != candidate["sha256"]
     assert arms["base"]["output_sha256"] != arms["candidate"]["output_sha256"]
+
+
+def test_its_tables_of_operators_are_those_of_the_agent() -> None:
+    text, backends = (TARGET / "runner.c").read_text(), payload_module("backends")
+    for name, table in (("STATEFUL", backends.STATEFUL_OPERATORS), ("CALLING", backends.CALLING_OPERATORS)):  # fmt: skip
+        (numbers,) = re.findall(rf"int {name}\[\] = {{([^}}]*)}}", text)
+        assert {int(n) for n in numbers.split(",")} == table
+
+
+def test_each_signature_gives_the_bits_of_its_own_file(board: CBoard, tmp_path: Path) -> None:
+    merged = write(tmp_path, merged_file())
+    for key, content in bucket_files().items():
+        own, inputs = write(tmp_path, content, f"{key}.tflite"), bucket_samples(tmp_path, key)
+        asked = {"inputs": inputs["path"], "inputs_size": inputs["size"], "inputs_sha256": inputs["sha256"], "input_count": 3, "input": "x"}  # fmt: skip
+        found = call(words(board, merged, kind="outputs", signature=key, **asked))["data"]
+        alone = call(words(board, own, kind="outputs", **asked))["data"]
+        assert (found["outputs"], found["sha256"]) == (alone["outputs"], alone["sha256"])
+        ops = [call(words(board, merged, kind="ops", signature=key)), call(words(board, own, kind="ops"))]  # fmt: skip
+        timed = [[(op["name"], op["where"]) for op in reply["data"]["ops"]] for reply in ops]
+        assert timed[0] == timed[1]
+        assert len(timed[0]) >= 3
+    # without a key it is the main graph
+    inputs = bucket_samples(tmp_path, "length8")
+    main, first = (call(words(board, merged, **more))["data"]["arms"]["model"] for more in ({}, {"signature": "length8"}))  # fmt: skip
+    assert (main["inputs"], main["output_sha256"]) == (first["inputs"], first["output_sha256"])
+
+
+def test_two_signatures_of_a_file_are_timed_in_turn(board: CBoard, tmp_path: Path) -> None:
+    merged = item(write(tmp_path, merged_file()))
+    argv = words(board, tmp_path / "m.tflite", arm="base", signature="length16")
+    argv += ["arm=candidate", f"model={merged['path']}", f"size={merged['size']}", f"sha256={merged['sha256']}", "signature=length4"]  # fmt: skip
+    arms = call(argv)["data"]["arms"]
+    shapes = {arm: arms[arm]["inputs"][0]["shape"] for arm in arms}
+    assert shapes == {"base": [1, 16, 4, 1], "candidate": [1, 4, 4, 1]}
+
+
+def test_a_signature_that_is_not_there_is_refused_with_those_that_are(board: CBoard, tmp_path: Path) -> None:  # fmt: skip
+    reply = call(words(board, write(tmp_path, merged_file()), signature="length5"))
+    assert (reply["code"], reply["error"]) == (64, "bad-request")
+    assert reply["message"] == "the model has no signature 'length5'; it has: length8, length16, length4"  # fmt: skip
+
+
+@pytest.mark.parametrize("main", ["counts", "plain"])
+def test_state_is_that_of_the_signature_and_not_of_others(board: CBoard, tmp_path: Path, main: str) -> None:  # fmt: skip
+    model = write(tmp_path, one_counts(main=main))
+
+    def state(key: str) -> str:
+        return str(call(words(board, model, signature=key))["data"]["arms"]["model"]["state"])
+
+    assert (state("counts"), state("plain")) == ("kept", "none")
+
+
+def test_what_an_operator_of_control_flow_runs_is_not_guessed(board: CBoard, tmp_path: Path) -> None:  # fmt: skip
+    model = write(tmp_path, branching_tflite())
+    assert call(words(board, model))["data"]["arms"]["model"]["state"] == "kept"
+    assert call(words(board, model, kind="ops"))["cause"]["what"] == "unsupported"
 
 
 def test_the_same_seed_gives_the_same_inputs(board: CBoard, tiny: Path) -> None:
@@ -534,6 +596,17 @@ def test_a_phone_is_asked_for_its_heat_after_each_session(board: CBoard, tiny: P
     thermal.write_text(cool)  # 25.7 C at the hottest place
     with pytest.raises(NotStable, match=r"reached 25.7 C, measuring stops above 25 C"):
         make_job(job.board, tiny, id="job-2", abort_above_c=25).run(plan("memory"))
+
+
+def test_a_job_names_the_signature_and_takes_no_session_of_another(board: CBoard, tmp_path: Path) -> None:  # fmt: skip
+    merged = write(tmp_path, merged_file())
+    found = []
+    for key, length in (("length16", 16), ("length4", 4), ("", 8)):
+        job = make_job(board, merged, models={"model": {**item(merged), "signature": key}})
+        (session,) = job.run(plan("latency")).sessions
+        assert session["data"]["arms"]["model"]["inputs"][0]["shape"] == [1, length, 4, 1]
+        found.append(job._identity("latency-0", "latency", ["model"]))
+    assert len(set(found)) == 3
 
 
 def test_a_job_gives_its_sessions_in_the_order_of_the_plan(board: CBoard, tiny: Path) -> None:

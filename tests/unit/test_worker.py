@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import signal
 import statistics
 import struct
@@ -29,6 +30,13 @@ from edgepipe.tflite_ops.tiny import (
     crashing_tflite,
     stateful_tflite,
     tiny_tflite,
+)
+from tests.unit.board_side import (
+    branching_tflite,
+    bucket_files,
+    bucket_samples,
+    merged_file,
+    one_counts,
 )
 from tests.unit.tflite_builder import Graph
 
@@ -124,6 +132,26 @@ def test_its_table_of_stateful_operators_is_that_of_the_schema(backends: Any) ->
         Op.BIDIRECTIONAL_SEQUENCE_RNN, Op.BIDIRECTIONAL_SEQUENCE_LSTM, Op.CALL_ONCE, Op.VAR_HANDLE,
         Op.READ_VARIABLE, Op.ASSIGN_VARIABLE,
     } == backends.STATEFUL_OPERATORS  # fmt: skip
+
+
+def test_its_table_of_operators_that_run_other_graphs_is_that_of_the_schema(backends: Any) -> None:
+    from ai_edge_litert import schema_py_generated as schema
+
+    found = set()
+    for union, by_options in ((schema.BuiltinOptions, "BuiltinOptions"), (schema.BuiltinOptions2, "BuiltinOptions2")):  # fmt: skip
+        assert union.__name__ == by_options
+        for name in vars(union):
+            fields = vars(getattr(schema, name + "T", object)()) if hasattr(schema, name + "T") else {}  # fmt: skip
+            if any(
+                re.search("subgraph|calledcomputations|branch", field, re.I) for field in fields
+            ):
+                found.add(name[: -len("Options")])
+    assert found == {
+        "Call", "If", "While", "CallOnce", "StablehloCustomCall", "StablehloReduce", "StablehloScatter",
+        "StablehloReduceWindow", "StablehloSort", "StablehloWhile", "StableHLOComposite", "StablehloCase",
+    }  # fmt: skip
+    numbers = {k.replace("_", "").lower(): v for k, v in vars(schema.BuiltinOperator).items()}
+    assert {numbers[name.lower()] for name in found} == backends.CALLING_OPERATORS
 
 
 def test_a_worker_born_an_orphan_does_nothing() -> None:
@@ -329,6 +357,64 @@ def test_the_record_says_what_became_of_state(
     assert data["arms"]["model"]["state"] == state
 
 
+def test_what_an_operator_of_control_flow_runs_is_not_guessed(tmp_path: Path) -> None:
+    model = branching_tflite()
+    arm = work(make_spec(tmp_path, "latency", model))["arms"]["model"]
+    assert arm["state"] == "kept"
+    inputs = samples_for(tmp_path, [[0, 1, 2, 3]] * 2)
+    data = work(make_spec(tmp_path, "outputs", model, inputs=inputs))
+    assert (outputs_of(data), data["reloads"]) == ([(1, 3, 5, 7)] * 2, 1)
+    assert refused(make_spec(tmp_path, "ops", model))["what"] == "unsupported"
+
+
+@pytest.mark.parametrize("main", ["counts", "plain"])
+@pytest.mark.parametrize(("backend", "stateless"), [("litert-c", "none"), ("litert-interpreter", "reset-before-each-batch")])  # fmt: skip
+def test_state_is_that_of_the_signature_and_not_of_others(
+    tmp_path: Path, backend: str, stateless: str, main: str
+) -> None:
+    def state(key: str) -> str:
+        spec = make_spec(tmp_path, "latency", one_counts(main=main), backend, signatures={"model": key})  # fmt: skip
+        return str(work(spec)["arms"]["model"]["state"])
+
+    assert (state("counts"), state("plain")) == ("kept", stateless)
+
+
+@pytest.mark.parametrize("backend", RUNTIMES)
+@pytest.mark.parametrize("main", ["counts", "plain"])
+def test_a_signature_that_keeps_state_begins_anew_with_each_sample(
+    tmp_path: Path, backend: str, main: str
+) -> None:
+    inputs = samples_for(tmp_path, [[1, 1, 1, 1]] * 3)
+    spec = make_spec(tmp_path, "outputs", one_counts(main=main), backend, inputs=inputs, signatures={"model": "counts"})  # fmt: skip
+    assert outputs_of(work(spec)) == [(1, 1, 1, 1)] * 3
+
+
+@pytest.mark.parametrize("backend", RUNTIMES)
+def test_the_main_graph_is_what_its_signature_is(tmp_path: Path, backend: str) -> None:
+    def measured(model: bytes, **changes: Any) -> Any:
+        data = work(make_spec(tmp_path, "latency", model, backend, **changes))["arms"]["model"]
+        return {key: data[key] for key in ("inputs", "outputs", "output_sha256", "state")}
+
+    first = next(iter(bucket_files()))
+    assert measured(merged_file()) == measured(merged_file(), signatures={"model": first})
+    assert measured(merged_file()) == measured(bucket_files()[first])
+
+
+@pytest.mark.parametrize("backend", RUNTIMES)
+def test_a_signature_that_is_not_there_is_a_bad_request_that_names_those_that_are(
+    tmp_path: Path, backend: str
+) -> None:
+    reply = refused(make_spec(tmp_path, "memory", merged_file(), backend, signatures={"model": "length5"}))  # fmt: skip
+    assert reply["what"] == "bad-request"
+    assert reply["error"] == "the model has no signature 'length5'; it has: length16, length4, length8"  # fmt: skip
+
+
+def test_a_signature_has_a_weight_cache_as_its_own_file_has(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, "memory", merged_file(), weight_cache=True, signatures={"model": "length16"})  # fmt: skip
+    assert work(spec)["inputs"][0]["shape"] == [1, 16, 4, 1]
+    assert (tmp_path / "weights-model").stat().st_size > 0
+
+
 # ------------------------------------------------------------------------------ operators
 
 
@@ -366,6 +452,17 @@ def test_operators_outside_the_delegate_are_told_from_those_inside(tmp_path: Pat
         "delegate", "builtin", "delegate",
     ]  # fmt: skip
     assert [op["name"] for op in ops if op["where"] == "builtin"] == ["LOG_SOFTMAX"]
+
+
+@pytest.mark.parametrize("key", bucket_files())
+def test_the_operators_of_a_signature_are_those_of_its_own_file(tmp_path: Path, key: str) -> None:
+    def operators(model: bytes, **changes: Any) -> list[tuple[str, str]]:
+        ops = work(make_spec(tmp_path, "ops", model, **changes))["ops"]
+        return [(op["name"], op["where"]) for op in ops]
+
+    found = operators(merged_file(), signatures={"model": key})
+    assert found == operators(bucket_files()[key])
+    assert [where for name, where in found if "SOFTMAX" in name] == ["builtin"]
 
 
 @pytest.mark.parametrize(
@@ -503,6 +600,21 @@ def test_outputs_come_back_for_given_inputs(tmp_path: Path) -> None:
     data = work(make_spec(tmp_path, "outputs", inputs=inputs))
     assert outputs_of(data) == [(1, 3, 5, 7), (9, 11, 13, 15)]
     assert not list(tmp_path.glob("*.part"))
+
+
+BACKENDS = [("litert-c", ""), ("litert-c", "builtin"), ("litert-interpreter", ""), ("litert-interpreter", "builtin")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("backend", "kernel"), BACKENDS)
+def test_each_signature_gives_the_bits_of_its_own_file(
+    tmp_path: Path, backend: str, kernel: str
+) -> None:
+    for key, own in bucket_files().items():
+        more: dict[str, Any] = {"inputs": bucket_samples(tmp_path, key), "kernel": kernel}
+        found = work(make_spec(tmp_path, "outputs", merged_file(), backend, signatures={"model": key}, **more))  # fmt: skip
+        alone = work(make_spec(tmp_path, "outputs", own, backend, **more))
+        assert found["outputs"] == alone["outputs"]
+        assert (found["sha256"], found["size"]) == (alone["sha256"], alone["size"])
 
 
 @pytest.mark.parametrize(
