@@ -440,7 +440,7 @@ def _check_streaming(stages: list[Any], problems: list[str]) -> None:
 
 
 # Stages that cannot take sequences.
-STEPLESS = ("qat", "prune", "sparsify", "low_rank")
+STEPLESS = ( "prune", "sparsify", "low_rank")
 
 
 def _check_state(

@@ -360,7 +360,7 @@ def quantize(
     bytes. Raises StageError where litert-quantizer fails, or cannot give a state one scale.
     """
     names = _state_names(content, states, where=where)
-    ranges = {**ranges, **_joined(ranges, names)}
+    ranges = joined_states(content, ranges, states, where=where)
     made = _quantized(content, ranges, input_dtype, output_dtype, precision or {}, where)
     # what makes a state may have a scale of its own, like TANH's 1 / 128, which its input then takes
     own = _own_ranges(made, states, names, where=where)
@@ -374,6 +374,17 @@ def quantize(
             code="state-scale",
         )
     return made
+
+
+def joined_states(
+    content: bytes,
+    ranges: Mapping[str, tuple[float, float]],
+    states: Sequence[tuple[int, int]],
+    *,
+    where: str,
+) -> dict[str, tuple[float, float]]:
+    """``ranges`` with the union of both for the two tensors of each state (as in `quantize`)."""
+    return {**ranges, **_joined(ranges, _state_names(content, states, where=where))}
 
 
 def _state_names(

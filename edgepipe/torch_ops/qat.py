@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -148,16 +148,17 @@ class Owners:
     fixed: Mapping[str, tuple[float, int]]
 
 
-def range_owners(content: bytes, *, where: str) -> Owners:
+def range_owners(content: bytes, *, where: str, states: Sequence[tuple[int, int]] = ()) -> Owners:
     """Find out what the quantiser does with every tensor, by giving each a range of its own.
 
     Tensor number i gets [-r, r] with r = 1 + i / 64; the scale it then has in the int8 file tells
     whose range that was. Example: max pooling keeps its input's scale, softmax always has 1/256.
+    ``states`` as in `quantize`: what goes in has the owner of what comes out.
     """
     graph = parse_model(content, where=where).subgraphs[0]
     names = [t.name for t in graph.tensors if t.is_float and not t.is_constant]
     reach = {name: 1 + i / 64 for i, name in enumerate(names)}
-    probed = quantize(content, {n: (-r, r) for n, r in reach.items()}, where=where)
+    probed = quantize(content, {n: (-r, r) for n, r in reach.items()}, states=states, where=where)
     by_scale = {round(2 * r / 255, 7): name for name, r in reach.items()}
     owner: dict[str, str] = {}
     fixed: dict[str, tuple[float, int]] = {}
@@ -301,30 +302,50 @@ class Agreement:
 
 
 def agreement(
-    model: QatModel, int8: bytes, batches: Sequence[Sequence[np.ndarray]], *, where: str
+    model: QatModel,
+    int8: bytes,
+    batches: Sequence[Sequence[np.ndarray]],
+    *,
+    where: str,
+    states: Sequence[tuple[int, int]] = (),
+    length: int = 1,
+    goes_on: Literal["together", "apart"] = "together",
 ) -> Agreement:
     """Run both on ``batches`` (inputs of the float file, one inference each) and compare steps.
 
-    An output that the int8 file gives as an integer is compared as it is stored.
+    An output that the int8 file gives as an integer is compared as it is stored. Of a model with ``states``
+    (number of an input, number of the output that feeds it) each ``length`` batches are a sequence. Along it
+    ``together`` both go on from the state that the file has come to, so that the file computes the sequence
+    as it was trained where it does each step; ``apart`` each goes on from its own, and one step of rounding
+    may grow from there on.
     """
+    from edgepipe.tflite_ops.run import dequantize as real
     from edgepipe.tflite_ops.run import invoke_once, open_tflite
     from edgepipe.tflite_ops.run import quantize as stored
 
     interpreter = open_tflite(int8)
+    made: list[np.ndarray] = []
+    expected: tuple[torch.Tensor, ...] = ()
     equal = near = count = 0
     with torch.no_grad():
-        for batch in batches:
-            for detail, array in zip(interpreter.get_input_details(), batch, strict=True):
-                interpreter.set_tensor(detail["index"], stored(array, detail))
+        for number, batch in enumerate(batches):
+            ours = [torch.from_numpy(np.ascontiguousarray(a)) for a in batch]
+            given = [stored(a, d) for a, d in zip(batch, interpreter.get_input_details(), strict=True)]  # fmt: skip
+            for i, j in states if number % length else ():
+                given[i], ours[i] = made[j], expected[j]
+                if goes_on == "together":
+                    ours[i] = torch.from_numpy(real(made[j], interpreter.get_output_details()[j]))
+            for detail, array in zip(interpreter.get_input_details(), given, strict=True):
+                interpreter.set_tensor(detail["index"], array)
             invoke_once(interpreter, where=where)
-            expected = model.body._run(*[torch.from_numpy(np.ascontiguousarray(a)) for a in batch])
-            for detail, value in zip(interpreter.get_output_details(), expected, strict=True):
+            expected = model.body._run(*ours)
+            made = [interpreter.get_tensor(d["index"]) for d in interpreter.get_output_details()]
+            for detail, value, found in zip(interpreter.get_output_details(), expected, made, strict=True):  # fmt: skip
                 scale = detail["quantization"][0]
                 if not scale:
                     raise StageError(f"{where}: an output is not quantised", stage=STAGE)
                 wanted = stored(value.numpy(), detail).astype(np.int64)
-                found = interpreter.get_tensor(detail["index"]).astype(np.int64)
-                apart = np.abs(found - wanted)
+                apart = np.abs(found.astype(np.int64) - wanted)
                 equal += int((apart == 0).sum())
                 near += int((apart <= 1).sum())
                 count += apart.size

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from edgepipe.artifact import TensorSpec
 from edgepipe.errors import StageError
+from edgepipe.state import batch_axis
 from edgepipe.tflite_ops.flatbuffer import Operator, Subgraph, constants, parse_model
 from edgepipe.torch_ops.edits import SPARSE
 
@@ -35,7 +36,7 @@ Weight = Callable[[torch.Tensor, str], torch.Tensor]
 
 
 class TfliteModule(nn.Module):
-    """``forward(*inputs)`` takes what the source model takes, (B, ...) in its layout and order.
+    """``forward(*inputs)`` takes what the source model takes, B samples in its layout and order.
 
     Weights and biases of convolutions and dense layers are parameters, under their tensor's number
     in ``weights``; ``on_activation`` and ``on_weight`` are called on every float tensor that is
@@ -146,15 +147,20 @@ def _done_with(graph: Subgraph) -> list[list[int]]:
 
 
 def _to_file(x: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """(B, ...) in the source layout -> (B, 1, ...) in the file's layout, for vmap."""
+    """B samples in the source layout -> (B, ...), each of batch 1 in the file's layout, for vmap.
+
+    A state LNC (2, B, 16) -> (B, 2, 1, 16).
+    """
     if spec.source_layout != spec.layout:
         x = x.permute([spec.source_layout.index(axis) for axis in spec.layout])
-    return x.unsqueeze(spec.layout.find("N") + 1 if "N" in spec.layout else 1)
+    axis = batch_axis(spec.layout)
+    return x.movedim(axis, 0).unsqueeze(axis + 1)
 
 
 def _from_file(y: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """(B, 1, ...) as vmap gives it -> (B, ...) in the source layout."""
-    y = y.squeeze(spec.layout.find("N") + 1 if "N" in spec.layout else 1)
+    """(B, ...) as vmap gives it -> B samples in the source layout."""
+    axis = batch_axis(spec.layout)
+    y = y.squeeze(axis + 1).movedim(0, axis)
     if spec.source_layout != spec.layout:
         y = y.permute([spec.layout.index(axis) for axis in spec.source_layout])
     return y

@@ -22,9 +22,16 @@ from edgepipe.stage import StageContext
 from edgepipe.stages.distill import Distill
 from edgepipe.stages.finetune import Finetune
 from edgepipe.stages.load import LoadModel, ModelSource, TensorOption
+from edgepipe.stages.qat import Qat
+from edgepipe.stages.quantize_int8 import QuantizeInt8
 from edgepipe.torch_ops.model import load_model
-from edgepipe.torch_ops.sequences import stepped, unrolled
+from edgepipe.torch_ops.sequences import source_axes, stepped, unrolled
+from edgepipe.torch_ops.tflite_module import TfliteModule
 from edgepipe.torch_ops.train import ArraySet
+
+from .test_state import artifact as tflite_artifact
+from .test_state import recurrent
+from .tflite_builder import Graph
 
 NETS = '''
 import torch
@@ -165,6 +172,7 @@ def test_a_step_that_cannot_take_a_batch_is_refused(tmp_path: Path) -> None:
 # --- stages
 
 
+@pytest.mark.slow
 def test_finetune_learns_sequences_and_saves_the_step(
     tmp_path: Path, data: dict[str, DataSource]
 ) -> None:
@@ -245,6 +253,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory, data: dict[str, DataSource]
     return Finetune(epochs=8, lr=0.02, batch_size=50).run(made, work)
 
 
+@pytest.mark.slow
 def test_a_teacher_with_state_teaches_a_student_with_less(
     taught: Artifact, tmp_path: Path, data: dict[str, DataSource]
 ) -> None:
@@ -285,3 +294,61 @@ def test_a_teacher_that_reads_whole_sequences_teaches_one_that_reads_steps(
     shaped = dataclasses.replace(stepwise, state_shapes={"h": (1, 16)})
     told = dataclasses.replace(stage, teachers=(shaped,), validation="test").run(taught, context(tmp_path, "right", **data))  # fmt: skip
     assert told.facts["teachers"][0]["accuracy"] > 0.75
+
+
+# --- int8
+
+
+def test_a_graph_with_states_of_any_layout_runs_along_sequences_as_litert_runs_it(
+    tmp_path: Path,
+) -> None:
+    graph = Graph()
+    x, h = graph.input("x", (1, 5)), graph.input("h", (2, 1, 5))
+    half = graph.const("half", np.full((1, 1, 1), 0.5, np.float32))
+    kept = graph.op("MUL", [h, half], "kept", (2, 1, 5), "MulOptions")
+    after = graph.op("ADD", [kept, x], "h_next", (2, 1, 5), "AddOptions")
+    axis = graph.const("axis", np.array([0], np.int32))
+    y = graph.op("SUM", [after, axis], "y", (1, 5), "ReducerOptions")
+    made = tflite_artifact(tmp_path, graph.bytes([y, after]), {"h": "h_next"})
+    layers = {"layout": "LNC", "source_layout": "LNC"}
+    made = dataclasses.replace(
+        made,
+        inputs=(made.inputs[0], dataclasses.replace(made.inputs[1], **layers)),
+        outputs=(made.outputs[0], dataclasses.replace(made.outputs[1], **layers)),
+    )
+    body = TfliteModule(made.path.read_bytes(), made.inputs, made.outputs, where="m")
+    given = np.random.default_rng(0).normal(size=(4, 6, 5)).astype(np.float32)
+    for labels, steps in ((np.zeros(4), "last"), (np.zeros((4, 6)), "each")):
+        data = ArraySet([given], labels.astype(np.int64))
+        with torch.no_grad():
+            found = unrolled(body, made, data, axes=source_axes(made))(torch.from_numpy(given))
+        expected = predict(made, {"x": given}, steps=steps)["y"]  # type: ignore[arg-type]
+        ours = found.numpy() if steps == "last" else found.movedim(1, 2).numpy()
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["tanh", "linear"])
+def test_int8_is_trained_along_sequences_and_is_what_the_file_computes(
+    tmp_path: Path, end: str
+) -> None:
+    """The class is what was shown first of four steps; the network begins with random weights."""
+    shown = np.random.default_rng(0).integers(0, 3, (160, 4))
+    x = np.eye(3, dtype=np.float32)[shown]
+    np.savez(tmp_path / "d.npz", x=x, labels=shown[:, 0])
+    source = DataSource(kind="npz", path=tmp_path / "d.npz")
+    data = {"train": source, "calibration": dataclasses.replace(source, limit=40)}
+    before = tflite_artifact(tmp_path, recurrent(end=end), {"h": "h_next"})
+    stage = Qat(epochs=9, lr=0.03, batch_size=40, float_weight=0.0)
+    trained = stage.run(before, context(tmp_path, "qat", **data))
+    scores, agreed = trained.facts["accuracy"], trained.facts["agreement"]
+    assert scores["after"]["int8"] > scores["before"]["int8"] + 0.2
+    assert agreed["within_one"] > 0.99
+    assert agreed["values"] == 8 * 4 * (4 + 5)
+    made = QuantizeInt8().run(trained, context(tmp_path, "int8", **data))
+    state, out = made.inputs[1], made.outputs[1]
+    assert (state.scale, state.zero_point) == (out.scale, out.zero_point)
+    low, high = trained.facts["learned_ranges"]["h"]
+    assert trained.facts["learned_ranges"]["h_next"] == [low, high]
+    assert state.scale == pytest.approx((high - low) / 255, rel=1e-5)
+    assert right(made, x, shown[:, 0]) == pytest.approx(scores["after"]["int8"], abs=0.03)
