@@ -1,6 +1,6 @@
 """What full int8 loses and what the rescue ladder brings back, on hostile and on trained networks.
 
-    EDGEPIPE_DATA=DIR python ci/bench/int8_rescue.py --work DIR [--only NAME ...] [--list] [--qat] [--memory]
+    EDGEPIPE_DATA=DIR python ci/bench/int8_rescue.py --work DIR [--only NAME ...] [--list] [--qat] [--memory] [--samples]
 
 Each network's float file is quantised on the same calibration data by `quantize_int8` as it is, by
 `quantize_int8` with ``max_drop = "1 point"``, and by litert-quantizer alone with its own calibration
@@ -25,6 +25,8 @@ data, which is what the first rung does, the ladder that ends at its first rung,
 
 ``--qat`` measures what `rescue.QAT_INFERENCES` claims: one batch of training in inferences.
 ``--memory`` measures the peak memory of processes that calibrate on 500, 5,000 and 50,000 samples.
+``--samples`` sets ``samples = "auto"``, in two orders, beside all samples: plain int8 of each trained network,
+ranges from the data that the ladder otherwise chooses by.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -523,6 +525,28 @@ def memory(work: Path) -> None:
             )
 
 
+def auto_samples(work: Path, names: Sequence[str]) -> None:
+    """Print for each network what int8 keeps with ``samples = "auto"``, in two orders, and with all samples."""
+    gained = []
+    print("| network | samples | of | auto | all | auto against all |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name in names:
+        case = CASES[name](name, work)
+
+        def judged(seed: int, samples: int | str, case: Case = case) -> tuple[int, float]:
+            source = dataclasses.replace(case.data["validation"], seed=seed)
+            ordered = dataclasses.replace(case, data={"calibration": source})
+            made = staged(ordered, work, samples=samples, min_sqnr=-200.0)
+            return made.facts["calibration"]["samples"], case.judge(made.path.read_bytes())
+
+        of, best = judged(0, 0)
+        for seed in (0, 1):
+            took, kept = judged(seed, "auto")
+            gained.append(100 * (kept - best))
+            print(f"| {name} | {took:,} | {of:,} | {_percent(kept)} | {_percent(best)} | {gained[-1]:+.2f} points |", flush=True)  # fmt: skip
+    print(f"\nauto against all: {statistics.median(gained):+.2f} points in the median, {min(gained):+.2f} to {max(gained):+.2f}")  # fmt: skip
+
+
 # --- tables -----------------------------------------------------------------------------------------
 
 
@@ -566,6 +590,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--qat", action="store_true")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--samples", action="store_true")
     args = parser.parse_args()
     if args.list:
         print("\n".join(CASES))
@@ -577,6 +602,9 @@ def main() -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     if args.qat or args.memory:
         (qat_inferences if args.qat else memory)(args.work)
+        return 0
+    if args.samples:
+        auto_samples(args.work, [name for name in args.only if name not in HOSTILE])
         return 0
     for name in args.only:
         stored = args.work / f"{name.replace('/', '-')}.json"
