@@ -22,11 +22,14 @@ from edgepipe.tflite_ops.tiny import crashing_tflite, stateful_tflite, tiny_tfli
 
 from .board_side import (
     AGENT,
+    bucket_files,
+    bucket_samples,
     call,
     change_job,
     ending_jobs,
     item,
     make_job,
+    merged_file,
     outcome,
     payload_module,
     plan,
@@ -273,6 +276,24 @@ def test_no_job_is_code_64_and_makes_no_file(board: Path) -> None:
     (board / "jobs" / "empty").mkdir(parents=True)
     assert call("start", board / "jobs" / "empty")["code"] == 64
     assert list((board / "jobs" / "empty").iterdir()) == []
+
+
+def test_a_job_runs_the_signature_that_it_names(board: Path) -> None:
+    own, inputs = bucket_files()["length16"], bucket_samples(board, "length16")
+    found = []
+    for number, (content, key) in enumerate(((merged_file(), "length16"), (own, ""))):
+        job_dir = make_job(board, content, id=f"job-{number}", inputs=inputs, plan=plan("outputs", "latency"))  # fmt: skip
+        change_job(job_dir, models={"model": {**item(board / "model.tflite"), "signature": key}})
+        outputs, latency = run(job_dir).sessions
+        found.append((outputs["data"]["sha256"], latency["data"]["arms"]["model"]["output_sha256"]))
+    assert found[0] == found[1]
+
+
+def test_a_signature_that_is_no_text_is_refused(board: Path) -> None:
+    job, job_dir = payload_module("job"), make_job(board)
+    change_job(job_dir, models={"model": {**item(board / "model.tflite"), "signature": 3}})
+    with pytest.raises(job.Stop, match=r"models\.model\.signature is 3"):
+        job.load_job(str(job_dir))
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edgepipe import bench
 from edgepipe.bench import MeasureOptions, measure, plan_of
@@ -21,8 +24,10 @@ from edgepipe.profile import Budgets, Delegation, ThermalLimits, find_profile, l
 from edgepipe.resources import profile_paths
 from edgepipe.schema import build
 from edgepipe.testing import NullDevice
+from edgepipe.tflite_ops.flatbuffer import signature_graphs
 from edgepipe.tflite_ops.tiny import tiny_tflite
 
+from .board_side import bucket_files, merged_file
 from .test_sessions import arm, latency
 
 
@@ -100,6 +105,72 @@ def test_a_thermal_zone_that_is_not_there_is_refused(tmp_path: Path) -> None:
             pytest.raises(ProfileError, match=refused) if refused else contextlib.nullcontext()
         ):  # fmt: skip
             measure(tflite_model(path), NullDevice(), asked, chosen)
+
+
+@pytest.fixture
+def merged(tmp_path: Path) -> Path:
+    """A file of the signatures length8 (the main graph), length16 and length4."""
+    path = tmp_path / "merged.tflite"
+    path.write_bytes(merged_file())
+    return path
+
+
+def test_a_file_of_several_signatures_is_measured_by_the_name_of_one(
+    merged: Path, tmp_path: Path
+) -> None:
+    """The null device reads the inputs out of the file it was given."""
+    own = tmp_path / "own.tflite"
+    own.write_bytes(bucket_files()["length16"])
+    profile, base = find_profile("localhost", profile_paths()), tflite_model(own)
+    options = MeasureOptions(sessions=1, memory_sessions=0, session=0.2, warmup=0.0)
+    found = {}
+    for key in bucket_files():
+        result = measure(tflite_model(merged, signature=key), NullDevice(), profile, options)
+        context = result.measurements[0].context
+        assert context["model_signature"] == key
+        (tensor,) = context["model_inputs"]
+        found[tensor["shape"][1]] = result.raw["job"]["id"]
+    assert list(found) == [8, 16, 4]
+    assert len(set(found.values())) == 3  # what was measured of one is not taken for another
+    beside = measure(
+        tflite_model(merged, signature="length16"), NullDevice(), profile,
+        dataclasses.replace(options, max_sessions=1), baseline=base, same_inputs=True,
+    ).measurements[0].context  # fmt: skip
+    assert beside["baseline_inputs"] == beside["model_inputs"]
+    assert "baseline_signature" not in beside
+
+
+def test_which_signature_is_meant_is_not_guessed(merged: Path) -> None:
+    with pytest.raises(RequestError, match="called by signature: length8, length16, length4") as asked:  # fmt: skip
+        tflite_model(merged, signature="")
+    assert (asked.value.code, asked.value.hint) == ("which-signature", "name the one that is meant: --signature length8")  # fmt: skip
+    with pytest.raises(RequestError, match="has no signature 'length5'; it has: length8, length16") as unknown:  # fmt: skip
+        tflite_model(merged, signature="length5")
+    assert unknown.value.code == "no-such-signature"
+    with pytest.raises(RequestError) as unable:  # edgepipe explain has no --signature
+        tflite_model(merged)
+    assert unable.value.hint.startswith("give the file of one of them alone")
+
+
+def test_a_file_without_signatures_has_none_of_any_name(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.tflite"
+    path.write_bytes(tiny_tflite())
+    assert tflite_model(path, signature="").signature == ""
+    with pytest.raises(RequestError, match="it has: none"):
+        tflite_model(path, signature="x")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_signatures_of_a_damaged_file_are_read_or_there_are_none(data: st.DataObject) -> None:
+    content = bytearray(merged_file())
+    for at in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=20)):
+        content[at] = data.draw(st.integers(0, 255))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.tflite"
+        path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+        found = signature_graphs(path)
+    assert all(isinstance(key, str) and isinstance(found[key], int) for key in found)
 
 
 @pytest.mark.parametrize(

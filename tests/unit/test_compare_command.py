@@ -14,11 +14,13 @@ from edgepipe.artifact import make_artifact
 from edgepipe.bench import MeasureOptions
 from edgepipe.commands import compare
 from edgepipe.device import open_device
-from edgepipe.errors import RequestError
+from edgepipe.errors import EXIT_REQUEST, RequestError
 from edgepipe.gate import Status, Verdict
 from edgepipe.inventory import resolve_targets
 from edgepipe.measurement import Measurement
 from edgepipe.tflite_ops.tiny import tiny_tflite
+
+from .board_side import bucket_files, merged_file
 
 
 @pytest.fixture
@@ -26,6 +28,22 @@ def models(tmp_path: Path) -> tuple[Path, Path]:
     for name, layers in (("base", 1), ("candidate", 2)):
         (tmp_path / f"{name}.tflite").write_bytes(tiny_tflite(layers=layers))
     return tmp_path / "base.tflite", tmp_path / "candidate.tflite"
+
+
+def test_a_signature_is_compared_with_its_own_file_or_with_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    merged, own = tmp_path / "merged.tflite", tmp_path / "own.tflite"
+    merged.write_bytes(merged_file())
+    own.write_bytes(bucket_files()["length16"])
+    more = ["--device", "null://quiet", "--session", "0.2 s", "--json", "--quiet", "--store", str(tmp_path)]  # fmt: skip
+    for base, expected in ((own, None), (merged, "length16")):
+        cli.main(["compare", str(base), str(merged), "--signature", "length16", *more])
+        data = json.loads(capsys.readouterr().out)
+        context = data["measurements"][0]["context"]
+        assert context["model_inputs"] == context["baseline_inputs"]
+        assert context["model_inputs"][0]["shape"] == [1, 16, 4, 1]
+        assert (context["model_signature"], context.get("baseline_signature")) == ("length16", expected)  # fmt: skip
+    assert cli.main(["compare", str(merged), str(own), *more]) == EXIT_REQUEST
+    assert "which-signature" in capsys.readouterr().out
 
 
 def on_a_board(address: str, models: tuple[Path, Path], **options: Any) -> tuple[tuple[Verdict, ...], dict[str, Measurement]]:  # fmt: skip

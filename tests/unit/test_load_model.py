@@ -19,13 +19,15 @@ from torch import nn
 
 from edgepipe.array_ops.user_code import call_function
 from edgepipe.artifact import Artifact, hash_path
-from edgepipe.errors import ArtifactError
+from edgepipe.errors import ArtifactError, RequestError
 from edgepipe.predict import predict
 from edgepipe.stage import StageContext
 from edgepipe.stages.load import LoadModel, ModelSource, TensorOption
 from edgepipe.tflite_ops.onnx_model import keep_pooled_axes
 from edgepipe.torch_ops.model import ModelDescription, _find_builder, save_model
 from edgepipe.torch_ops.train import write_state
+
+from .board_side import merged_file
 
 BUILDER = """\
 from torch import nn
@@ -248,6 +250,12 @@ def test_files_that_are_not_what_their_name_says_are_refused(root: Path) -> None
             load(root, file=Path(name))
         assert told in caught.value.message, name
         assert caught.value.hint, name
+
+
+def test_a_file_of_several_signatures_is_refused_by_their_names(root: Path) -> None:
+    (root / "merged.tflite").write_bytes(merged_file())
+    with pytest.raises(RequestError, match="by signature: length8, length16, length4"):
+        load(root, file=Path("merged.tflite"))
 
 
 def test_weights_alone_are_refused_with_what_is_missing(root: Path) -> None:
