@@ -36,7 +36,8 @@ class AudioPreprocess:
     """Decode 16-bit PCM WAV to float in [-1, 1], cut or zero-pad to ``seconds``, take features.
 
     ``mfcc``: centred frames with reflect padding, periodic Hann window, power spectrum, triangular
-    mel bins by integer bin (HTK scale), ln(x + 1e-6), unnormalised DCT-II -> (1, frames, coefficients).
+    mel bins by integer bin (HTK scale), ln(x + 1e-6), unnormalised DCT-II -> (1, frames, coefficients);
+    for a model with state that takes a frame at a step, (1, coefficients), -> (frames, coefficients).
     """
 
     sample_rate: int = 16000

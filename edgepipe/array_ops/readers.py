@@ -22,7 +22,7 @@ from edgepipe.artifact import TensorSpec
 from edgepipe.data import DataSource
 from edgepipe.errors import DataError
 from edgepipe.schema import near_miss
-from edgepipe.state import with_steps
+from edgepipe.state import FREE, with_steps
 
 log = logging.getLogger(__name__)
 
@@ -324,12 +324,15 @@ def _wavs(source: DataSource, specs: Sequence[TensorSpec]) -> Reader:
             f"{where_text(source)}: WAV files need a declared preprocessing",
             hint='add [data.NAME.audio] with features = "raw" or "mfcc"',
         )
-    return _files(
-        source,
-        _only(specs, source, "a folder of WAV files"),
-        (".wav",),
-        lambda content, where: prepare_clip(content, options, where=where),
-    )
+    spec = _only(specs, source, "a folder of WAV files")
+    # of a model with state a frame is a step: (1, frames, coefficients) -> (frames, coefficients)
+    is_sequence = options.features == "mfcc" and spec.shape[1:2] == (FREE,) and len(spec.shape) == 3
+
+    def prepare(content: bytes, where: str) -> np.ndarray:
+        clip = prepare_clip(content, options, where=where)
+        return clip[0] if is_sequence else clip
+
+    return _files(source, spec, (".wav",), prepare)
 
 
 def _files(

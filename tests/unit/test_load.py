@@ -1,10 +1,12 @@
 """Loading samples: every kind of source, and every way it can be wrong."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import py_compile
 import sys
+import wave
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from edgepipe.array_ops.user_code import call_function
 from edgepipe.artifact import TensorSpec
 from edgepipe.data import AudioPreprocess, DataSource, ImagePreprocess, source_hash
 from edgepipe.errors import DataError
+from edgepipe.state import data_inputs
 
 X = TensorSpec("x", (1, 1, 4, 4))
 
@@ -271,6 +274,24 @@ def test_images_without_preprocessing_or_of_an_unknown_class_are_refused(tmp_pat
         kind="images", path=tmp_path, image=ImagePreprocess(size=(4, 4)), classes=("cat", "dogs")
     )
     assert "no folder 'dogs'; did you mean 'dog'?" in refused(source)
+
+
+def test_a_clip_is_a_sequence_of_frames_for_a_model_with_state(tmp_path):
+    folder = tmp_path / "yes"
+    folder.mkdir()
+    with wave.open(str(folder / "a.wav"), "wb") as out:
+        out.setparams((1, 2, 16000, 0, "NONE", ""))
+        out.writeframes(np.random.default_rng(0).integers(-9000, 9000, 16000).astype("<i2").tobytes())  # fmt: skip
+    source = DataSource(
+        kind="wavs", path=tmp_path, audio=AudioPreprocess(features="mfcc"), mean=tuple(range(10)),
+    )  # fmt: skip
+    state = TensorSpec("h", (1, 8), fed_by="h_next")
+    steps = data_inputs([TensorSpec("x", (1, 10), layout="NC", source_layout="NC"), state])
+    picture = TensorSpec("x", (1, 1, 49, 10), layout="NCHW", source_layout="NCHW")
+    whole = load_samples(dataclasses.replace(source, mean=()), [picture]).inputs["x"]
+    found = load_samples(source, steps).inputs["x"]
+    assert found.shape == (1, 49, 10)
+    np.testing.assert_array_equal(found, whole[:, 0] - np.arange(10, dtype=np.float32))
 
 
 def test_wavs_that_are_no_archive_are_refused(tmp_path):
