@@ -180,7 +180,14 @@ def run_buckets(
         "buckets": [bucket_text(recipe.bucket) for recipe in recipes],
     }
     if merge:
-        yield from _run_merged(recipes, store, targets, remeasure, baselines, together)
+        try:
+            yield from _run_merged(recipes, store, targets, remeasure, baselines, together)
+        except (KeyboardInterrupt, GeneratorExit):
+            # those whose stages are done and that wait for the others, too
+            for waiting in store.runs_together(together):
+                if waiting.read()["status"] not in ("complete", "failed"):
+                    waiting.update(status="interrupted")
+            raise
         return
     for number, (recipe, boards) in enumerate(zip(recipes, targets, strict=True), 1):
         log.info("bucket %s (%d of %d)", bucket_text(recipe.bucket), number, len(recipes))

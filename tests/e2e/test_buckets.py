@@ -15,6 +15,8 @@ from edgepipe.artifact import hash_path
 from edgepipe.tflite_ops.flatbuffer import parse_model
 from edgepipe.tflite_ops.tiny import tiny_tflite
 
+from ..unit.tflite_builder import Graph
+
 RECIPE = """\
 schema = 1
 name = "small"
@@ -221,6 +223,55 @@ def test_nothing_is_merged_where_the_stages_of_a_bucket_failed(
     assert [b["verdict"] for b in found["buckets"]] == ["PASS", None, "PASS"]
     assert found["buckets"][2]["sha256"] == hash_path(folder / "model_16.tflite")
     assert not (folder / "all.tflite").exists()
+
+
+def test_whoever_interrupts_a_merged_run_leaves_no_bucket_that_seems_to_go_on(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "recipe.toml").write_text(RECIPE.replace("LIMIT", "1 MB") + DATA)
+    for length in (4, 8, 16):
+        np.save(f"x_{length}.npy", np.ones((2, length), np.float32))
+    whole = pipeline.run_stages
+
+    def stopped(recipe: Any, steps: Any) -> Any:
+        if recipe.bucket == {"length": 8}:
+            raise KeyboardInterrupt
+        return whole(recipe, steps)
+
+    monkeypatch.setattr(pipeline, "run_stages", stopped)
+    assert cli.main(["run", "recipe.toml", "--no-devices", "--merge", "all.tflite"]) == 130
+    assert not (folder / "all.tflite").exists()
+    capsys.readouterr()
+    assert cli.main(["report"]) == 0
+    rows = buckets_table(capsys.readouterr().out)
+    assert [row[1] for row in rows] == ["interrupted", "interrupted", "never"]
+
+
+@pytest.mark.slow
+def test_a_merged_int8_file_is_judged_and_explained_like_the_files_it_was_made_of(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for length in (4, 8, 16):
+        graph = Graph()
+        weights = np.random.default_rng(0).normal(0, 0.3, (8, 3, 3, 4)).astype(np.float32)
+        x = graph.input("x", (1, length, 8, 4))
+        y = graph.conv(x, weights, np.zeros(8, np.float32), "conv", (1, length, 8, 8))
+        (folder / f"model_{length}.tflite").write_bytes(graph.bytes([y]))
+        for seed, name in enumerate(("x", "calibration")):
+            values = np.random.default_rng(seed).normal(0, length, (16, length, 8, 4))
+            np.save(f"{name}_{length}.npy", values.astype(np.float32))
+    calibration = DATA.replace("test", "calibration").replace("x_", "calibration_")
+    more = '[evaluate]\ndata = "test"\n[[stages]]\nstage = "quantize_int8"\ndata = "calibration"\nmin_samples = 16\n'
+    gate = '[[gates]]\ngate = "parity"\nmin_sqnr = "60 dB"\n'  # so that each FAILs, with its layers
+    (folder / "recipe.toml").write_text(RECIPE.replace("LIMIT", "1 MB") + DATA + calibration + more + gate)  # fmt: skip
+    said = []
+    for options in ([], ["--merge", "all.tflite"]):
+        code, found = asked(capsys, "run", "recipe.toml", "--no-devices", *options)
+        assert code == 1
+        said.append([[v for v in b["verdicts"] if v["gate"] == "parity"] for b in found["buckets"]])
+    assert said[0] == said[1]
+    assert len({v["reason"] for (v,) in said[0]}) == 3
+    assert all("layer conv (CONV_2D)" in v["details"][0] for (v,) in said[0])
 
 
 @pytest.mark.slow
