@@ -17,6 +17,8 @@ BINS = 2048
 LEVELS = 255  # steps between the 256 values of int8
 # Ends that `mse_range` tries on each side, and how often it goes over both sides
 TRIED, SWEEPS = 128, 3
+# Of bins that are no wider the reciprocal is no float32: as if nothing were to be counted
+TINY = float(np.finfo(np.float32).tiny)
 # `kl_range` moves its ends by so many bins at a time
 KL_STRIDE = 16
 
@@ -50,14 +52,17 @@ def new_histogram(low: float, high: float) -> Histogram:
 
 
 def add_values(histogram: Histogram, values: np.ndarray) -> Histogram:
-    """The histogram with more values (any shape). Those outside count in its first or last bin."""
+    """The histogram with more values (any shape). Those outside count in its first or last bin,
+    infinities too."""
     flat = values.ravel()
     flat = flat[flat != 0]
     zeros = histogram.zeros + values.size - flat.size
-    if histogram.width > 0 and flat.size:
+    if histogram.width > TINY and flat.size:
         scale = np.float32(1 / histogram.width)
-        at = ((flat - np.float32(histogram.low)) * scale).astype(np.int32)
-        counts = np.bincount(np.clip(at, 0, BINS - 1), minlength=BINS)
+        with np.errstate(over="ignore"):
+            at = (flat - np.float32(histogram.low)) * scale
+        # before the cast: of what an int32 cannot hold it makes its least number
+        counts = np.bincount(np.clip(at, 0, BINS - 1).astype(np.int32), minlength=BINS)
         return dataclasses.replace(histogram, counts=histogram.counts + counts, zeros=zeros)
     return dataclasses.replace(histogram, zeros=zeros)
 

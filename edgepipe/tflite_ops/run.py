@@ -378,7 +378,7 @@ def quantize(array: np.ndarray, detail: dict[str, Any]) -> np.ndarray:
     """Real values -> what the input tensor stores: round(x / scale) + zero_point, saturated.
 
     With int8, scale 0.5 and zero point 10: 3.2 -> round(6.4) + 10 = 16. Tensors without a scale
-    are cast, and values that the dtype cannot hold exactly are refused with DataError.
+    are cast, and values that the dtype cannot hold exactly are refused with DataError, as is NaN.
     """
     dtype = np.dtype(detail["dtype"])
     scale, zero_point = detail["quantization"]
@@ -386,6 +386,12 @@ def quantize(array: np.ndarray, detail: dict[str, Any]) -> np.ndarray:
         return exact_cast(array, dtype, what=f"input {detail['name']!r}")
     limits = np.iinfo(dtype)
     stored = np.rint(array.astype(np.float64) / scale) + zero_point
+    if np.isnan(stored).any():  # integers have none: it would become some number
+        raise DataError(
+            f"input {detail['name']!r} is {dtype.name}, the samples hold NaN",
+            hint="remove these samples, or mend the code that makes them",
+            code="not-finite",
+        )
     stored = np.clip(stored, limits.min, limits.max)
     return np.asarray(stored, dtype)
 
@@ -399,19 +405,18 @@ def dequantize(array: np.ndarray, detail: dict[str, Any]) -> np.ndarray:
 
 
 def exact_cast(array: np.ndarray, dtype: Any, *, what: str) -> np.ndarray:
-    """Cast to the dtype of a tensor. A float that an integer tensor cannot hold is DataError."""
+    """Cast to the dtype of a tensor. A number that an integer tensor cannot hold is DataError."""
     dtype = np.dtype(dtype)
     if array.dtype == dtype:
         return array
-    if np.issubdtype(dtype, np.integer) and not np.issubdtype(array.dtype, np.integer):
+    with np.errstate(invalid="ignore"):
         cast = array.astype(dtype)
-        if not np.array_equal(cast.astype(np.float64), array.astype(np.float64)):
-            raise DataError(
-                f"{what} holds {dtype.name}, the samples hold {array.dtype} with fractions",
-                hint="give whole numbers for an integer input",
-            )
-        return cast
-    return array.astype(dtype)
+    if np.issubdtype(dtype, np.integer) and not np.array_equal(cast, array):
+        raise DataError(
+            f"{what} holds {dtype.name}, the samples hold {array.dtype} with fractions or beyond it",
+            hint="give whole numbers that it can hold for an integer input",
+        )
+    return cast
 
 
 _ONNX_DTYPES: dict[str, Any] = {

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from edgepipe.array_ops.ranges import (
     BINS,
+    METHODS,
     add_values,
     kl_range,
     mse_range,
@@ -211,3 +212,18 @@ def test_a_table_without_a_range_for_each_tensor_names_the_first():
     with pytest.raises(StageError, match="lack 1 of the 2 activations of m, the first is 'y'"):
         check_ranges({"x": (0.0, 1.0)}, tiny_tflite(), where="m")
     json.loads(table_text(RangeTable({}, "kl")))
+
+
+def test_values_far_outside_count_at_their_own_end():
+    far = np.array([np.inf, 3e38, -np.inf, -3e38, 1.0], np.float32)
+    counts = add_values(new_histogram(-1.0, 1.0), far).counts
+    assert (counts[0], counts[-1], counts.sum()) == (2, 3, 5)
+    # the span of the two is beyond float32
+    counts = add_values(new_histogram(-3e38, 3e38), far[[1, 3]]).counts
+    assert (counts[0], counts[-1]) == (1, 1)
+
+
+@pytest.mark.parametrize("choose", METHODS.values(), ids=METHODS)
+def test_a_range_of_denormal_numbers_stays_what_it_is(choose):
+    histogram = add_values(new_histogram(0.0, 1e-39), np.float32([1e-40, 1e-39]))
+    assert choose(histogram) == (0.0, 1e-39)

@@ -159,6 +159,16 @@ def test_fractions_are_not_cut_off_for_an_integer_input() -> None:
         exact_cast(np.array([1.5]), np.int64, what="ids")
 
 
+def test_numbers_that_an_integer_input_cannot_hold_are_refused() -> None:
+    np.testing.assert_array_equal(exact_cast(np.array([7]), np.int32, what="ids"), [7])
+    with pytest.raises(DataError, match="ids holds int32"):
+        exact_cast(np.array([2**40]), np.int32, what="ids")
+    int8 = {"name": "x", "dtype": np.int8, "quantization": (0.5, 10)}
+    np.testing.assert_array_equal(quantize(np.float32([np.inf, 3.2]), int8), [127, 16])
+    with pytest.raises(DataError, match="NaN"):
+        quantize(np.float32([np.nan, 3.2]), int8)
+
+
 def test_a_model_that_never_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     path = tmp_path / "m.tflite"
     path.write_bytes(tiny_tflite())
