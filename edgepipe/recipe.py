@@ -439,10 +439,6 @@ def _check_streaming(stages: list[Any], problems: list[str]) -> None:
             problems.append(f"[[stages]] {number} ({stage.name}): the model of [[stages]] {streaming} {what} ({EXPLICIT})")  # fmt: skip
 
 
-# Stages that cannot take sequences.
-STEPLESS = ( "prune", "sparsify", "low_rank")
-
-
 def _check_state(
     model: ModelSource | None, evaluate: EvaluateOptions | None, data: Mapping[str, DataSource],
     stages: list[Any], problems: list[str],
@@ -457,11 +453,6 @@ def _check_state(
     for number, stage in enumerate(stages, 1):
         if not state and getattr(stage, "back_steps", None):
             problems.append(f"[[stages]] {number} ({stage.name}): back_steps: the model has no [model.state], so there is one step")  # fmt: skip
-        if state and stage and stage.name in STEPLESS and stage.data_names():
-            problems.append(
-                f"[[stages]] {number} ({stage.name}): cannot train on sequences yet, and the model has [model.state];"
-                " train it before, and give the weights"
-            )
 
 
 def _check_evaluation(

@@ -11,8 +11,11 @@ from edgepipe.data import at_most
 from edgepipe.errors import StageOptionError
 from edgepipe.schema import Unit, record
 from edgepipe.stage import StageContext
+from edgepipe.state import data_inputs
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from edgepipe.op_table import OpTable
 
 log = logging.getLogger(__name__)
@@ -40,7 +43,7 @@ class LowRank:
     ops: ClassVar[tuple[str, ...]] = (
         "edgepipe.torch_ops.low_rank", "edgepipe.torch_ops.factors", "edgepipe.torch_ops.run", "edgepipe.torch_ops.model",
         "edgepipe.torch_ops.edits", "edgepipe.torch_ops.attention", "edgepipe.torch_ops.result", "edgepipe.torch_ops.train",
-        "edgepipe.torch_ops.data", "edgepipe.array_ops", "edgepipe.state", "edgepipe.op_table",
+        "edgepipe.torch_ops.data", "edgepipe.torch_ops.sequences", "edgepipe.array_ops", "edgepipe.state", "edgepipe.op_table",
     )  # fmt: skip
     packages: ClassVar[tuple[str, ...]] = ("torch", "tensorly", "numpy", "safetensors")
 
@@ -88,6 +91,7 @@ class LowRank:
         from edgepipe.torch_ops.model import load_model, read_description
         from edgepipe.torch_ops.result import describe_layers, save_result
         from edgepipe.torch_ops.run import example_inputs
+        from edgepipe.torch_ops.sequences import unrolled
         from edgepipe.torch_ops.train import accuracy
 
         model = load_model(artifact.path)
@@ -100,7 +104,11 @@ class LowRank:
         if self.data:
             source = at_most(context.data[self.data], self.samples)
             loaded = load_samples(source, artifact.inputs)
-            samples = [loaded.inputs[spec.name] for spec in artifact.inputs]
+            samples = [loaded.inputs[spec.name] for spec in data_inputs(artifact.inputs)]
+
+        def whole(step: nn.Module) -> nn.Module:
+            return unrolled(step, artifact, data)
+
         table = self._table(context)
         by_score = data is not None and bool(self.macs or self.max_drop)
         plan = plan_low_rank(
@@ -113,13 +121,19 @@ class LowRank:
             round_to=self.round_to,
             ignore=self.ignore,
             samples=samples,
+            whole=whole,
             seconds=(lambda layers: estimate_layers(layers, table).latency_s) if table else None,
-            score=(lambda candidate: accuracy(candidate, data)) if data and by_score else None,
+            score=(lambda candidate: accuracy(whole(candidate), data))
+            if data and by_score
+            else None,
         )
-        split = apply_low_rank(model, examples, plan, samples=samples)
+        split = apply_low_rank(model, examples, plan, samples=samples, whole=whole)
         facts: dict[str, Any] = {}
         if data is not None:
-            facts["accuracy"] = {"before": accuracy(model, data), "after": accuracy(split, data)}
+            facts["accuracy"] = {
+                "before": accuracy(whole(model), data),
+                "after": accuracy(whole(split), data),
+            }
             log.info(
                 "accuracy on %s: %.2f %% before, %.2f %% after, before any training", self.validation,
                 100 * facts["accuracy"]["before"], 100 * facts["accuracy"]["after"],

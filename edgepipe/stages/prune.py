@@ -12,6 +12,7 @@ from edgepipe.artifact import Artifact, make_artifact
 from edgepipe.pruning import PruningOptions
 from edgepipe.schema import record
 from edgepipe.stage import StageContext
+from edgepipe.state import is_stateful
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class Prune(PruningOptions):
         "edgepipe.pruning", "edgepipe.training", "edgepipe.op_table", "edgepipe.torch_ops.prune",
         "edgepipe.torch_ops.prune_steps", "edgepipe.torch_ops.channel_groups",
         "edgepipe.torch_ops.attention", "edgepipe.torch_ops.train", "edgepipe.torch_ops.augment",
-        "edgepipe.torch_ops.data", "edgepipe.torch_ops.run", "edgepipe.torch_ops.model",
+        "edgepipe.torch_ops.data", "edgepipe.torch_ops.sequences", "edgepipe.torch_ops.run", "edgepipe.torch_ops.model",
         "edgepipe.torch_ops.edits", "edgepipe.torch_ops.result", "edgepipe.array_ops", "edgepipe.state",
     )  # fmt: skip
     packages: ClassVar[tuple[str, ...]] = ("torch", "torch-pruning", "safetensors", "numpy")
@@ -43,6 +44,7 @@ class Prune(PruningOptions):
         from edgepipe.torch_ops.prune_steps import prune_in_steps
         from edgepipe.torch_ops.result import describe_layers, save_result
         from edgepipe.torch_ops.run import example_inputs
+        from edgepipe.torch_ops.sequences import unrolled
 
         @functools.cache
         def samples(name: str) -> Any:
@@ -52,6 +54,10 @@ class Prune(PruningOptions):
         description = read_description(artifact.path)
         examples = example_inputs([(s.shape, s.dtype) for s in artifact.inputs], seed=context.seed)
         before = describe_layers(model, examples)
+        if is_stateful(artifact.inputs):
+            log.info(
+                "states keep their size: distill a student with state_shapes to make them smaller"
+            )
         pruned, done = prune_in_steps(
             model,
             examples,
@@ -62,6 +68,13 @@ class Prune(PruningOptions):
             training=samples(self.finetune.data) if self.finetune else None,
             training_validation=samples(self.finetune.validation) if self.finetune else None,
             validation=samples(self.validation),
+            whole=functools.partial(
+                unrolled,
+                artifact=artifact,
+                # the labels of any of them tell whether each step is judged
+                data=next((samples(name) for name in self.data_names()), None),
+                back_steps=self.finetune.back_steps if self.finetune else 0,
+            ),
             checkpoint=context.checkpoint,
         )
         folder = context.work_dir / "model"

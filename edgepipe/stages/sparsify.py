@@ -34,7 +34,7 @@ class Sparsify(TrainingOptions):
     produces: ClassVar[str] = "same"
     ops: ClassVar[tuple[str, ...]] = (
         "edgepipe.training", "edgepipe.torch_ops.sparsify", "edgepipe.torch_ops.train",
-        "edgepipe.torch_ops.augment", "edgepipe.torch_ops.data", "edgepipe.torch_ops.run",
+        "edgepipe.torch_ops.augment", "edgepipe.torch_ops.data", "edgepipe.torch_ops.sequences", "edgepipe.torch_ops.run",
         "edgepipe.torch_ops.model", "edgepipe.torch_ops.edits", "edgepipe.torch_ops.attention", "edgepipe.torch_ops.result",
         "edgepipe.array_ops", "edgepipe.state",
     )  # fmt: skip
@@ -91,6 +91,7 @@ class Sparsify(TrainingOptions):
         from edgepipe.torch_ops.model import load_model, read_description
         from edgepipe.torch_ops.result import describe_layers, save_result
         from edgepipe.torch_ops.run import example_inputs
+        from edgepipe.torch_ops.sequences import unrolled
         from edgepipe.torch_ops.sparsify import cut_weights, gradually, plan_sparsity, zero_shares
         from edgepipe.torch_ops.train import accuracy, train
 
@@ -110,12 +111,14 @@ class Sparsify(TrainingOptions):
         facts: dict[str, Any] = {}
         if self.validation:
             validation = training_set(context.data[self.validation], artifact.inputs)
-            facts["accuracy"] = {"before": accuracy(model, validation)}
+            whole = unrolled(model, artifact, validation)
+            facts["accuracy"] = {"before": accuracy(whole, validation)}
         apply_edits(model, plan.edits())
         if self.epochs:
+            data = training_set(context.data[self.data], artifact.inputs)
             history = train(
-                model,
-                training_set(context.data[self.data], artifact.inputs),
+                unrolled(model, artifact, data, back_steps=self.back_steps),
+                data,
                 self,
                 seed=context.seed,
                 stage=self.name,
@@ -136,7 +139,7 @@ class Sparsify(TrainingOptions):
             cut_weights(model, plan, self.final, ranking=self.ranking)
         shares = zero_shares(model, plan.layers)
         if validation is not None:
-            facts["accuracy"]["after"] = accuracy(model, validation)
+            facts["accuracy"]["after"] = accuracy(whole, validation)
             log.info("accuracy on %s: %.2f %% before, %.2f %% after", self.validation, *(100 * v for v in facts["accuracy"].values()))  # fmt: skip
         notes = {name: f"stays dense: it {why}" for name, why in plan.left_dense.items()}
         notes |= {name: f"{100 * share:.1f} % zeros ({self.pattern})" for name, share in shares.items()}  # fmt: skip

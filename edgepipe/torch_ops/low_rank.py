@@ -31,6 +31,7 @@ from edgepipe.torch_ops.edits import SPARSE, apply_edits
 from edgepipe.torch_ops.factors import energy_of, factors_of, spectrum_of, unfoldings_of, vbmf_rank
 from edgepipe.torch_ops.result import Layer, describe_layers, totals
 from edgepipe.torch_ops.run import flatten_outputs
+from edgepipe.torch_ops.sequences import Whole, as_is
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +127,10 @@ def plan_low_rank(
     samples: Sequence[np.ndarray] | None = None,
     score: Callable[[nn.Module], float] | None = None,
     seconds: Cost | None = None,
+    whole: Whole = as_is,
 ) -> LowRankPlan:
-    """Choose ranks; ``model`` is not changed. ``samples`` (N, ...) are real inputs, in call order.
+    """Choose ranks; ``model`` is not changed. ``samples`` (N, ...) are real inputs, in call order, of ``whole``
+    of the model.
 
     At most one of these is given, and none means the ranks that variational Bayes finds (`vbmf_rank`):
     ``energy``, the share of each kernel's squared norm to keep; ``share``, the share of the model's
@@ -142,8 +145,8 @@ def plan_low_rank(
     pattern that matches no layer.
     """
     model = copy.deepcopy(model).eval()
-    whole = totals(describe_layers(model, inputs))["macs"]
-    targets, alone = _find_targets(model, inputs, method, ignore, samples)
+    macs = totals(describe_layers(model, inputs))["macs"]
+    targets, alone = _find_targets(model, inputs, method, ignore, samples, whole)
     targets = [t for t in targets if not _refusal(model, inputs, t, alone)]
     if score is None and not energy and not share:
         splits = {}
@@ -162,11 +165,11 @@ def plan_low_rank(
             else:
                 alone[target.name] = "is cheaper whole than with any rank"
         if score is None:
-            bound = 1 - energy if energy else _bound_for(choices, whole, share)
+            bound = 1 - energy if energy else _bound_for(choices, macs, share)
             splits = _cheapest(choices, bound)
         else:
             metrics = {t.name: t.metric for t in targets}
-            splits = _measured(model, choices, metrics, score, whole, share, max_drop)
+            splits = _measured(model, choices, metrics, score, macs, share, max_drop)
         for name in choices.keys() - splits.keys():
             alone[name] = "loses too much with every rank that would make it cheaper"
     for name, reason in alone.items():
@@ -194,10 +197,11 @@ def apply_low_rank(
     plan: LowRankPlan,
     *,
     samples: Sequence[np.ndarray] | None = None,
+    whole: Whole = as_is,
 ) -> nn.Module:
     """A copy of ``model`` with the plan's layers factored, weights filled in."""
     result = copy.deepcopy(model).eval()
-    metrics = _metrics(result, inputs, samples)
+    metrics = _metrics(result, inputs, samples, whole)
     for name, split in plan.splits.items():
         _fill(result, name, split, metrics[name])
     return result
@@ -209,6 +213,7 @@ def _find_targets(
     method: str,
     ignore: Sequence[str],
     samples: Sequence[np.ndarray] | None,
+    whole: Whole,
 ) -> tuple[list[_Target], dict[str, str]]:
     """Layers that can be factored, in the order in which they run, and why others cannot."""
     modules = dict(model.named_modules())
@@ -218,8 +223,8 @@ def _find_targets(
                 f"{STAGE}: ignore pattern {pattern!r} matches no layer{near_miss(pattern, list(modules))}",
                 hint=f"layers: {', '.join(n for n in modules if n)}"[:500],
             )
-    metrics = _metrics(model, inputs, samples)
-    whole = totals(describe_layers(model, inputs))
+    metrics = _metrics(model, inputs, samples, whole)
+    of_all = totals(describe_layers(model, inputs))
     positions = _positions(model, inputs)
     owners: dict[int, list[str]] = {}
     for name, module in modules.items():
@@ -248,7 +253,7 @@ def _find_targets(
     large = []
     for target in targets:
         layer = _whole(target)
-        if layer.macs < LEAST * whole["macs"] and layer.parameters < LEAST * whole["parameters"]:
+        if layer.macs < LEAST * of_all["macs"] and layer.parameters < LEAST * of_all["parameters"]:
             alone[target.name] = f"is less than {100 * LEAST:g} % of the model: nothing to gain"
         else:
             large.append(target)
@@ -296,6 +301,7 @@ def _metrics(
     model: nn.Module,
     inputs: Sequence[torch.Tensor],
     samples: Sequence[np.ndarray] | None,
+    whole: Whole,
 ) -> dict[str, _Metric]:
     """What counts in each layer that could be factored."""
     made: dict[int, tuple[str, Any]] = {}  # the tensor is kept, so that no other gets its id
@@ -324,6 +330,7 @@ def _metrics(
             scales[made[id(given[0])][0]] = np.maximum(scale, 1e-3 * max(scale.max(), 1e-12))
 
     hooks = []
+    shown = model if samples is None else whole(model)
     for name, module in model.named_modules():
         if type(module) in (nn.Linear, nn.Conv2d):
             hooks.append(module.register_forward_hook(remember(name)))
@@ -336,7 +343,7 @@ def _metrics(
             for i in range(0, len(samples[0]), BATCH)
         ]
     for number, batch in enumerate(batches, 1):
-        _run(model, batch, hooks if number == len(batches) else [])
+        _run(shown, batch, hooks if number == len(batches) else [])
         made.clear()
     roots = {name: _root(moment.numpy()) for name, moment in moments.items()}
     return {name: _Metric(scale, roots.get(name)) for name, scale in scales.items()}

@@ -28,6 +28,7 @@ from edgepipe.schema import near_miss
 from edgepipe.torch_ops.channel_groups import Group, Proof, edits_for, find_groups
 from edgepipe.torch_ops.edits import apply_edits, is_depthwise
 from edgepipe.torch_ops.run import call_model
+from edgepipe.torch_ops.sequences import Whole, as_is
 from edgepipe.torch_ops.train import TrainingSet, check_labels
 
 log = logging.getLogger(__name__)
@@ -63,13 +64,15 @@ def plan_pruning(
     widths: Mapping[str, int] | None = None,
     share: float = 1.0,
     limit: tuple[Cost, float] | None = None,
+    whole: Whole = as_is,
 ) -> PruningPlan:
     """Choose what to remove; ``model`` is not changed.
 
     With ``limit`` (cost, most) as little is removed as brings ``cost`` of the model down to ``most``;
     else ``ratio`` says how much: example: 64 channels, ratio 0.3, round_to 8 -> 44.8 -> 48 kept.
     ``share`` makes that the first of several steps (0.5: half of the way), ``widths`` are the channels
-    that the groups had before the first. ``data`` is for ``importance = "taylor"``.
+    that the groups had before the first. ``data`` is for ``importance = "taylor"``, samples of
+    ``whole`` of the model.
 
     Groups that end in an output of the model, match a pattern in ``ignore``, hold a layer that cannot
     be cut (recurrent, group norm), or without which the others compute something else, stay whole.
@@ -82,7 +85,7 @@ def plan_pruning(
         _check_patterns(model, options)
         model, opened = _with_plain_attention(model, inputs)
         groups, left_whole = find_groups(model, inputs, ignore=options.ignore)
-        importance = importances(model, groups, options, seed, data, left_whole)
+        importance = importances(model, groups, options, seed, data, left_whole, whole)
     groups = [group for group in groups if group.name in importance]
     choice = _Choice(model, groups, importance, options, widths or {}, share)
     kept = choice.by_ratio(share * options.removed_share) if limit is None else choice.by_cost(*limit)  # fmt: skip
@@ -268,7 +271,7 @@ class _Choice:
 
 def importances(
     model: nn.Module, groups: Sequence[Group], options: PruningOptions, seed: int,
-    data: TrainingSet | None, left_whole: dict[str, str],
+    data: TrainingSet | None, left_whole: dict[str, str], whole: Whole = as_is,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Importance (units,) of each group, divided by its mean, so that groups compare.
 
@@ -279,7 +282,7 @@ def importances(
     """
     totals = {g.name: torch.zeros(g.units, dtype=torch.float64) for g in groups}
     ranked = set()
-    for scores in _scores(model, options, seed, data):
+    for scores in _scores(model, options, seed, data, whole):
         for group in groups:
             for (name, axis, _), places in group.places.items():
                 layer = model.get_submodule(name) if axis else None
@@ -324,14 +327,14 @@ def _by_channel(layer: nn.Module, score: torch.Tensor, axis: str) -> torch.Tenso
 
 
 def _scores(
-    model: nn.Module, options: PruningOptions, seed: int, data: TrainingSet | None
+    model: nn.Module, options: PruningOptions, seed: int, data: TrainingSet | None, whole: Whole
 ) -> Iterator[dict[str, torch.Tensor]]:  # fmt: skip
     """Scores (double) like the weights of the model, by name; of ``taylor`` for one batch after another."""
     weights = {name: p.detach().double() for name, p in model.named_parameters()}
     if options.importance == "taylor":
         if data is None:
             raise StageOptionError("prune: importance = 'taylor' needs data", hint='data = "train"')
-        for gradients in _gradients(model, data, options.samples, seed):
+        for gradients in _gradients(model, data, options.samples, seed, whole):
             yield {name: weights[name] * gradient for name, gradient in gradients.items()}
     elif options.importance == "l2":
         yield {name: weight.square() for name, weight in weights.items()}
@@ -340,15 +343,16 @@ def _scores(
 
 
 def _gradients(
-    model: nn.Module, data: TrainingSet, samples: int, seed: int
+    model: nn.Module, data: TrainingSet, samples: int, seed: int, whole: Whole
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The gradient of the loss for one batch after another, in evaluation mode."""
-    check_labels(model, data, "pruning", STAGE)
+    shown = whole(model)
+    check_labels(shown, data, "pruning", STAGE)
     rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:samples]
     names, parameters = zip(*model.named_parameters(), strict=True)
     for start in range(0, len(rows), GRADIENT_BATCH):
         inputs, target = data.batch(rows[start : start + GRADIENT_BATCH])
         with torch.enable_grad():
-            loss = functional.cross_entropy(call_model(model, inputs)[0], target)
+            loss = functional.cross_entropy(call_model(shown, inputs)[0], target)
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         yield {n: g.double() for n, g in zip(names, gradients, strict=True) if g is not None}

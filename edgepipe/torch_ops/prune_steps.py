@@ -17,6 +17,7 @@ from edgepipe.errors import StageError
 from edgepipe.pruning import PruningOptions
 from edgepipe.torch_ops.edits import apply_edits
 from edgepipe.torch_ops.prune import NEAR, STAGE, Cost, plan_pruning
+from edgepipe.torch_ops.sequences import Whole, as_is
 from edgepipe.torch_ops.train import TrainingSet, accuracy, train, write_state
 
 log = logging.getLogger(__name__)
@@ -58,19 +59,20 @@ def prune_in_steps(
     training_validation: TrainingSet | None = None,
     validation: TrainingSet | None = None,
     checkpoint: Path | None = None,
+    whole: Whole = as_is,
 ) -> tuple[nn.Module, Progress]:
     """The pruned model (a copy, in evaluation mode) and what was done.
 
     ``cost`` is what ``options.target`` limits: it falls by equal parts, as ``ratio`` rises without a
     target. ``data`` is for Taylor importance, ``training`` (and its validation) for ``finetune``,
-    ``validation`` for ``max_drop``. ``checkpoint`` is a file that the state is kept in after each
+    ``validation`` for ``max_drop``: samples of ``whole`` of the model. ``checkpoint`` is a file that the state is kept in after each
     step, and that pruning goes on from where it exists.
 
     Raises StageError where nothing can be pruned, or the first step already loses too much.
     """
     model = copy.deepcopy(model).eval()
     progress = Progress()
-    start = accuracy(model, validation) if validation is not None else None
+    start = accuracy(whole(model), validation) if validation is not None else None
     before = cost(model)
     most = 0.0
     if options.target is not None:
@@ -83,7 +85,7 @@ def prune_in_steps(
         limit = (cost, before + (most - before) * share) if options.target is not None else None
         try:
             plan = plan_pruning(
-                model, inputs, options, seed=seed, data=data, share=share, limit=limit,
+                model, inputs, options, seed=seed, data=data, share=share, limit=limit, whole=whole,
                 widths={name: was for name, (was, _) in progress.channels.items()},
             )  # fmt: skip
         except StageError as exc:  # rounding may leave nothing for a small step
@@ -94,18 +96,18 @@ def prune_in_steps(
         trial = apply_edits(copy.deepcopy(model), plan.edits).eval()
         record: dict[str, Any] = {"step": number, "cost": cost(trial)}
         if validation is not None:
-            record["score_pruned"] = accuracy(trial, validation)
+            record["score_pruned"] = accuracy(whole(trial), validation)
         if options.finetune is not None and training is not None:
             part = checkpoint.with_name(f"{checkpoint.name}.training") if checkpoint else None
             history = train(
-                trial, training, options.finetune, seed=seed + number, stage=STAGE,
+                whole(trial), training, options.finetune, seed=seed + number, stage=STAGE,
                 validation=training_validation, checkpoint=part,
             )  # fmt: skip
             record["epochs"] = [dataclasses.asdict(epoch) for epoch in history]
             if part is not None:
                 part.unlink(missing_ok=True)
         if validation is not None and start is not None:
-            record["score"] = accuracy(trial, validation)
+            record["score"] = accuracy(whole(trial), validation)
             _say(number, options.steps, before, start, record)
             if options.max_drop and 100 * (start - record["score"]) > options.max_drop:
                 progress.stopped = (

@@ -7,7 +7,7 @@ and Peng 1990, BPTT(h; h')). What is trained and saved is the step: `stepped`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +20,14 @@ from edgepipe.torch_ops.run import call_model, example_inputs
 
 if TYPE_CHECKING:
     from edgepipe.torch_ops.train import TrainingSet
+
+
+# A model -> what takes its samples: `unrolled` with all but the step, or the model `as_is`
+Whole = Callable[[nn.Module], nn.Module]
+
+
+def as_is(model: nn.Module) -> nn.Module:
+    return model
 
 
 class Unrolled(nn.Module):
@@ -82,22 +90,24 @@ class Unrolled(nn.Module):
 def unrolled(
     step: nn.Module,
     artifact: Artifact,
-    data: TrainingSet,
+    data: TrainingSet | None,
     *,
     back_steps: int = 0,
     axes: Mapping[str, int] | None = None,
 ) -> nn.Module:
     """``step``, which computes what ``artifact`` does, for the sequences of ``data``; as it is without state.
 
-    The labels say whose answers count: (N, ...) the last step's, (N, T, ...) each step's. ``axes`` are found
-    out unless given. Raises ArtifactError (``one-by-one``) for a step that cannot take several samples.
+    The labels say whose answers count: (N, ...) the last step's, (N, T, ...) each step's; without ``data``, the
+    last's. ``axes`` are found out unless given. Raises ArtifactError (``one-by-one``) for a step that cannot take several samples.
     """
     if not is_stateful(artifact.inputs):
         return step
-    labels = data.batch(torch.arange(1))[1]
-    answer = next(s for s in artifact.outputs if s.name in answer_names(artifact))
-    # scores (1, C, ...): a class number for each has (1, ...), one for each step (1, T, ...)
-    steps: Steps = "each" if labels.ndim == len(answer.shape) else "last"
+    steps: Steps = "last"
+    if data is not None:
+        labels = data.batch(torch.arange(1))[1]
+        answer = next(s for s in artifact.outputs if s.name in answer_names(artifact))
+        # scores (1, C, ...): a class number for each has (1, ...), one for each step (1, T, ...)
+        steps = "each" if labels.ndim == len(answer.shape) else "last"
     return Unrolled(step, artifact, axes or _found_axes(step, artifact), steps=steps, back_steps=back_steps)  # fmt: skip
 
 

@@ -202,10 +202,10 @@ STATE = GOOD.replace(
 )  # fmt: skip
 
 
-def test_stages_that_train_are_refused_for_a_model_with_state(folder: Path) -> None:
-    with pytest.raises(RecipeError, match="cannot train on sequences yet") as caught:
-        load_recipe(write(folder, STATE.replace('"export_onnx"', '"sparsify"', 1)))
-    assert "[[stages]] 1 (sparsify)" in caught.value.message
+def test_a_model_with_state_may_be_trained_and_judged_at_each_step(folder: Path) -> None:
+    training = '"finetune"\ndata = "calibration"\nback_steps = 3\n[[stages]]\nstage = "export_onnx"'
+    trained = load_recipe(write(folder, STATE.replace('"export_onnx"', training, 1)))
+    assert trained.stages[0].back_steps == 3  # type: ignore[attr-defined]
     found = load_recipe(write(folder, STATE.replace("[evaluate]", '[evaluate]\nsteps = "each"')))
     assert found.model.state == {"h": "h_next"}
     assert found.evaluate is not None

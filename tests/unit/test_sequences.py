@@ -22,12 +22,16 @@ from edgepipe.stage import StageContext
 from edgepipe.stages.distill import Distill
 from edgepipe.stages.finetune import Finetune
 from edgepipe.stages.load import LoadModel, ModelSource, TensorOption
+from edgepipe.stages.low_rank import LowRank
+from edgepipe.stages.prune import Prune
 from edgepipe.stages.qat import Qat
 from edgepipe.stages.quantize_int8 import QuantizeInt8
+from edgepipe.stages.sparsify import Sparsify
 from edgepipe.torch_ops.model import load_model
 from edgepipe.torch_ops.sequences import source_axes, stepped, unrolled
 from edgepipe.torch_ops.tflite_module import TfliteModule
 from edgepipe.torch_ops.train import ArraySet
+from edgepipe.training import TrainingOptions
 
 from .test_state import artifact as tflite_artifact
 from .test_state import recurrent
@@ -250,7 +254,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory, data: dict[str, DataSource]
     made, _ = artifact(folder, "Written", (1, 16))
     work = context(folder, "train", **data)
     made = dataclasses.replace(made, facts={})  # its random weights are trained now
-    return Finetune(epochs=8, lr=0.02, batch_size=50).run(made, work)
+    return Finetune(epochs=6, lr=0.02, batch_size=50).run(made, work)
 
 
 @pytest.mark.slow
@@ -294,6 +298,53 @@ def test_a_teacher_that_reads_whole_sequences_teaches_one_that_reads_steps(
     shaped = dataclasses.replace(stepwise, state_shapes={"h": (1, 16)})
     told = dataclasses.replace(stage, teachers=(shaped,), validation="test").run(taught, context(tmp_path, "right", **data))  # fmt: skip
     assert told.facts["teachers"][0]["accuracy"] > 0.75
+
+
+# --- stages that make it smaller
+
+
+@pytest.mark.slow
+def test_pruning_cuts_what_is_no_state_and_trains_sequences_after_it(
+    taught: Artifact, tmp_path: Path, data: dict[str, DataSource]
+) -> None:
+    stage = Prune(
+        importance="taylor", round_to=1, validation="test",
+        finetune=TrainingOptions(epochs=2, lr=0.01, batch_size=50),
+    )  # fmt: skip
+    made = stage.run(taught, context(tmp_path, "prune", **data))
+    assert made.facts["channels"] == {"first": [12, 6]}
+    assert set(made.facts["left_whole"]) == {"gates", "head"}
+    (step,) = made.facts["steps"]
+    assert step["score"] > step["score_pruned"] + 0.05
+    assert judged(made, data) == pytest.approx(step["score"], abs=0.1)
+    assert (made.inputs, made.outputs) == (taught.inputs, taught.outputs)
+
+
+@pytest.mark.slow
+def test_sparse_weights_are_trained_along_sequences(
+    taught: Artifact, tmp_path: Path, data: dict[str, DataSource]
+) -> None:
+    stage = Sparsify(epochs=4, lr=0.01, batch_size=50, sparsity=0.6, validation="test")
+    made = stage.run(taught, context(tmp_path, "sparsify", **data))
+    assert set(made.facts["zeros"]) == {"gates", "new"}
+    assert min(made.facts["zeros"].values()) > 0.55
+    assert made.facts["accuracy"]["after"] > 0.7
+    at_once = dataclasses.replace(stage, epochs=0).run(taught, context(tmp_path, "cut", **data))
+    assert at_once.facts["accuracy"]["after"] < made.facts["accuracy"]["after"]
+
+
+def test_ranks_are_chosen_by_what_sequences_lose(
+    taught: Artifact, tmp_path: Path, data: dict[str, DataSource]
+) -> None:
+    stage = LowRank(macs=0.8, data="train", validation="test", round_to=1)
+    made = stage.run(taught, context(tmp_path, "low_rank", **data))
+    assert made.facts["after"]["macs"] <= 0.8 * made.facts["before"]["macs"]
+    found = made.facts["accuracy"]
+    assert found["before"] == pytest.approx(judged(taught, data), abs=0.1)
+    assert found["before"] - 0.2 < found["after"]
+    assert judged(made, data) == pytest.approx(found["after"], abs=0.1)
+    without = dataclasses.replace(stage, data="", validation="")
+    assert without.run(taught, context(tmp_path, "blind")).facts["ranks"]
 
 
 # --- int8
