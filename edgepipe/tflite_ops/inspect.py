@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -289,12 +290,35 @@ def model_specs(
     """`tensor_specs` of a parsed model."""
     graph = model.subgraphs[0]
     signature = next((s for s in model.signatures if s.subgraph == 0), None)
-    names: list[dict[int, str]] = [{}, {}]
+    sides: tuple[Mapping[str, int], ...] = ({}, {})
     if signature is not None:
-        names = [{t: n for n, t in side.items()} for side in (signature.inputs, signature.outputs)]
-    inputs = tuple(_spec(graph.tensors[i], names[0].get(i, ""), where) for i in graph.inputs)
-    outputs = tuple(_spec(graph.tensors[i], names[1].get(i, ""), where) for i in graph.outputs)
+        sides = (signature.inputs, signature.outputs)
+    inputs, outputs = (
+        tuple(
+            _spec(graph.tensors[i], name, where)
+            for i, name in zip(tensors, _names(tensors, side, graph), strict=True)
+        )
+        for tensors, side in zip((graph.inputs, graph.outputs), sides, strict=True)
+    )
     return inputs, outputs
+
+
+def _names(tensors: Sequence[int], side: Mapping[str, int], graph: Subgraph) -> list[str]:
+    """A name for each input or output: the signature's, else its tensor's; one that is there again
+    is ``y#1``."""
+    given: dict[int, list[str]] = {}
+    for name, tensor in side.items():
+        given.setdefault(tensor, []).append(name)
+    found: list[str] = []
+    for tensor in tensors:
+        left = given.get(tensor)
+        name = (left.pop(0) if left else "") or graph.tensors[tensor].name
+        again = itertools.count(1)
+        unique = name
+        while unique in found:
+            unique = f"{name}#{next(again)}"
+        found.append(unique)
+    return found
 
 
 def _spec(tensor: Tensor, name: str, where: str) -> TensorSpec:
@@ -304,7 +328,7 @@ def _spec(tensor: Tensor, name: str, where: str) -> TensorSpec:
             hint="inputs and outputs must be quantized with one scale",
         )
     return TensorSpec(
-        name=name or tensor.name,
+        name=name,
         shape=tensor.shape,
         dtype=tensor.dtype,
         layout=TFLITE_LAYOUTS.get(len(tensor.shape), ""),

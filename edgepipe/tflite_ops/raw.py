@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def stored_outputs(
         model = graph_of(model, signature, where=str(path))
     # resource variables (tf.Variable) outlive a reset of variables: only loading anew clears them
     has_resources = any(op.name == "VAR_HANDLE" for op in model.subgraphs[0].operators)
-    results: dict[str, list[np.ndarray]] = {d["name"]: [] for d in graph.outputs}
+    results: dict[str, list[np.ndarray]] = {name: [] for name in _by_name(graph.outputs)}
     at, shown = 0, time.monotonic()
     for done in range(samples.count):
         if has_resources and done:
@@ -137,12 +138,23 @@ def stored_outputs(
             size = int(np.prod(shape)) * dtype.itemsize
             given.append(np.frombuffer(samples.data[at : at + size], dtype).reshape(shape))
             at += size
-        for detail, array in zip(graph.outputs, graph.run(given), strict=True):
-            results[detail["name"]].append(array)
+        for rows, array in zip(results.values(), graph.run(given), strict=True):
+            rows.append(array)
         if time.monotonic() - shown > PROGRESS_S:
             shown = time.monotonic()
             log.info("running on this host: %d of %d inferences", done + 1, samples.count)
     return {name: np.stack(rows) for name, rows in results.items()}
+
+
+def _by_name(details: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Outputs by their tensor's name. A tensor that is an output again: ``y``, ``y#1``, ``y#2``."""
+    found: dict[str, Any] = {}
+    seen: Counter[str] = Counter()
+    for detail in details:
+        name = detail["name"]
+        found[f"{name}#{seen[name]}" if seen[name] else name] = detail
+        seen[name] += 1
+    return found
 
 
 def output_bytes(path: Path, *, signature: str = "") -> int:
@@ -164,8 +176,8 @@ def read_outputs(
     ``data`` holds ``count`` inferences, in each the tensors in the order of ``described`` (``name``,
     ``dtype``, ``shape``, ``bytes``). Raises DataError where it is not what this model file puts out.
     """
-    details = {d["name"]: d for d in open_graph(path, signature=signature).outputs}
-    names = [str(one.get("name")) for one in described]
+    details = _by_name(open_graph(path, signature=signature).outputs)
+    names = list(_by_name([{"name": str(one.get("name"))} for one in described]))
     if len(names) == len(details) == 1:
         names = list(details)  # one output needs no name: a runtime may use the signature's
     if sorted(names) != sorted(details):
@@ -210,7 +222,7 @@ def real_outputs(
     Worked example: 5 inferences of batch 2, stored (5, 2, 4, 4, 3) int8, layout NHWC -> dequantised
     (10, 3, 4, 4) for a source layout NCHW. ``specs`` are the artifact's outputs in the file's order.
     """
-    details = {d["name"]: d for d in open_graph(path, signature=signature).outputs}
+    details = _by_name(open_graph(path, signature=signature).outputs)
     found = {}
     for (name, rows), spec in zip(stored.items(), specs, strict=True):
         axis = batch_axis(spec.layout)

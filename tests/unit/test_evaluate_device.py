@@ -35,6 +35,7 @@ from edgepipe.gate import (
 from edgepipe.judge import judge
 from edgepipe.measurement import Measurement, single
 from edgepipe.metrics import METRICS
+from edgepipe.predict import predict
 from edgepipe.tflite_ops import quantize as quantize_ops
 from edgepipe.tflite_ops import raw
 from edgepipe.tflite_ops.tiny import tiny_tflite
@@ -195,6 +196,26 @@ def test_an_outputs_file_is_read_by_tensor_name_and_batch(
     real = raw.real_outputs(model.path, read, model.outputs)
     assert np.array_equal(real["double"], 2 * x)
     assert np.array_equal(real["negative"], -x)
+
+
+def test_one_tensor_that_is_two_outputs_is_told_of_twice(tmp_path: Path) -> None:
+    g = Graph()
+    x = g.input("x", (1, 3))
+    double = g.op("ADD", [x, x], "double", (1, 3), "AddOptions")
+    model = artifact(tmp_path, g.bytes([double, x, double]))
+    assert [spec.name for spec in model.outputs] == ["double", "x", "double#1"]
+    data = np.arange(12, dtype=np.float32).reshape(4, 3)
+    assert list(predict(model, {"x": data})) == ["double", "x", "double#1"]
+    samples = raw.encode_samples(model.path, {"x": data}, model.inputs)
+    stored = raw.stored_outputs(model.path, samples)
+    # a board calls tensors by their names in the file
+    names = [{**one, "name": one["name"].partition("#")[0]} for one in described(stored)]
+    read = raw.read_outputs(model.path, outputs_file(stored), names, samples.count)
+    assert raw.mismatch(stored, read) == raw.Mismatch(0.0, 36, 0.0)
+    real = raw.real_outputs(model.path, read, model.outputs)
+    assert {name: (array / data.clip(1)).max() for name, array in real.items()} == {
+        "double": 2, "x": 1, "double#1": 2,
+    }  # fmt: skip
 
 
 def test_integer_outputs_are_dequantised_and_moved_to_the_source_layout(tmp_path: Path) -> None:
