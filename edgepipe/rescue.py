@@ -150,11 +150,12 @@ def _latency(seconds: float | None) -> str:
     return "" if seconds is None else format_seconds(seconds)
 
 
-def qat_advice(float_latency_s: float | None) -> str:
-    """The last rung: what quantisation-aware training would take, by this host's float latency."""
+def qat_advice(float_latency_s: float | None, *, steps: int = 1) -> str:
+    """The last rung: what quantisation-aware training would take, by this host's float latency of an
+    inference, of which a sample takes ``steps``."""
     cost = ""
     if float_latency_s is not None:
-        seconds = 1000 * QAT_INFERENCES * float_latency_s
+        seconds = 1000 * QAT_INFERENCES * steps * float_latency_s
         cost = f" (about {format_seconds(seconds)} for each 1000 training samples and epoch on one thread of this host)"  # fmt: skip
     return (
         f"train it for int8: a qat stage before quantize_int8{cost}, or leave the worst layers in"

@@ -426,7 +426,9 @@ class QuantizeInt8:
                 f" {evaluation.origin}){at_fault}\n"
                 + "\n".join((*lines, *rescue.causes, *judged.doubts)),
                 stage=self.name,
-                hint=PREPARE_ALIKE if judged.doubts else qat_advice(rescue.float_latency_s),
+                hint=PREPARE_ALIKE
+                if judged.doubts
+                else qat_advice(rescue.float_latency_s, steps=_steps(evaluation, artifact)),
                 code="accuracy",
             )
         for line in (*lines, *rescue.causes):
@@ -537,6 +539,11 @@ def check_samples(samples: int | Literal["auto"], *, stage: str) -> None:
         raise StageOptionError(
             f"{stage}: samples = {samples} is negative", hint='write "auto", a number, or 0 for all'
         )
+
+
+def _steps(samples: Samples, artifact: Artifact) -> int:
+    """Inferences for one sample."""
+    return next(iter(samples.inputs.values())).shape[1] if is_stateful(artifact.inputs) else 1
 
 
 def _round_weights(seed: int) -> RoundWeights | None:

@@ -18,6 +18,7 @@ from edgepipe.data import DataSource
 from edgepipe.distillation import Teacher
 from edgepipe.errors import ArtifactError, DataError, StageError
 from edgepipe.predict import predict
+from edgepipe.rescue import qat_advice
 from edgepipe.stage import StageContext
 from edgepipe.stages.distill import Distill
 from edgepipe.stages.finetune import Finetune
@@ -403,3 +404,9 @@ def test_int8_is_trained_along_sequences_and_is_what_the_file_computes(
     assert trained.facts["learned_ranges"]["h_next"] == [low, high]
     assert state.scale == pytest.approx((high - low) / 255, rel=1e-5)
     assert right(made, x, shown[:, 0]) == pytest.approx(scores["after"]["int8"], abs=0.03)
+
+
+def test_the_cost_of_the_advice_counts_every_step_of_a_sequence() -> None:
+    one, ten = (qat_advice(0.001, steps=steps) for steps in (1, 10))
+    assert "about 70 s for each 1000" in one
+    assert "about 700 s for each 1000" in ten
