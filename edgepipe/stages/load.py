@@ -142,6 +142,12 @@ def check_source(source: ModelSource) -> None:
         where = f"[[model.inputs]] {option.name!r}"
         if names.count(option.name) > 1:
             raise ArtifactError(f"{where} is declared twice", hint="give each input its own name")
+        if "N" in option.layout[1:] and option.name not in source.state:
+            raise ArtifactError(
+                f"{where}: layout {option.layout!r} has the samples (N) on another axis than the first",
+                hint="let the model take and give samples first, like batch_first = True of nn.LSTM",
+                code="samples-not-first",
+            )
         shape = option.shape or ()
         batch = shape[:1]
         if option.name in source.state and 1 in shape[:2]:  # (layers, N, C) of an RNN

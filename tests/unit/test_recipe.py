@@ -101,6 +101,7 @@ def test_a_good_recipe_is_read(folder: Path) -> None:
         ('name = "x"\nshape = [1, 4]', 'name = "x"', "x has no shape"),
         ('shape = [1, 4]', 'shape = [0, 4]', "should begin with the batch"),
         ('shape = [1, 4]', 'shape = [1, 4]\nlayout = "NCHW"', "should name each of the 2 axes once"),
+        ('shape = [1, 4]', 'shape = [7, 1, 4]\nlayout = "TNC"', "layout 'TNC' has the samples (N) on another axis"),
         ('shape = [1, 4]', 'shape = [1, 4]\ndtype = "floaty"', "dtype: input should be 'float32'"),
         ('kind = "npz"', 'kind = "npz"\nseed = -1', "[data.calibration]: seed = -1 is negative"),
         ('kind = "npz"', 'kind = "npz"\nscale = nan', "scale: input should be a finite number"),
