@@ -95,7 +95,7 @@ def rescue_facts(rescue: Rescue, **context: Any) -> dict[str, Any]:
     """The record of a ladder, plain data: rungs, causes, culprits and what is not int8."""
     return {
         **context,
-        "held": rescue.rungs[-1].name if rescue.held else "",
+        "held": rescue.result.name if rescue.held else "",
         "float_latency_s": rescue.float_latency_s,
         "method": rescue.method,
         "rungs": [_rung_facts(rung) for rung in rescue.rungs],
@@ -118,6 +118,7 @@ def _rung_facts(rung: Rung) -> dict[str, Any]:
         "bytes": rung.size_bytes,
         "latency_s": rung.latency_s,
         "held": rung.held,
+        "sure": rung.sure,
         "kept": rung.kept,
     }
 
@@ -136,7 +137,9 @@ def rung_table(facts: Mapping[str, Any]) -> Table:
     for rung in facts["rungs"]:
         interval = rung["interval_points"]
         within = f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else ""
-        verdict = "holds" if rung["held"] else "" if rung["kept"] else "undone"
+        verdict = "" if rung["kept"] else "undone"
+        if rung["held"] and rung["kept"]:
+            verdict = "holds" if rung.get("sure", True) else "luck?"
         rows.append((
             rung["rung"], f"{rung['score']:.4f}", f"{rung['drop_points']:.2f}{within}", format_bytes(rung["bytes"]),
             _latency(rung["latency_s"]), verdict, rung["did"],

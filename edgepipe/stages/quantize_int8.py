@@ -433,7 +433,7 @@ class QuantizeInt8:
             )
         for line in (*lines, *rescue.causes):
             log.info("%s", line)
-        interval = rescue.rungs[-1].judgement.interval_points
+        interval = rescue.result.judgement.interval_points
         if interval is not None and interval[1] > self.max_drop:
             log.warning(
                 "%d samples cannot tell a loss of %s from one of %.1f: judge the file on more, by [evaluate]",

@@ -117,6 +117,7 @@ def test_a_dead_model_never_passes_and_the_error_shows_all_rungs(climb):
 
 
 def test_calibration_data_in_another_range_is_the_cause_and_not_a_layer(climb, caplog):
+    caplog.set_level(logging.INFO)
     net = NETS["dead_batch_norm"]()
     with pytest.raises(StageError, match="no rung keeps top1 within 1 point of") as caught:
         climb(dataclasses.replace(net, calibration=net.calibration * 255), metric="top1")

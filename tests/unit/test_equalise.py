@@ -13,7 +13,7 @@ from edgepipe.tflite_ops.bias import correct_biases
 from edgepipe.tflite_ops.channels import channel_statistics
 from edgepipe.tflite_ops.equalise import check_unchanged, equalise, repair_dead_channels
 from edgepipe.tflite_ops.flatbuffer import parse_model
-from edgepipe.tflite_ops.ladder import Judgement, climb, with_bridges
+from edgepipe.tflite_ops.ladder import NEAR, Judgement, climb, with_bridges
 from edgepipe.tflite_ops.quantize import collect_ranges, quantize
 from edgepipe.tflite_ops.sensitivity import layer_sensitivity, noise_share, outputs_of
 
@@ -223,18 +223,47 @@ def test_the_ladder_stops_at_the_first_rung_that_holds():
     assert rescue.held
 
 
-def test_ranges_are_chosen_by_score_the_moving_average_of_them_too():
+def test_ranges_are_those_nearest_to_float_not_the_best_of_many_scores():
     net = wide_swish()
-    averages = collect_ranges(net.content, batches(net), where="m").averages()
-    best = quantize(net.content, averages, output_dtype="float32")
+    table = collect_ranges(net.content, batches(net), where="m")
+    plain, averages = (quantize(net.content, t, output_dtype="float32") for t in (table.table(), table.averages()))  # fmt: skip
+    judged = []
 
     def judge(content):
-        score = 1.0 if content == best else 0.5
-        return Judgement(score, 100 * (1 - score), 100)
+        judged.append(content)
+        # the farthest of all is the luckiest
+        return Judgement(0.5 if content == plain else 0.995 if content == averages else 0.99, 100 * (content == plain), 10)  # fmt: skip
 
     rescue = climbed(net, judge)
     assert [r.name for r in rescue.rungs] == ["plain", "ranges"]
-    assert (rescue.method, rescue.content) == ("moving_average", best)
+    assert judged == [plain, rescue.content]
+    assert rescue.content != averages
+    assert rescue.rungs[1].noise < rescue.rungs[0].noise
+
+
+def within(low, high):
+    return lambda content: Judgement(0.9, 0.0, 100, (low, high))
+
+
+def test_a_drop_that_may_be_luck_is_climbed_past_as_far_as_that_costs_no_latency():
+    rescue = climbed(wide_swish(), within(-3.0, 3.0))
+    assert [r.name for r in rescue.rungs] == ["plain", "ranges", "equalise", "bias"]
+    assert all(r.held and not r.sure for r in rescue.rungs)
+    assert rescue.held
+    assert rescue.result.noise == min(r.noise for r in rescue.rungs) > NEAR
+    assert rescue.content == next(c for r, (_, c) in zip(rescue.rungs, rescue.made, strict=True) if r is rescue.result)  # fmt: skip
+
+
+def test_a_drop_that_the_samples_tell_is_no_luck():
+    assert [r.name for r in climbed(wide_swish(), within(-0.5, 1.0)).rungs] == ["plain"]
+
+
+def test_a_file_near_float_is_believed_on_few_samples():
+    g = Graph()
+    x = g.input("image", (1, 8, 8, 1))
+    y = g.conv(x, np.ones((2, 1, 1, 1), np.float32), np.zeros(2, np.float32), "y", (1, 8, 8, 2))
+    net = dataclasses.replace(detector_head(), content=g.bytes([y]))
+    assert [r.name for r in climbed(net, within(-9.0, 9.0)).rungs] == ["plain"]
 
 
 def test_a_drop_of_exactly_the_most_that_is_allowed_holds():
