@@ -192,6 +192,7 @@ def measure(
         "contended": False, "sessions": [], "not_measured": {"instructions": "benchmark_model does not count them"},
         "departs_from_profile": [], "runtime_differs_from_profile": True,
         "ops": [dataclasses.asdict(op) for op in (profiled.ops if profiled else ())],
+        **({"model_signature": model.signature} if model.signature else {}),
     }  # fmt: skip
 
     def each(metric: str, values: list[float]) -> Measurement:

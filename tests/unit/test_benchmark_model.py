@@ -27,6 +27,8 @@ from edgepipe.profile import Emulation, find_profile
 from edgepipe.resources import profile_paths
 from edgepipe.tflite_ops.tiny import tiny_tflite
 
+from .board_side import merged_file
+
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "benchmark_model"
 LOGS = sorted(path.name for path in FIXTURES.iterdir() if path.suffix != ".md")
 
@@ -93,14 +95,15 @@ def test_damaged_output_is_a_report_or_our_error(name: str, data: st.DataObject)
 def test_it_is_pushed_and_run_for_each_session_and_once_for_the_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setenv("HOME", str(tmp_path))
     model, binary, calls = tmp_path / "m.tflite", tmp_path / "benchmark_model", tmp_path / "calls"
-    model.write_bytes(tiny_tflite())
+    model.write_bytes(merged_file())
     binary.write_text(
         f'#!/bin/sh\necho "$@" >>{calls}\ncase "$*" in *profiling*) cat {FIXTURES}/riscv_profiled;; '
         f"*) cat {FIXTURES}/android_2020 >&2;; esac\n"
     )
     options = MeasureOptions(sessions=2, max_sessions=2, threads=3)
     profile = find_profile("localhost", profile_paths())
-    result = measure(tflite_model(model), open_device("local"), profile, options, binary=binary)
+    chosen = tflite_model(model, signature="length16")
+    result = measure(chosen, open_device("local"), profile, options, binary=binary)
     found = {m.metric: m for m in result.measurements}
     assert found["benchmark_model_latency"].samples == ((pytest.approx(0.0332094),),) * 2
     assert found["benchmark_model_latency"].context["backend"] == "benchmark_model"
@@ -109,6 +112,9 @@ def test_it_is_pushed_and_run_for_each_session_and_once_for_the_operators(tmp_pa
     lines = calls.read_text().splitlines()
     assert ["profiling" in line for line in lines] == [False, False, True]
     assert all("--num_threads=3" in line and ".tflite" in line for line in lines)
+    # tensorflow/lite/tools/benchmark/benchmark_tflite_model.cc
+    assert all("--signature_to_run_for=length16" in line.split() for line in lines)
+    assert found["runs_on_device"].context["model_signature"] == "length16"
 
 
 @pytest.fixture(params=["agent", "C runner"])
