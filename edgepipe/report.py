@@ -215,7 +215,8 @@ def measurement_table(title: str, measured: dict[str, Measurement]) -> Table:
             continue
         sessions = found.valid_sessions
         if not sessions:
-            rows.append((metric, "no valid session", "", ""))
+            why = next(iter(found.excluded.values()), "")
+            rows.append((metric, "no valid session", "", why))
             continue
         p50 = format_value(stats.sessions_percentile(sessions, 0.5), found.unit)
         p90, n = "", ""

@@ -375,7 +375,8 @@ def _memory_line(data: Mapping[str, Any], which: str) -> str:
 
 def _ops_line(data: Mapping[str, Any], which: str) -> str:
     total_s = sum(statistics.median(op["ns"]) for op in data["ops"]) / 1e9
-    return f"operators: {len(data['ops'])} in {format_seconds(total_s)}"
+    time = f"in {format_seconds(total_s)}" if total_s else "that take less than a microsecond each"
+    return f"operators: {len(data['ops'])} {time}"
 
 
 def _sustained_line(data: Mapping[str, Any], which: str) -> str:

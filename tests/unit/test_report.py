@@ -26,7 +26,7 @@ from edgepipe.gate import (
 )
 from edgepipe.judge import judge
 from edgepipe.measurement import Measurement, single
-from edgepipe.report import render
+from edgepipe.report import measurement_table, render
 from edgepipe.store import Run, Store
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "report"
@@ -180,6 +180,13 @@ def test_a_stored_run_is_judged_again_from_its_evidence(
     run.update(gates=[{"gate": "size", "max": 40000}])
     assert main(["gate", "--json", *store]) == 0
     assert json.loads(capsys.readouterr().out)["verdict"] == "PASS"
+
+
+def test_a_measurement_without_a_valid_session_says_why() -> None:
+    why = "every operator takes less than the profiler's microsecond"
+    found = {"op_time": Measurement("op_time", "s", ((0.0,),), excluded={0: why})}
+    (row,) = measurement_table("", found).rows
+    assert row == ("op_time", "no valid session", "", why)
 
 
 def test_what_a_board_said_begins_no_line_of_its_own(run: Run) -> None:

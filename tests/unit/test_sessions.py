@@ -284,6 +284,7 @@ def test_from_the_steady_state_on_no_median_leaves_the_band(medians: list[float]
         (memory(), "memory 2/3: anon 4.1 kB, file 8.19 kB, peak 12.3 kB"),
         (memory("base", peak_bytes=None), "base: memory 2/3: anon 4.1 kB, file 8.19 kB"),
         (ops("candidate", 3000, 1000), "candidate: operators: 2 in 4 us"),
+        (ops("candidate", 0, 0), "candidate: operators: 2 that take less than a microsecond each"),
         (energy(2.7, 4.9), "power 2.70 W idle, 4.90 W running"),
         (sustained(9e6, 11e6), "sustained for 120 s: p50 11 ms at its end"),
     ],
