@@ -15,6 +15,7 @@ from edgepipe.job import parse_journal
 from edgepipe.payload import push_payload
 from edgepipe.runtime import runtime_library
 from edgepipe.testing import NullDevice
+from edgepipe.tflite_ops.merge import merge_signatures
 from edgepipe.tflite_ops.tiny import tiny_tflite
 
 pytestmark = pytest.mark.slow
@@ -28,6 +29,8 @@ PLAN = [
     {"tag": "sustained-1", "kind": "sustained", "arms": ["base"], "duration_s": 1, "window_s": 1},
     {"tag": "energy-1", "kind": "energy", "arms": ["base"], "idle_s": 1, "run_s": 1},
 ]
+# The main graph takes other inputs than the signature that is measured.
+SEVERAL = merge_signatures({f"size{size}": tiny_tflite(size=size) for size in (8, 256)})
 # Objects whose keys are names of the board's own parts, or of the runtime's own stages.
 OPEN = {"temperatures_c", "cooling", "frequencies", "packages", "load_parts_ns", "frequency_khz", "time_in_state"}  # fmt: skip
 
@@ -59,7 +62,7 @@ def conversation(device: Device, folder: Path) -> dict[str, Any]:
     job = {
         "schema": 2, "id": "1" * 16, "owner": "me@here", "work_dir": work_dir,
         "models": {
-            "base": push(tiny_tflite(size=256), f"{work_dir}/models/base.tflite"),
+            "base": {**push(SEVERAL, f"{work_dir}/models/base.tflite"), "signature": "size256"},
             "candidate": push(tiny_tflite(size=256, layers=2), f"{work_dir}/models/candidate.tflite"),
         },
         "runtime": runtime,

@@ -192,6 +192,7 @@ def test_state_is_that_of_the_signature_and_not_of_others(board: CBoard, tmp_pat
         return str(call(words(board, model, signature=key))["data"]["arms"]["model"]["state"])
 
     assert (state("counts"), state("plain")) == ("kept", "none")
+    assert state("") == state(main)
 
 
 def test_what_an_operator_of_control_flow_runs_is_not_guessed(board: CBoard, tmp_path: Path) -> None:  # fmt: skip

@@ -398,6 +398,9 @@ def test_the_main_graph_is_what_its_signature_is(tmp_path: Path, backend: str) -
     first = next(iter(bucket_files()))
     assert measured(merged_file()) == measured(merged_file(), signatures={"model": first})
     assert measured(merged_file()) == measured(bucket_files()[first])
+    second = one_counts(main="plain")  # where it is not the first signature
+    assert measured(second) == measured(second, signatures={"model": "plain"})
+    assert measured(second) != measured(second, signatures={"model": "counts"})
 
 
 @pytest.mark.parametrize("backend", RUNTIMES)
