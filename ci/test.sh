@@ -33,7 +33,8 @@ fi
 # labgrid's programs, apart from ours: it is a plugin of pytest that every run would load
 if [ "${CI:-}" = true ]; then
   [ -x .venv-labgrid/bin/python ] || .venv/bin/python -m venv .venv-labgrid
-  .venv-labgrid/bin/python -m pip install --quiet --disable-pip-version-check -c ci/constraints.txt labgrid
+  .venv-labgrid/bin/python -m pip install --quiet --disable-pip-version-check -c ci/constraints.txt labgrid ||
+    echo "labgrid could not be installed: its tests fail" >&2
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
