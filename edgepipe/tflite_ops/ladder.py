@@ -349,9 +349,8 @@ class _Ladder:
     ) -> tuple[Plan, bytes] | None:
         """The fewest of the worst layers that hold, found by doubling and halving; else all of them.
 
-        With 16 bits there is no need to clip: tensors of such layers get their whole range. The others
-        get the best of ``tables``, which may be one that clips those layers too hard: with them in
-        8 bits it was not the best.
+        With 16 bits there is no need to clip: tensors between such layers get their whole range. The
+        others, which 8 bits have to hold as well, get the best of ``tables``.
         """
         limits = tables["min_max"]
         tried: dict[int, tuple[Plan, bytes]] = {}
@@ -366,11 +365,7 @@ class _Ladder:
             graph = parse_model(source, where=self.where).subgraphs[0]
             precision = {**plan.precision, **dict.fromkeys((*layers, *spelt), kind)}
             whole = {
-                name: limits[name]
-                for o in graph.operators
-                if graph.tensors[o.outputs[0]].name in precision
-                for name in (graph.tensors[i].name for i in (*o.inputs, *o.outputs) if i >= 0)
-                if name in limits
+                name: limits[name] for name in tensors_between(graph, precision) if name in limits
             }
             made: list[tuple[Plan, bytes]] = []
             for method, table in tables.items():
@@ -504,6 +499,14 @@ def with_bridges(graph: Subgraph, chosen: Sequence[str]) -> list[str]:
             return [*chosen, *bridges]
         for name in stranded:
             del bridges[name]
+
+
+def tensors_between(graph: Subgraph, precision: Mapping[str, Precision]) -> list[str]:
+    """The tensors that only layers in ``precision`` make and read: none of them is held in 8 bits."""
+    made = {i for o in graph.operators for i in o.outputs}
+    narrow = [o for o in graph.operators if graph.tensors[o.outputs[0]].name not in precision]
+    held = {i for o in narrow for i in (*o.inputs, *o.outputs)}
+    return [graph.tensors[i].name for i in sorted(made - held)]
 
 
 def host_latencies(files: Sequence[bytes]) -> list[float]:

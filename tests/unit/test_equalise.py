@@ -13,7 +13,7 @@ from edgepipe.tflite_ops.bias import correct_biases
 from edgepipe.tflite_ops.channels import channel_statistics
 from edgepipe.tflite_ops.equalise import check_unchanged, equalise, repair_dead_channels
 from edgepipe.tflite_ops.flatbuffer import parse_model
-from edgepipe.tflite_ops.ladder import NEAR, Judgement, climb, with_bridges
+from edgepipe.tflite_ops.ladder import NEAR, Judgement, climb, tensors_between, with_bridges
 from edgepipe.tflite_ops.quantize import collect_ranges, quantize
 from edgepipe.tflite_ops.sensitivity import layer_sensitivity, noise_share, outputs_of
 
@@ -288,6 +288,15 @@ def test_what_only_hands_on_between_wide_layers_is_widened_with_them():
     assert bridged("HARD_SWISH") == (["second", "first", "between", "padded"], ["second"])
     # a sigmoid's result is from 0 to 1, whatever it is given: 8 bits hold it
     assert bridged("LOGISTIC") == (["second", "first"], ["second"])
+
+
+def test_what_8_bits_hold_as_well_is_not_stretched_to_its_whole_range():
+    content = chain(spread=4)
+    graph = parse_model(content, where="m").subgraphs[0]
+    # "first" is read by an 8-bit layer; what comes in is 8-bit at the door
+    assert tensors_between(graph, {"first": "int16"}) == []
+    assert tensors_between(graph, {"first": "int16", "dw": "int16"}) == ["first"]
+    assert tensors_between(graph, {"dw": "int16", "y": "int16"}) == ["dw", "y"]
 
 
 @pytest.mark.slow
