@@ -349,7 +349,7 @@ def test_a_library_that_is_none_or_broken_is_no_runtime(board: CBoard, tiny: Pat
 
 def test_a_session_past_its_time_is_killed_and_leaves_no_process(board: CBoard, tiny: Path) -> None:
     process = subprocess.Popen(
-        words(board, tiny, session_s=SLOW_S, limit_s=1), stdout=subprocess.PIPE
+        words(board, tiny, session_s=SLOW_S, limit_s=5), stdout=subprocess.PIPE
     )
     child = wait_for(lambda: _measuring(process.pid))
     reply = json.loads(process.communicate(timeout=60)[0])
