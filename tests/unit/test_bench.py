@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgepipe import bench
+from edgepipe import bench, cli
 from edgepipe.bench import MeasureOptions, measure, plan_of
 from edgepipe.commands.on_device import tflite_model
-from edgepipe.errors import ProfileError, RequestError
+from edgepipe.errors import EXIT_PASS, EXIT_REQUEST, ProfileError, RequestError
 from edgepipe.job import BoardJob, Outcome
 from edgepipe.payload import payload_files
 from edgepipe.preflight import check_board
@@ -138,6 +139,18 @@ def test_a_file_of_several_signatures_is_measured_by_the_name_of_one(
     ).measurements[0].context  # fmt: skip
     assert beside["baseline_inputs"] == beside["model_inputs"]
     assert "baseline_signature" not in beside
+
+
+def test_bench_takes_the_name_and_says_which_it_measured(
+    merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--device", "null://quiet", "--session", "0.2 s", "--quiet", "--store", str(tmp_path)]
+    assert cli.main(["bench", str(merged), "--signature", "length4", *more]) == EXIT_PASS
+    assert f"{merged} signature length4 on localhost" in capsys.readouterr().out
+    assert cli.main(["bench", str(merged), "--signature", "length4", "--json", *more]) == EXIT_PASS
+    assert json.loads(capsys.readouterr().out)["signature"] == "length4"
+    assert cli.main(["bench", str(merged), *more]) == EXIT_REQUEST
+    assert "hint: name the one that is meant: --signature length8" in capsys.readouterr().err
 
 
 def test_which_signature_is_meant_is_not_guessed(merged: Path) -> None:
