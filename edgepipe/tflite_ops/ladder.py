@@ -3,7 +3,7 @@
 1 plain  2 ranges  3 equalise and repair  4 bias  5 rounding  6 mixed precision. Within a rung the
 candidate wins whose outputs are nearest to the float model's on calibration data: the best score of
 many is often luck, and what lies near float stays near on other data. It is then judged by the
-caller, on other data and on the exported file. If it is better (`_is_better`) the next rung builds
+caller, on other data and on the exported file. If it is better (`is_better`) the next rung builds
 on it. The first whose drop is allowed, and by more than luck (`_Ladder._is_sure`), is the result; in
 doubt the ladder goes on, but not to the last rung, which costs latency.
 """
@@ -440,11 +440,11 @@ class _Ladder:
     def _accept(
         self, name: str, did: str, new: Plan, old: Plan, made: bytes, *, content: bytes | None = None
     ) -> tuple[Plan, bytes]:  # fmt: skip
-        """Judge the new plan; the old one stays unless the new `_is_better`."""
+        """Judge the new plan; the old one stays unless the new `is_better`."""
         before = _last_kept(self.rungs)
         after = self._step(name, did, new, content)
         rung = self.rungs[-1]
-        if _is_better(rung, before):
+        if is_better(rung, before):
             return new, after
         self.rungs[-1] = dataclasses.replace(rung, kept=False)
         return old, made
@@ -470,7 +470,7 @@ def _last_kept(rungs: Sequence[Rung]) -> Rung:
     return next(r for r in reversed(rungs) if r.kept)
 
 
-def _is_better(new: Rung, old: Rung) -> bool:
+def is_better(new: Rung, old: Rung) -> bool:
     """Whether it alone holds; else by score, where it leaves the old one's interval; else by noise."""
     if new.held != old.held:
         return new.held

@@ -13,7 +13,15 @@ from edgepipe.tflite_ops.bias import correct_biases
 from edgepipe.tflite_ops.channels import channel_statistics
 from edgepipe.tflite_ops.equalise import check_unchanged, equalise, repair_dead_channels
 from edgepipe.tflite_ops.flatbuffer import parse_model
-from edgepipe.tflite_ops.ladder import NEAR, Judgement, climb, tensors_between, with_bridges
+from edgepipe.tflite_ops.ladder import (
+    NEAR,
+    Judgement,
+    Rung,
+    climb,
+    is_better,
+    tensors_between,
+    with_bridges,
+)
 from edgepipe.tflite_ops.quantize import collect_ranges, quantize
 from edgepipe.tflite_ops.sensitivity import layer_sensitivity, noise_share, outputs_of
 
@@ -288,6 +296,23 @@ def test_what_only_hands_on_between_wide_layers_is_widened_with_them():
     assert bridged("HARD_SWISH") == (["second", "first", "between", "padded"], ["second"])
     # a sigmoid's result is from 0 to 1, whatever it is given: 8 bits hold it
     assert bridged("LOGISTIC") == (["second", "first"], ["second"])
+
+
+def rung(drop, noise, *, held=False, interval=None):
+    return Rung("r", "", Judgement(0.5, drop, 9, interval), noise, 1, held, sure=False, kept=True)
+
+
+def test_of_two_rungs_the_nearer_to_float_is_better_where_scores_cannot_tell():
+    before = rung(3.0, 0.2, interval=(1.0, 5.0))
+    assert is_better(rung(4.0, 0.1), before)
+    assert not is_better(rung(2.0, 0.3), before)
+    # beyond the interval scores tell, and so does what is allowed
+    assert is_better(rung(0.5, 0.3), before)
+    assert not is_better(rung(5.5, 0.1), before)
+    assert is_better(rung(2.0, 0.3, held=True), before)
+    assert not is_better(before, rung(2.0, 0.3, held=True))
+    # without an interval every difference counts
+    assert not is_better(rung(3.1, 0.1), rung(3.0, 0.2))
 
 
 def test_what_8_bits_hold_as_well_is_not_stretched_to_its_whole_range():
