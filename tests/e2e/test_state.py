@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from edgepipe import cli
+from edgepipe.artifact import load_artifact
+from edgepipe.predict import predict
 
 pytestmark = pytest.mark.slow
 
@@ -126,7 +128,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             loss.backward()
             optimiser.step()
     save_file(net.state_dict(), root / "net.safetensors")
-    for name, seed in (("calibration", 1), ("test", 2)):
+    for name, seed in (("calibration", 1), ("test", 2), ("train", 3)):
         x_, labels_ = remembered(200, seed)
         np.savez(root / f"{name}.npz", x=x_, labels=labels_)
     return root
@@ -158,3 +160,42 @@ def test_a_recurrent_net_passes_its_gates_from_torch_to_the_device(
     assert json.loads(mismatch.read_text())["context"]["inferences"] == 12 * 12
     (score,) = (folder / ".edgepipe" / "runs").glob("*/measurements/model/task_metric.json")
     assert json.loads(score.read_text())["samples"][0][0] > 0.9
+
+
+QAT = """
+[data.train]
+kind = "npz"
+path = "train.npz"
+limit = 120
+
+[[stages]]
+stage = "qat"
+epochs = 1
+lr = 0.001
+batch_size = 40
+validation = "test"
+[[stages]]
+stage = "quantize_int8"
+"""
+
+
+def test_a_recurrent_net_is_trained_for_int8_along_its_sequences(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "qat.toml").write_text(RECIPE.replace('[[stages]]\nstage = "quantize_int8"\n', QAT))
+    cli.main(["run", "qat.toml", "--json", "--no-devices"])  # what needs a device is inconclusive
+    found = json.loads(capsys.readouterr().out)
+    steps = {step["step"]: step["key"] for step in found["steps"] if "key" in step}
+    cache = folder / ".edgepipe" / "cache"
+    trained, made = (load_artifact(cache / steps[name]) for name in ("qat", "quantize_int8"))
+    assert trained.facts["agreement"]["within_one"] > 0.95
+    score = trained.facts["accuracy"]
+    assert min(score["after"]["int8"], score["before"]["float"]) > 0.95
+    for state in (spec for spec in made.inputs if spec.fed_by):
+        (out,) = (spec for spec in made.outputs if spec.name == state.fed_by)
+        assert (state.scale, state.zero_point, state.layout) == (out.scale, out.zero_point, "LNC")
+    x, labels = remembered(200, 2)
+    right = predict(made, {"x": x})["y"].argmax(1) == labels
+    # one step of rounding apart may grow along a sequence, and decide one that is close
+    assert right.mean() == pytest.approx(score["after"]["int8"], abs=0.015)
