@@ -107,12 +107,14 @@ class Rung:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How to make the int8 file."""
+    """How to make the int8 file. ``unrounded`` is the float file before its weights were made to be
+    rounded, whose means biases are corrected to."""
 
     content: bytes
     ranges: Mapping[str, Range]
     method: str
     corrected: bool = False
+    unrounded: bytes = b""
     precision: Mapping[str, Precision] = dataclasses.field(default_factory=dict)
 
 
@@ -315,7 +317,7 @@ class _Ladder:
         bare = self._make(dataclasses.replace(plan, corrected=False))
         content, did = self.round_weights(plan.content, bare, self.many)
         # these weights are no longer the float model's: they are made to be rounded
-        new = dataclasses.replace(plan, content=content)
+        new = dataclasses.replace(plan, content=content, unrounded=plan.content)
         return self._accept("rounding", did, new, plan, made)
 
     def _mixed(self, plan: Plan, made: bytes) -> tuple[Plan, bytes]:
@@ -398,7 +400,7 @@ class _Ladder:
         made = quantize(plan.content, plan.ranges, precision=plan.precision, where=self.where, **self.doors)  # fmt: skip
         check_full_integer(made, allow_float=self.allow_float, where=self.where)
         if plan.corrected:
-            made, _ = correct_biases(plan.content, made, self.few, where=self.where)
+            made, _ = correct_biases(plan.unrounded or plan.content, made, self.few, where=self.where)  # fmt: skip
         return made
 
     def _noise(self, content: bytes) -> float:

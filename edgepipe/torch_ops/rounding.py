@@ -106,8 +106,10 @@ def _round_layer(
         return None
     held = 4 * int(np.prod(given.shape) + np.prod(made.shape))
     batches = batches[: max(BATCH, MOST_BYTES // held)]
-    x = torch.from_numpy(_tensor_values(int8_content, source, batches, where=where))
-    wanted = torch.from_numpy(_tensor_values(float_content, made, batches, where=where))
+    # the first axis of a convolution is the file's batch, of a dense layer it may be anything
+    flat = operator.name != "FULLY_CONNECTED"
+    x = torch.from_numpy(_tensor_values(int8_content, source, batches, flat=flat, where=where))
+    wanted = torch.from_numpy(_tensor_values(float_content, made, batches, flat=flat, where=where))
     weight = torch.from_numpy(values[operator.inputs[1]])
     bias_index = operator.inputs[2] if len(operator.inputs) > 2 else -1
     bias = torch.from_numpy(values[bias_index]) if bias_index >= 0 else None
@@ -166,9 +168,10 @@ def _run(
 
 
 def _tensor_values(
-    content: bytes, tensor: Tensor, batches: Sequence[Sequence[np.ndarray]], *, where: str
-) -> np.ndarray:
-    """Real values of one tensor for each inference: (N, ...) float32, the file's batch of 1 as N."""
+    content: bytes, tensor: Tensor, batches: Sequence[Sequence[np.ndarray]], *, flat: bool, where: str
+) -> np.ndarray:  # fmt: skip
+    """Real values of one tensor for each inference: (N, ...) float32, the file's batch of 1 as N; with
+    ``flat`` a batch of B as well: (N * B, ...)."""
     interpreter = open_tflite(content, preserve_all_tensors=True)
     rows = []
     for batch in batches:
@@ -178,5 +181,5 @@ def _tensor_values(
         values = interpreter.get_tensor(tensor.index)
         if tensor.scales:
             values = (values.astype(np.float32) - tensor.zero_points[0]) * np.float32(tensor.scales[0])  # fmt: skip
-        rows.append(values if values.shape[:1] == (1,) else values[np.newaxis])
+        rows.append(values if flat or values.shape[:1] == (1,) else values[np.newaxis])
     return np.concatenate(rows)

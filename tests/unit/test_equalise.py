@@ -12,7 +12,7 @@ from edgepipe.errors import StageError
 from edgepipe.tflite_ops.bias import correct_biases
 from edgepipe.tflite_ops.channels import channel_statistics
 from edgepipe.tflite_ops.equalise import check_unchanged, equalise, repair_dead_channels
-from edgepipe.tflite_ops.flatbuffer import parse_model
+from edgepipe.tflite_ops.flatbuffer import constants, parse_model, with_constants
 from edgepipe.tflite_ops.ladder import (
     NEAR,
     Judgement,
@@ -23,6 +23,9 @@ from edgepipe.tflite_ops.ladder import (
     with_bridges,
 )
 from edgepipe.tflite_ops.quantize import collect_ranges, quantize
+from edgepipe.tflite_ops.run import dequantize as to_real
+from edgepipe.tflite_ops.run import open_tflite
+from edgepipe.tflite_ops.run import quantize as to_stored
 from edgepipe.tflite_ops.sensitivity import layer_sensitivity, noise_share, outputs_of
 
 from .hostile_nets import RELU, dead_batch_norm, detector_head, wide_swish
@@ -247,6 +250,39 @@ def test_ranges_are_those_nearest_to_float_not_the_best_of_many_scores():
     assert judged == [plain, rescue.content]
     assert rescue.content != averages
     assert rescue.rungs[1].noise < rescue.rungs[0].noise
+
+
+def test_biases_of_rounded_weights_are_corrected_to_the_float_model_as_it_was():
+    net = wide_swish()
+
+    def rounded(content, int8, data):
+        graph = parse_model(content, where="m").subgraphs[0]
+        values = {i: v * 1.1 for i, v in constants(content, graph).items() if v.dtype == np.float32 and v.ndim == 4}  # fmt: skip
+        return with_constants(content, values), "all weights a tenth larger"
+
+    rescue = climbed(net, lambda content: Judgement(0.5, 50.0, 10), round_weights=rounded)
+    (number,) = (i for i, rung in enumerate(rescue.rungs) if rung.name == "rounding")
+    plan, made = rescue.made[number]
+    assert plan.corrected
+    bare = quantize(plan.content, plan.ranges, output_dtype="float32")
+    graph = parse_model(made, where="m").subgraphs[0]
+    layer = graph.tensors[next(o.outputs[0] for o in graph.operators if o.name == "CONV_2D")].name
+    wanted, *found = (mean_of(c, layer, batches(net)) for c in (net.content, bare, made))
+    errors = [float(np.abs(mean - wanted).mean()) for mean in found]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def mean_of(content, name, data):
+    """Mean real value of each channel of one tensor of a file, over all samples."""
+    interpreter = open_tflite(content, preserve_all_tensors=True)
+    (door,) = interpreter.get_input_details()
+    (tensor,) = (d for d in interpreter.get_tensor_details() if d["name"] == name)
+    rows = []
+    for (array,) in data:
+        interpreter.set_tensor(door["index"], to_stored(array, door))
+        interpreter.invoke()
+        rows.append(to_real(interpreter.get_tensor(tensor["index"]), tensor))
+    return np.concatenate(rows).reshape(-1, rows[0].shape[-1]).mean(axis=0)
 
 
 def within(low, high):

@@ -8,6 +8,7 @@ from edgepipe.tflite_ops.quantize import collect_ranges, quantize
 from edgepipe.tflite_ops.sensitivity import outputs_of
 
 from .test_equalise import chain, images
+from .tflite_builder import Graph
 
 pytest.importorskip("torch")
 
@@ -66,3 +67,16 @@ def test_a_layer_too_large_for_the_time_given_keeps_nearest_rounding(monkeypatch
     after, did = rounding.round_weights(content, int8, data)
     assert did.startswith("weights of 0 layers")
     assert weights(after)["first/w"][0] is not None
+
+
+def test_a_file_of_several_samples_at_once_is_rounded_as_well():
+    generator = np.random.default_rng(0)
+    graph = Graph()
+    x = graph.input("x", (4, 5, 5, 3))
+    weights = generator.normal(size=(6, 3, 3, 3)).astype(np.float32)
+    y = graph.conv(x, weights, np.zeros(6, np.float32), "y", (4, 5, 5, 6))
+    content = graph.bytes([y])
+    data = [[generator.normal(size=(4, 5, 5, 3)).astype(np.float32)] for _ in range(6)]
+    int8 = quantize(content, collect_ranges(content, data, where="m").table(), where="m")
+    _, did = rounding.round_weights(content, int8, data)
+    assert did == "weights of 1 layers rounded by AdaRound"
