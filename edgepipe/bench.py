@@ -300,6 +300,10 @@ def _check_model(model: Artifact) -> None:
         raise ArtifactError(
             f"{model.path} has changed since its record was made", hint="run the recipe again"
         )
+    if model.signature:
+        from edgepipe.tflite_ops.flatbuffer import check_signature
+
+        check_signature(model.path, model.signature, option="--signature")
 
 
 # ------------------------------------------------------------------------------------ the request

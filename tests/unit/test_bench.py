@@ -160,6 +160,11 @@ def test_which_signature_is_meant_is_not_guessed(merged: Path) -> None:
     with pytest.raises(RequestError, match="has no signature 'length5'; it has: length8, length16") as unknown:  # fmt: skip
         tflite_model(merged, signature="length5")
     assert unknown.value.code == "no-such-signature"
+    model = dataclasses.replace(tflite_model(merged, signature="length4"), signature="length5")
+    profile, device = find_profile("localhost", profile_paths()), NullDevice()
+    with pytest.raises(RequestError, match="has no signature 'length5'"):
+        measure(model, device, profile, MeasureOptions())
+    assert not device.files  # nothing was pushed
     with pytest.raises(RequestError) as unable:  # edgepipe explain has no --signature
         tflite_model(merged)
     assert unable.value.hint.startswith("give the file of one of them alone")
