@@ -109,10 +109,11 @@ def _is_batchable(
     output_axes: Sequence[int | None],
 ) -> bool:
     """Whether two samples at once give what each gives alone, up to rounding."""
+    pair = _unlike(arrays, input_axes)
     with torch.no_grad():
-        single = [call_model(call, _tensors(arrays, dtypes, input_axes, [i])) for i in range(2)]
+        single = [call_model(call, _tensors(arrays, dtypes, input_axes, [i])) for i in pair]
         try:
-            both = call_model(call, _tensors(arrays, dtypes, input_axes, [0, 1]))
+            both = call_model(call, _tensors(arrays, dtypes, input_axes, pair))
         except ArtifactError:
             return False
     axes = tuple(axis or 0 for axis in output_axes) or (0,) * len(both)
@@ -124,6 +125,13 @@ def _is_batchable(
         )
         for b, one, two, axis in zip(both, *single, axes, strict=True)
     )
+
+
+def _unlike(arrays: Sequence[np.ndarray], axes: Sequence[int | None]) -> list[int]:
+    """The first sample and the first that differs from it: twice the same has the mean of one."""
+    columns = [np.moveaxis(a, axis or 0, 0) for a, axis in zip(arrays, axes, strict=True)]
+    rows = range(1, min(map(len, columns)))
+    return [0, next((i for i in rows if any((c[i] != c[0]).any() for c in columns)), 1)]
 
 
 def flatten_outputs(value: Any) -> list[torch.Tensor]:

@@ -77,6 +77,12 @@ def test_a_model_that_cannot_take_a_batch_is_run_one_by_one(tmp_path: Path, func
     np.testing.assert_array_equal(result, np.zeros_like(x) if function == "mixes" else 2 * x)
 
 
+def test_samples_that_begin_alike_do_not_hide_that_a_model_mixes_them(tmp_path: Path) -> None:
+    x = np.arange(12, dtype=np.float32).reshape(4, 3)[[0, 0, 1, 2]]
+    (result,) = run_torch(saved(tmp_path, "mixes"), [x])
+    np.testing.assert_array_equal(result, np.zeros_like(x))
+
+
 def test_a_state_of_two_layers_keeps_both_rows_of_every_sample(tmp_path: Path) -> None:
     x = np.arange(9, dtype=np.float32).reshape(3, 3)
     (result,) = run_torch(saved(tmp_path, "state"), [x])
