@@ -229,6 +229,8 @@ class _Ladder:
             if last.held and (last.sure or step == self._mixed):
                 break
             plan, made = step(plan, made)
+        if not _last_kept(self.rungs).held and any(r.held for r in self.rungs):
+            plan, made = self._nearest_that_held()
         float_latency, rungs = None, tuple(self.rungs)
         if len(rungs) > 1:
             float_latency, *latencies = host_latencies([self.original, *(m for _, m in self.made)])
@@ -242,6 +244,12 @@ class _Ladder:
             culprits=tuple(self.culprits), float_latency_s=float_latency,
             made=tuple(self.made),
         )  # fmt: skip
+
+    def _nearest_that_held(self) -> tuple[Plan, bytes]:
+        held = [i for i, r in enumerate(self.rungs) if r.held]
+        best = min(held, key=lambda i: self.rungs[i].noise)
+        self.rungs = [dataclasses.replace(r, kept=i == best or (r.kept and i < best)) for i, r in enumerate(self.rungs)]  # fmt: skip
+        return self.made[best]
 
     # --- rungs ---
 
@@ -338,7 +346,7 @@ class _Ladder:
             count = sum(layer in new.precision for layer in order)
             did = f"{count} of {len(order)} layers {widened}"
             last = self._accept("mixed", did, new, plan, made, content=content)
-            if self.rungs[-1].held and self.rungs[-1].kept:
+            if self.rungs[-1].kept and self.rungs[-1].held:
                 return last
         return plan, made
 
@@ -473,9 +481,7 @@ def _last_kept(rungs: Sequence[Rung]) -> Rung:
 
 
 def is_better(new: Rung, old: Rung) -> bool:
-    """Whether it alone holds; else by score, where it leaves the old one's interval; else by noise."""
-    if new.held != old.held:
-        return new.held
+    """By score, where it leaves the old one's interval; else by noise, whichever of them holds."""
     low, high = old.judgement.interval_points or 2 * (old.judgement.drop_points,)
     if low <= new.judgement.drop_points <= high:
         return new.noise < old.noise

@@ -342,13 +342,27 @@ def test_of_two_rungs_the_nearer_to_float_is_better_where_scores_cannot_tell():
     before = rung(3.0, 0.2, interval=(1.0, 5.0))
     assert is_better(rung(4.0, 0.1), before)
     assert not is_better(rung(2.0, 0.3), before)
-    # beyond the interval scores tell, and so does what is allowed
+    # what is allowed by luck is not better; beyond the interval scores tell
+    assert not is_better(rung(1.0, 0.3, held=True), before)
     assert is_better(rung(0.5, 0.3), before)
     assert not is_better(rung(5.5, 0.1), before)
-    assert is_better(rung(2.0, 0.3, held=True), before)
-    assert not is_better(before, rung(2.0, 0.3, held=True))
     # without an interval every difference counts
     assert not is_better(rung(3.1, 0.1), rung(3.0, 0.2))
+
+
+@pytest.mark.slow
+def test_where_the_nearest_file_is_refused_the_nearest_that_held_is_taken():
+    plain = climbed(wide_swish(), within(-0.5, 1.0)).content
+
+    def judge(content):
+        drop = 0.0 if content == plain else 2.0
+        return Judgement(0.5, drop, 9, (drop - 3.0, drop + 3.0))
+
+    rescue = climbed(wide_swish(), judge)
+    assert rescue.held
+    assert rescue.content == plain
+    assert [r.kept for r in rescue.rungs] == [True, *[False] * (len(rescue.rungs) - 1)]
+    assert len(rescue.rungs) > 2
 
 
 def test_what_8_bits_hold_as_well_is_not_stretched_to_its_whole_range():
