@@ -107,7 +107,13 @@ def encode_samples(
             f"{path.name} takes {batch} samples at once, and one number for all of them: a scalar input",
             hint="convert it with a batch of 1",
         )
-    count = min(len(runs_of) for runs_of in arrays)
+    counts = {len(runs_of) for runs_of in arrays}
+    if len(counts) > 1:
+        raise DataError(
+            f"the inputs of {path.name} hold samples for {', '.join(map(str, sorted(counts)))} inferences",
+            hint="every input needs the same number of samples",
+        )
+    count = counts.pop() if counts else 0
     if count == 0:
         raise DataError(f"too few samples for one inference of {path.name}")
     data = b"".join(runs_of[k].tobytes() for k in range(count) for runs_of in arrays)

@@ -198,6 +198,15 @@ def test_an_outputs_file_is_read_by_tensor_name_and_batch(
     assert np.array_equal(real["negative"], -x)
 
 
+def test_inputs_with_different_numbers_of_samples_are_refused(tmp_path: Path) -> None:
+    g = Graph()
+    a, b = g.input("a", (1, 3)), g.input("b", (1, 3))
+    model = artifact(tmp_path, g.bytes([g.op("ADD", [a, b], "sum", (1, 3), "AddOptions")]))
+    few = {"a": np.ones((4, 3), np.float32), "b": np.ones((3, 3), np.float32)}
+    with pytest.raises(DataError, match="samples for 3, 4 inferences"):
+        raw.encode_samples(model.path, few, model.inputs)
+
+
 def test_one_tensor_that_is_two_outputs_is_told_of_twice(tmp_path: Path) -> None:
     g = Graph()
     x = g.input("x", (1, 3))
