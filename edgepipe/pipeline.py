@@ -235,6 +235,8 @@ def _run_merged(
     key = _merge_key(recipes, models) if len(models) == len(recipes) else ""
     if not key:
         log.warning("nothing is merged, since a bucket failed: the others are judged by files of their own")  # fmt: skip
+    elif not recipes[0].measure.weight_cache:
+        log.info("a runtime packs the weights of every signature, whichever it runs: [measure] weight_cache = true measures with one packed copy for all")  # fmt: skip
     for number, (recipe, boards) in enumerate(zip(recipes, targets, strict=True)):
         (record, steps, found), own = begun[number], made[number]
         if isinstance(own, EdgepipeError):
