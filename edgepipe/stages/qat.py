@@ -31,6 +31,10 @@ log = logging.getLogger(__name__)
 AGREEMENT_SAMPLES = 64
 AGREEMENT_SEQUENCES = 8
 MIN_WITHIN_ONE = 0.95
+# A gate makes several steps of one: the sigmoid of an input in steps of 0.07 moves by up to 0.07 / 4, 4.5
+# steps of 1/256. So of a model with state the difference may instead be this far below the outputs, where
+# int8's own rounding is (a GRU that was trained on spoken words: 40 dB, 96 % within one step).
+MIN_SQNR_DB = 30.0
 
 
 @record
@@ -142,10 +146,11 @@ class Qat(TrainingOptions):
         else:
             agreed = ops.agreement(model, int8, batches[:AGREEMENT_SAMPLES], where=where)
             alone = {}
-        if agreed.within_one < MIN_WITHIN_ONE:
+        is_near = bool(states) and agreed.sqnr_db >= MIN_SQNR_DB
+        if agreed.within_one < MIN_WITHIN_ONE and not is_near:
             raise StageError(
                 f"the int8 file of {where} departs from what was trained: only {100 * agreed.within_one:.2f} % "
-                f"of {agreed.values} output values are within one step",
+                f"of {agreed.values} output values are within one step ({agreed.sqnr_db:.0f} dB)",
                 stage=self.name,
                 hint="quantise this model without qat, and report the model that shows it",
                 code="qat-parity",

@@ -14,8 +14,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from edgepipe.torch_ops.train import Batch, Objective, hard_loss
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Range = tuple[float, float]
 # The ends of a range are learned as factors of where they began, exp(SPEED * u): a step of 1e-4 in u
 # (an optimiser's, at lr = 1e-4) moves an end by a thousandth.
@@ -192,6 +194,7 @@ class QatModel(nn.Module):
         self.bias_of = {names[b]: (names[x], names[w]) for b, (x, w) in body.biases.items()}
         self.weight_numbers = {t.name: str(t.index) for t in body.graph.tensors}
         body.on_activation, body.on_weight = self._activation, self._weight
+        self._kept: dict[str, Any] | None = None
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         return self.body(*inputs)
@@ -203,16 +206,16 @@ class QatModel(nn.Module):
             scale, zero = self.owners.fixed[name]
             return fake_quantize(value, value.new_tensor(scale), value.new_tensor(float(zero)))
         if name in self.owners.owner:
-            return fake_quantize(value, *self._range(self.numbers[self.owners.owner[name]]).scale())
+            return fake_quantize(value, *self._scale(self.owners.owner[name]))
         return value
 
     def _weight(self, value: torch.Tensor, name: str) -> torch.Tensor:
         if not self.is_quantized:
             return value
         if name in self.axes:
-            return quantize_weight(value, self.axes[name])
+            return self._once(name, lambda: quantize_weight(value, self.axes[name]))
         if name in self.bias_of:
-            return self._bias(value, *self.bias_of[name])
+            return self._once(name, lambda: self._bias(value, *self.bias_of[name]))
         return value
 
     def _bias(self, bias: torch.Tensor, x: str, w: str) -> torch.Tensor:
@@ -222,9 +225,29 @@ class QatModel(nn.Module):
         weight = self.body.weights[self.weight_numbers[w]].detach()
         others = [i for i in range(weight.ndim) if i != self.axes[w]]
         step = weight.abs().amax(others).clamp_min(1e-12) / 127
-        scale, _ = self._range(self.numbers[self.owners.owner[x]]).scale()
+        scale, _ = self._scale(self.owners.owner[x])
         step = step * scale.detach()
         return round_ste(bias / step) * step
+
+    def _scale(self, owner: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._once(f"scale of {owner}", self._range(self.numbers[owner]).scale)
+
+    def _once(self, key: str, compute: Callable[[], T]) -> T:
+        if self._kept is None:
+            return compute()
+        if key not in self._kept:
+            self._kept[key] = compute()
+        found: T = self._kept[key]
+        return found
+
+    @contextlib.contextmanager
+    def same_weights(self) -> Iterator[None]:
+        """Inside, weights and scales are rounded once: for the many calls of one sequence."""
+        self._kept = {}
+        try:
+            yield
+        finally:
+            self._kept = None
 
     def _range(self, number: str) -> ActivationRange:
         module = self.ranges[number]
@@ -294,11 +317,13 @@ def freeze_after(model: QatModel, share: float) -> Any:
 @dataclasses.dataclass(frozen=True)
 class Agreement:
     """The int8 file against the model that was trained: share of equal output values, and the share
-    that is at most one step apart; ``values`` were compared."""
+    that is at most one step apart; ``values`` were compared. ``sqnr_db`` is what the output that departs most
+    holds against the difference, which counts as one step at least."""
 
     equal: float
     within_one: float
     values: int
+    sqnr_db: float
 
 
 def agreement(
@@ -327,6 +352,8 @@ def agreement(
     made: list[np.ndarray] = []
     expected: tuple[torch.Tensor, ...] = ()
     equal = near = count = 0
+    details = interpreter.get_output_details()
+    signal, noise = np.zeros(len(details)), np.zeros(len(details))
     with torch.no_grad():
         for number, batch in enumerate(batches):
             ours = [torch.from_numpy(np.ascontiguousarray(a)) for a in batch]
@@ -334,14 +361,14 @@ def agreement(
             for i, j in states if number % length else ():
                 given[i], ours[i] = made[j], expected[j]
                 if goes_on == "together":
-                    ours[i] = torch.from_numpy(real(made[j], interpreter.get_output_details()[j]))
+                    ours[i] = torch.from_numpy(real(made[j], details[j]))
             for detail, array in zip(interpreter.get_input_details(), given, strict=True):
                 interpreter.set_tensor(detail["index"], array)
             invoke_once(interpreter, where=where)
             expected = model.body._run(*ours)
-            made = [interpreter.get_tensor(d["index"]) for d in interpreter.get_output_details()]
-            for detail, value, found in zip(interpreter.get_output_details(), expected, made, strict=True):  # fmt: skip
-                scale = detail["quantization"][0]
+            made = [interpreter.get_tensor(d["index"]) for d in details]
+            for k, (detail, value, found) in enumerate(zip(details, expected, made, strict=True)):
+                scale, zero = detail["quantization"]
                 if not scale:
                     raise StageError(f"{where}: an output is not quantised", stage=STAGE)
                 wanted = stored(value.numpy(), detail).astype(np.int64)
@@ -349,4 +376,7 @@ def agreement(
                 equal += int((apart == 0).sum())
                 near += int((apart <= 1).sum())
                 count += apart.size
-    return Agreement(equal / count, near / count, count)
+                signal[k] += np.square(wanted - zero).sum()
+                noise[k] += np.square(apart).sum()
+    least = (np.maximum(signal, 1) / np.maximum(noise, 1)).min()
+    return Agreement(equal / count, near / count, count, round(10 * math.log10(least), 1))

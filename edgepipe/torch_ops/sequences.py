@@ -7,6 +7,7 @@ and Peng 1990, BPTT(h; h')). What is trained and saved is the step: `stepped`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,10 @@ class Unrolled(nn.Module):
         self.steps, self.back_steps = steps, back_steps
 
     def forward(self, *sequences: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        with getattr(self.step, "same_weights", contextlib.nullcontext)():
+            return self._forward(*sequences)
+
+    def _forward(self, *sequences: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         names = [spec.name for spec in self.inputs if not spec.fed_by]
         given = dict(zip(names, sequences, strict=True))
         lengths = {x.shape[1] for x in sequences}
