@@ -55,6 +55,7 @@ class Quantize:
         "edgepipe.tflite_ops.rewrite",
         "edgepipe.tflite_ops.run",
         "edgepipe.tflite_ops.scalar_functions",
+        "edgepipe.tflite_ops.sensitivity",
         "edgepipe.tflite_ops.stand_in",
     )
     packages: ClassVar[tuple[str, ...]] = (

@@ -126,6 +126,7 @@ class QuantizeInt8:
         "edgepipe.tflite_ops.sparse",
         "edgepipe.tflite_ops.stand_in",
         "edgepipe.torch_ops.rounding",
+        "edgepipe.torch_ops.tflite_module",
     )
     packages: ClassVar[tuple[str, ...]] = (
         "litert-quantizer",

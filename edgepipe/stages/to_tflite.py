@@ -107,8 +107,8 @@ class ToTflite:
     produces: ClassVar[str] = "tflite"
     ops: ClassVar[tuple[str, ...]] = (
         "edgepipe.tflite_ops.convert", "edgepipe.tflite_ops.doors", "edgepipe.tflite_ops.run", "edgepipe.tflite_ops.bisect",
-        "edgepipe.tflite_ops.onnx_model", "edgepipe.tflite_ops.onnx_rewrites", "edgepipe.tflite_ops.sparse", "edgepipe.parity", "edgepipe.predict", "edgepipe.state", "edgepipe.array_ops.compare", "edgepipe.array_ops.roll",
-        "edgepipe.array_ops.noise", "edgepipe.toolchain", "edgepipe.toolchains", "edgepipe.routes",
+        "edgepipe.tflite_ops.onnx_model", "edgepipe.tflite_ops.onnx_rewrites", "edgepipe.tflite_ops.sparse", "edgepipe.parity", "edgepipe.predict", "edgepipe.state", "edgepipe.array_ops",
+        "edgepipe.tflite_ops.flatbuffer", "edgepipe.tflite_ops.inspect", "edgepipe.tflite_ops.quantize", "edgepipe.tflite_ops.scalar_functions", "edgepipe.toolchain", "edgepipe.toolchains", "edgepipe.routes",
         "edgepipe.tflite_ops.candidates", "edgepipe.tflite_ops.stand_in", "edgepipe.tflite_ops.rewrite", "edgepipe.torch_ops.export", "edgepipe.torch_ops.pt2",
     )  # fmt: skip
     packages: ClassVar[tuple[str, ...]] = (

@@ -151,3 +151,23 @@ def test_a_stage_that_reads_data_is_keyed_by_all_that_reads_it() -> None:
         named = tuple(f"{op}." for op in stage.ops)
         missing = sorted(m for m in reading if not f"{m}.".startswith(named))
         assert not missing, f"{stage.name}: {missing}"
+
+
+@pytest.mark.parametrize("name", ["to_tflite", "quantize_int8", "quantize"])
+def test_a_stage_that_makes_tflite_files_is_keyed_by_all_that_makes_them(name: str) -> None:
+    stage = stage_class(name)
+    making = (
+        "edgepipe.tflite_ops.",
+        "edgepipe.torch_ops.rounding",
+        "edgepipe.torch_ops.tflite_module",
+    )
+    reached, pending = set[str](), {stage.__module__}
+    while pending:
+        module = pending.pop()
+        reached.add(module)
+        found = imports(MODULES[module]) & MODULES.keys()
+        pending |= {n for n in found if n.startswith(making)} - reached
+    assert "edgepipe.tflite_ops.stand_in" in reached
+    named = tuple(f"{op}." for op in stage.ops)
+    missing = sorted(m for m in reached - {stage.__module__} if not f"{m}.".startswith(named))
+    assert not missing
