@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from edgepipe.artifact import Artifact, hash_path, make_artifact
 from edgepipe.data import fingerprint, source_hash, user_path
 from edgepipe.distillation import DistillOptions, Teacher
-from edgepipe.errors import StageError
+from edgepipe.errors import ArtifactError, StageError
 from edgepipe.schema import record
 from edgepipe.stage import StageContext
 from edgepipe.state import with_state_shapes
@@ -78,7 +78,18 @@ class Distill(DistillOptions):
         made = with_state_shapes(artifact, self.state_shapes)  # the student, as it will be
         teachers = self._teachers(artifact, data, context)
         description, student = self._student(artifact, context)
-        trained = unrolled(student, made, data, back_steps=self.back_steps)
+        try:
+            trained = unrolled(student, made, data, back_steps=self.back_steps)
+        except ArtifactError as exc:
+            if exc.code == "one-by-one":
+                raise
+            states = ", ".join(f"{s.name} = {list(s.shape)}" for s in made.inputs if s.fed_by)
+            raise StageError(
+                f"the student cannot take steps of this model: {exc.message}",
+                stage=self.name,
+                hint=f"where its states have other shapes, give them: state_shapes = {{ {states} }}",
+                code="different-inputs",
+            ) from exc
         examples, own = (
             example_inputs([(s.shape, s.dtype) for s in one.inputs], seed=context.seed)
             for one in (artifact, made)

@@ -278,6 +278,9 @@ def test_a_teacher_with_state_teaches_a_student_with_less(
     assert made.facts["accuracy"] > 0.6
     assert made.facts["teachers"][0]["accuracy"] == pytest.approx(judged(taught, data), abs=0.1)
     assert judged(made, data) == pytest.approx(made.facts["accuracy"], abs=0.1)
+    with pytest.raises(StageError, match="student cannot take steps") as caught:
+        dataclasses.replace(stage, state_shapes={}).run(taught, context(tmp_path, "none", **data))
+    assert "state_shapes = { h = [1, 16] }" in caught.value.hint
     for wrong, told in (({"g": (1, 8)}, "'g' is no state"), ({"h": (8,)}, r"own is \[1, 16\]")):
         with pytest.raises(ArtifactError, match=told):
             dataclasses.replace(stage, state_shapes=wrong).run(taught, context(tmp_path, told[:8], **data))  # fmt: skip
