@@ -416,7 +416,7 @@ class GrowthGate:
         found = _evidence(self, evidence, metric, required)
         if isinstance(found, Verdict):
             return found
-        if self.quantity == "size" and (why := _other_kinds_of_file(found.context)):
+        if self.quantity == "size" and (why := other_kinds_of_file(found.context)):
             return Verdict(self.name, Status.INCONCLUSIVE, why[0], evidence.device, details=why[1:])
         if len(base.valid_sessions) * 2 < len(base.samples) or not base.valid_sessions:
             return Verdict(self.name, Status.INCONCLUSIVE, f"device unfit: too few sessions of {metric}_baseline count", evidence.device)  # fmt: skip
@@ -435,7 +435,7 @@ class GrowthGate:
         return Verdict(self.name, status, reason, evidence.device, value, limit, "B")
 
 
-def _other_kinds_of_file(context: Mapping[str, Any]) -> tuple[str, ...]:
+def other_kinds_of_file(context: Mapping[str, Any]) -> tuple[str, ...]:
     """Why the sizes of model and baseline say nothing, and what mends it, where one file holds one model
     and the other a signature for each of several."""
     ours, theirs = context.get("model_signature", ""), context.get("baseline_signature", "")

@@ -137,7 +137,9 @@ def judge(
     device: str,
     profile: str = "",
 ) -> tuple[Verdict, ...]:
-    """Slowdown (of an emulated board: instructions), and growth of memory and file, each explained."""
+    """Slowdown (of an emulated board: instructions), and growth of memory and file, each explained.
+
+    Sizes of a file of several signatures and a file of one model are not judged: `render` says so."""
     import dataclasses
 
     from edgepipe.explain import explain
@@ -154,13 +156,21 @@ def judge(
         InstructionsGate() if emulated else SlowdownGate(max=tolerance),
         GrowthGate(quantity="anon"),
         GrowthGate(quantity="file"),
-        GrowthGate(quantity="size"),
+        *(() if _sizes_apart(measured) else (GrowthGate(quantity="size"),)),
     )
     judged = [(gate, judge_all([gate], model, [evidence])[-1]) for gate in gates]
     return tuple(
         dataclasses.replace(v, details=(*v.details, *explain(gate, v, measured)))
         for gate, v in judged
     )
+
+
+def _sizes_apart(measured: Mapping[str, Measurement]) -> str:
+    """Why the sizes of the two files are not compared; empty where they are."""
+    from edgepipe.gate import other_kinds_of_file
+
+    size = measured.get("model_bytes")
+    return next(iter(other_kinds_of_file(size.context)), "") if size else ""
 
 
 def render(verdicts: Sequence[Verdict], measured: Mapping[str, Measurement]) -> str:
@@ -182,6 +192,8 @@ def render(verdicts: Sequence[Verdict], measured: Mapping[str, Measurement]) -> 
         lines += [f"  {line}" for line in verdict.details]
         if is_ratio and verdict.status == "INCONCLUSIVE":  # a FAIL explains itself by them
             lines += [f"  {line}" for line in ops_that_grew(measured)]
+    if why := _sizes_apart(measured):
+        lines.append(f"size: {why}")
     counts = [measured.get(name) for name in ("instructions", "instructions_baseline")]
     if counts[0] and counts[1] and not any(v.gate == "instructions" for v in verdicts):
         now, was = (stats.sessions_percentile(c.valid_sessions, 0.5) for c in counts if c)

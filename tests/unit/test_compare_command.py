@@ -14,7 +14,7 @@ from edgepipe.artifact import make_artifact
 from edgepipe.bench import MeasureOptions
 from edgepipe.commands import compare
 from edgepipe.device import open_device
-from edgepipe.errors import EXIT_REQUEST, RequestError
+from edgepipe.errors import EXIT_NOT_READY, EXIT_REQUEST, RequestError
 from edgepipe.gate import Status, Verdict
 from edgepipe.inventory import resolve_targets
 from edgepipe.measurement import Measurement
@@ -42,6 +42,15 @@ def test_a_signature_is_compared_with_its_own_file_or_with_itself(tmp_path: Path
         assert context["model_inputs"] == context["baseline_inputs"]
         assert context["model_inputs"][0]["shape"] == [1, 16, 4, 1]
         assert (context["model_signature"], context.get("baseline_signature")) == ("length16", expected)  # fmt: skip
+        sized = any("model_bytes" in v["reason"] for v in data["verdicts"])
+        assert sized is (
+            expected is not None
+        )  # 1 file of 3 models, 1 of 1: their sizes say nothing
+    assert cli.main(["compare", str(own), str(merged), "--signature", "length16", *more[:4]]) == EXIT_NOT_READY  # fmt: skip
+    assert (
+        "size: this model is one signature (length16) of a file of several"
+        in capsys.readouterr().out
+    )
     assert cli.main(["compare", str(merged), str(own), *more]) == EXIT_REQUEST
     assert "which-signature" in capsys.readouterr().out
 
