@@ -212,8 +212,9 @@ def test_a_contended_board_spoils_wall_time_and_not_cpu_time(folder: Path) -> No
     # 1.4 to 1.7 % by wall and 0.3 % by CPU time were measured; 40 values tell to 11 %
     assert 0.008 < statistics.stdev(log_ratios(found, "wall_ns")) < 0.025
     assert statistics.stdev(log_ratios(found, "cpu_ns")) < 0.006
-    quiet = sessions("null://quiet", folder, [PAIR])
-    assert not quiet[0]["data"]["contended"]
+    # nor does a slow inference of a short session on a quiet one: what FAILs there, FAILs
+    quiet = sessions("null://quiet", folder, [PAIR] * 40)
+    assert not any(session["data"]["contended"] for session in quiet)
 
 
 def test_drift_shows_in_the_latency_and_not_in_the_ratio(folder: Path) -> None:
