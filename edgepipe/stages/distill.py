@@ -83,11 +83,13 @@ class Distill(DistillOptions):
         except ArtifactError as exc:
             if exc.code == "one-by-one":
                 raise
-            states = ", ".join(f"{s.name} = {list(s.shape)}" for s in made.inputs if s.fed_by)
+            given = ", ".join(f"{s.name} = {list(s.shape)}" for s in made.inputs if s.fed_by)
+            named = ", ".join(f"{s.name} = [...]" for s in made.inputs if s.fed_by)
             raise StageError(
                 f"the student cannot take steps of this model: {exc.message}",
                 stage=self.name,
-                hint=f"where its states have other shapes, give them: state_shapes = {{ {states} }}",
+                hint=f"its states were taken to be {given}; if they are not, give their shapes: "
+                f"state_shapes = {{ {named} }}",
                 code="different-inputs",
             ) from exc
         examples, own = (

@@ -459,10 +459,12 @@ def check_labels(model: nn.Module, data: TrainingSet, what: str, stage: str) -> 
     scores = outputs[0]
     classes = scores.shape[1] if scores.ndim > 1 else 0
     if not classes or first.shape[1:] != scores.shape[2:]:
+        needed = ", ".join(map(str, ("samples", *scores.shape[2:])))
+        each = " and place that has scores (of a sequence: each step, or one for all of it)"
         raise DataError(
             f"the {what} labels are {tuple(first.shape[1:])} for each sample, the model gives scores "
-            f"{tuple(scores.shape)}: class numbers {('N', *scores.shape[2:])} are needed",
-            hint="give one whole number for each sample",
+            f"{tuple(scores.shape)}: class numbers of shape ({needed}) are needed",
+            hint=f"give one whole number for each sample{each if scores.ndim > 2 else ''}",
         )
     low, high = _label_range(data)
     if low < 0 or high >= classes:

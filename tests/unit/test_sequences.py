@@ -280,7 +280,10 @@ def test_a_teacher_with_state_teaches_a_student_with_less(
     assert judged(made, data) == pytest.approx(made.facts["accuracy"], abs=0.1)
     with pytest.raises(StageError, match="student cannot take steps") as caught:
         dataclasses.replace(stage, state_shapes={}).run(taught, context(tmp_path, "none", **data))
-    assert "state_shapes = { h = [1, 16] }" in caught.value.hint
+    assert (
+        "h = [1, 16]; if they are not, give their shapes: state_shapes = { h = [...] }"
+        in caught.value.hint
+    )
     for wrong, told in (({"g": (1, 8)}, "'g' is no state"), ({"h": (8,)}, r"own is \[1, 16\]")):
         with pytest.raises(ArtifactError, match=told):
             dataclasses.replace(stage, state_shapes=wrong).run(taught, context(tmp_path, told[:8], **data))  # fmt: skip
