@@ -11,6 +11,7 @@ from edgepipe.commands.on_device import (
     add_device_arguments,
     add_samples_argument,
     add_signature_argument,
+    add_weight_cache_argument,
     asks_for_many,
     find_targets,
     measure_options,
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=BACKENDS, help="demand one way of running the model (default: auto, the first that works)")  # fmt: skip
     parser.add_argument("--benchmark-model", type=Path, metavar="FILE", help="measure with this program, Google's benchmark_model built for the device, in place of our own runner; its figures have names of their own")  # fmt: skip
     parser.add_argument("--kernel", choices=KERNELS, help="demand one kind of kernels (default: the runtime's own choice)")  # fmt: skip
-    parser.add_argument("--weight-cache", action="store_true", help="keep XNNPACK's packed weights in a file: less memory, faster loads")  # fmt: skip
+    add_weight_cache_argument(parser)
     parser.add_argument("--sustained", metavar="TIME", help='then run for this long, like "10 min", and report the steady state; not part of the budget')  # fmt: skip
     parser.add_argument("--no-ops", action="store_false", dest="ops", help="do not time single operators")  # fmt: skip
     parser.add_argument("--affinity", metavar="CPUS", help="stay on these CPUs of the device, like 0,1")  # fmt: skip

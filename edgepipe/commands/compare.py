@@ -11,6 +11,7 @@ from edgepipe.commands.on_device import (
     add_device_arguments,
     add_samples_argument,
     add_signature_argument,
+    add_weight_cache_argument,
     asks_for_many,
     find_targets,
     measure_options,
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_arguments(parser)
     parser.add_argument("--tolerance", metavar="RATIO", help='how much slower it may be (default: "3 %%")')  # fmt: skip
     parser.add_argument("--max-sessions", type=int, metavar="N", help="give up after so many latency sessions, 3 at least (default: 12)")  # fmt: skip
+    add_weight_cache_argument(parser)
     add_samples_argument(parser)
     add_signature_argument(parser, of="CANDIDATE (and of BASE, if it has it)")
 

@@ -129,6 +129,10 @@ def opened(target: Target) -> Iterator[Device]:
         device.close()
 
 
+def add_weight_cache_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weight-cache", action="store_true", help="keep XNNPACK's packed weights in a file: less memory, faster loads")  # fmt: skip
+
+
 def add_signature_argument(parser: argparse.ArgumentParser, *, of: str) -> None:
     parser.add_argument("--signature", metavar="KEY", default="", help=f"which one of {of}, a file of several signatures (edgepipe run --merge writes such; edgepipe inspect lists them)")  # fmt: skip
 

@@ -34,13 +34,14 @@ def test_a_signature_is_compared_with_its_own_file_or_with_itself(tmp_path: Path
     merged, own = tmp_path / "merged.tflite", tmp_path / "own.tflite"
     merged.write_bytes(merged_file())
     own.write_bytes(bucket_files()["length16"])
-    more = ["--device", "null://quiet", "--session", "0.2 s", "--json", "--quiet", "--store", str(tmp_path)]  # fmt: skip
+    more = ["--device", "null://quiet", "--session", "0.2 s", "--weight-cache", "--json", "--quiet", "--store", str(tmp_path)]  # fmt: skip
     for base, expected in ((own, None), (merged, "length16")):
         cli.main(["compare", str(base), str(merged), "--signature", "length16", *more])
         data = json.loads(capsys.readouterr().out)
         context = data["measurements"][0]["context"]
         assert context["model_inputs"] == context["baseline_inputs"]
         assert context["model_inputs"][0]["shape"] == [1, 16, 4, 1]
+        assert context["weight_cache"]
         assert (context["model_signature"], context.get("baseline_signature")) == ("length16", expected)  # fmt: skip
         sized = any("model_bytes" in v["reason"] for v in data["verdicts"])
         assert sized is (
