@@ -40,7 +40,8 @@ def describe_layers(
     """The layers of ``model`` with parameters of their own, in the order in which they run.
 
     MACs are counted from each layer's own input and output: a convolution does (output values) x
-    (inputs per group) x (kernel size). Layers that never run are left out.
+    (inputs per group) x (kernel size), an LSTM or GRU all its matrices at each step. Layers that never
+    run are left out.
     """
     ran: dict[str, int] = {}
     hooks = []
@@ -79,6 +80,11 @@ def describe_layers(
 
 
 def _macs(module: nn.Module, given: tuple[Any, ...], result: Any) -> int:
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):  # each matrix once a step: LSTM, GRU, RNN
+        steps = 1
+        if isinstance(module, nn.RNNBase):  # (T, N, C), (N, T, C) or (T, C)
+            steps = given[0].shape[1 if module.batch_first and given[0].ndim == 3 else 0]
+        return int(steps * sum(p.numel() for p in module.parameters() if p.ndim == 2))
     output = result[0] if isinstance(result, tuple) else result
     weight = getattr(module, "weight", None)
     if not isinstance(output, torch.Tensor) or not isinstance(weight, torch.Tensor) or weight.ndim < 2:  # fmt: skip

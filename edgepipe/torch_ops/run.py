@@ -209,12 +209,16 @@ def count_macs(model: nn.Module, inputs: Sequence[torch.Tensor]) -> int:
     # torch 2.13's counter fails on a parameter that forward takes apart (`for row in self.first`): even
     # without gradients the parts say that they want one, and have nothing to hang its hook on
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    one_dnn = torch.backends.mkldnn.enabled
     try:
+        # its LSTM is one operator, which the counter does not know
+        torch.backends.mkldnn.enabled = False
         for parameter in trained:
             parameter.requires_grad_(False)
         with counter, torch.no_grad():
             model(*inputs)
     finally:
+        torch.backends.mkldnn.enabled = one_dnn
         for parameter in trained:
             parameter.requires_grad_(True)
     return counter.get_total_flops() // 2

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgepipe.torch_ops.result import describe_layers, totals
+from edgepipe.torch_ops.run import count_macs
 
 
 class Mixed(nn.Module):
@@ -37,6 +39,25 @@ def test_layers_are_counted_as_torch_counts_them() -> None:
     by_name = {layer.name: layer for layer in layers}
     assert by_name["head"].bytes == 4 * 5 + 5 * 4
     assert (by_name["conv"].note, by_name["head"].note) == ("halved", "")
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.GRU(6, 5), (7, 1, 6)),
+        (nn.GRU(6, 5, num_layers=2, bidirectional=True, batch_first=True), (1, 7, 6)),
+        (nn.LSTM(6, 5, num_layers=2), (7, 1, 6)),
+        (nn.LSTM(6, 5), (7, 6)),
+        (nn.RNN(6, 5, batch_first=True), (1, 7, 6)),
+        (nn.LSTMCell(6, 5), (1, 6)),
+        (nn.GRUCell(6, 5), (1, 6)),
+    ],
+)
+def test_recurrent_layers_cost_all_their_matrices_at_each_step(layer: nn.Module, shape: tuple[int, ...]) -> None:  # fmt: skip
+    found = totals(describe_layers(layer.eval(), [torch.randn(shape)]))
+    steps = 1 if isinstance(layer, nn.RNNCellBase) else 7
+    assert found["macs"] == steps * sum(p.numel() for n, p in layer.named_parameters() if "weight" in n)  # fmt: skip
+    assert count_macs(layer, [torch.randn(shape)]) == found["macs"]
 
 
 def test_counts_are_for_one_sample_whatever_the_batch() -> None:
