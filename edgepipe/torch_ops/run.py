@@ -212,7 +212,7 @@ def count_macs(model: nn.Module, inputs: Sequence[torch.Tensor]) -> int:
     one_dnn = torch.backends.mkldnn.enabled
     try:
         # its LSTM is one operator, which the counter does not know
-        torch.backends.mkldnn.enabled = False
+        torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
         for parameter in trained:
             parameter.requires_grad_(False)
         with counter, torch.no_grad():
