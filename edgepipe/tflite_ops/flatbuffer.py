@@ -285,8 +285,11 @@ def inline_buffers(content: bytes) -> bytes:
     model = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
     for buffer in model.buffers:
         if buffer.offset > 1:
-            data = content[buffer.offset : buffer.offset + buffer.size]
-            buffer.data, buffer.offset, buffer.size = np.frombuffer(data, np.uint8), 0, 0
+            buffer.data = content[buffer.offset : buffer.offset + buffer.size]
+            buffer.offset = buffer.size = 0
+        # an array is written at once, bytes one by one
+        if isinstance(buffer.data, bytes | bytearray):
+            buffer.data = np.frombuffer(buffer.data, np.uint8)
     return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
 
 
