@@ -164,10 +164,16 @@ def open_samples(
 
 
 def _stream(source: DataSource, specs: Sequence[TensorSpec]) -> SampleStream:
+    states = [spec.name for spec in specs if spec.fed_by]
     specs = data_inputs(specs)
     if not specs:
         raise DataError("the model has no inputs, so there is nothing to load samples for")
     reader = READERS[source.kind](source, specs)
+    if unread := [name for name in states if name in reader.names]:
+        log.warning(
+            "%s: %s is not read: state starts at zero and is carried from step to step",
+            where_text(source), ", ".join(unread),
+        )  # fmt: skip
     for spec in specs:
         if spec.name in reader.shapes and reader.count:
             check_shape(reader.shapes[spec.name], spec, where=where_text(source))

@@ -45,13 +45,15 @@ class Reader:
     """``count`` samples as they are stored: nothing is chosen, scaled or cast yet.
 
     ``read(rows)`` begins anew with each call and gives the samples ``rows``, (k,) ascending, in blocks.
-    ``shapes`` are those of the inputs, (count, ...), where they are known before anything is read.
+    ``shapes`` are those of the inputs, (count, ...), where they are known before anything is read;
+    ``names`` are those of all arrays that there are, used or not, where arrays have names.
     """
 
     count: int
     read: Callable[[np.ndarray], Iterator[Block]]
     classes: tuple[str, ...] = ()
     shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    names: tuple[str, ...] = ()
 
 
 def where_text(source: DataSource) -> str:
@@ -141,7 +143,7 @@ def _npz(source: DataSource, specs: Sequence[TensorSpec]) -> Reader:
             with np.load(path, allow_pickle=False) as whole:
                 arrays = {name: whole[member] for name, member in wanted.items()}
                 labels = whole[source.labels] if has_labels else None
-            return _in_memory(source, arrays, labels)
+            return _in_memory(source, arrays, labels, names)
     shapes = {name: header.shape for name, header in zip(wanted, headers, strict=False)}
     count = _count(source, shapes, headers[-1].shape if has_labels else None)
     intact: set[str] = set()
@@ -164,7 +166,7 @@ def _npz(source: DataSource, specs: Sequence[TensorSpec]) -> Reader:
                         pass
                     intact.add(member)
 
-    return Reader(count, read, source.classes, shapes)
+    return Reader(count, read, source.classes, shapes, tuple(names))
 
 
 def _npy(source: DataSource, specs: Sequence[TensorSpec]) -> Reader:
@@ -190,7 +192,10 @@ def _npy(source: DataSource, specs: Sequence[TensorSpec]) -> Reader:
 
 
 def _in_memory(
-    source: DataSource, arrays: Mapping[str, np.ndarray], labels: np.ndarray | None
+    source: DataSource,
+    arrays: Mapping[str, np.ndarray],
+    labels: np.ndarray | None,
+    names: Iterable[str] = (),
 ) -> Reader:
     shapes = {name: array.shape for name, array in arrays.items()}
     count = _count(source, shapes, None if labels is None else labels.shape)
@@ -202,7 +207,7 @@ def _in_memory(
             inputs = {name: np.asarray(array[part]) for name, array in arrays.items()}
             yield inputs, None if labels is None else np.asarray(labels[part])
 
-    return Reader(count, read, source.classes, shapes)
+    return Reader(count, read, source.classes, shapes, tuple(names))
 
 
 def _count(
@@ -459,6 +464,7 @@ def _python(source: DataSource, specs: Sequence[TensorSpec]) -> Reader:
         raise DataError('data of kind "python" needs a function', hint='function = "file.py:name"')
     result = call_function(source.function, source.root, **source.args)
     labels = None
+    returned: tuple[str, ...] = ()
     if isinstance(result, tuple):
         if len(result) != 2:
             raise DataError(
@@ -476,11 +482,12 @@ def _python(source: DataSource, specs: Sequence[TensorSpec]) -> Reader:
                 hint=f"inputs of the model: {', '.join(spec.name for spec in specs)}",
             )
         arrays = {name: _as_array(result[key], source) for name, key in names.items()}
+        returned = tuple(map(str, result))
     else:
         spec = _only(specs, source, "a function that returns one array")
         arrays = {spec.name: _as_array(result, source)}
     return _in_memory(
-        source, arrays, None if labels is None else _as_array(labels, source, "labels")
+        source, arrays, None if labels is None else _as_array(labels, source, "labels"), returned
     )
 
 

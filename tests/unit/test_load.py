@@ -294,6 +294,23 @@ def test_a_clip_is_a_sequence_of_frames_for_a_model_with_state(tmp_path):
     np.testing.assert_array_equal(found, whole[:, 0] - np.arange(10, dtype=np.float32))
 
 
+@pytest.mark.parametrize("order", "CF")
+@pytest.mark.parametrize("kind", ["npz", "python"])
+def test_an_array_for_a_state_is_not_read_and_that_is_said(tmp_path, caplog, kind, order):
+    x, h = np.zeros((3, 5, 10), order=order), np.ones((3, 8))
+    np.savez(tmp_path / "d.npz", x=x, h=h)
+    np.savez(tmp_path / "without.npz", x=x)
+    (tmp_path / "d.py").write_text("import numpy as np\ndef make(path):\n    return dict(np.load(path))\n")  # fmt: skip
+    specs = [TensorSpec("x", (1, 10)), TensorSpec("h", (1, 8), fed_by="h_next")]
+    for file, told in (("d.npz", True), ("without.npz", False)):
+        path = tmp_path / file
+        options = {"path": path} if kind == "npz" else {"function": "d.py:make", "args": {"path": str(path)}}  # fmt: skip
+        caplog.clear()
+        found = open_samples(DataSource(kind=kind, root=tmp_path, **options), specs).take([0, 1, 2])
+        assert list(found.inputs) == ["x"]
+        assert ("h is not read: state starts at zero" in caplog.text) is told
+
+
 def test_wavs_that_are_no_archive_are_refused(tmp_path):
     path = tmp_path / "clips.zip"
     path.write_bytes(b"PK\x03\x04 and then nothing")
