@@ -62,6 +62,10 @@ PREPARE_ALIKE = (
     " taken from other values"
 )
 
+FLOAT_DOOR = (
+    'input_dtype = "float32", so that 16-bit layers are given the input before it is rounded; or '
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Judged:
@@ -429,7 +433,8 @@ class QuantizeInt8:
                 stage=self.name,
                 hint=PREPARE_ALIKE
                 if judged.doubts
-                else qat_advice(rescue.float_latency_s, steps=_steps(evaluation, artifact)),
+                else (FLOAT_DOOR if rescue.at_door else "")
+                + qat_advice(rescue.float_latency_s, steps=_steps(evaluation, artifact)),
                 code="accuracy",
             )
         for line in (*lines, *rescue.causes):

@@ -11,6 +11,7 @@ doubt the ladder goes on, but not to the last rung, which costs latency.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import logging
@@ -44,6 +45,7 @@ from edgepipe.tflite_ops.rewrite import SPELT_OUT, spell_out
 from edgepipe.tflite_ops.run import open_tflite
 from edgepipe.tflite_ops.sensitivity import (
     Sensitivity,
+    door_noise,
     layer_sensitivity,
     layers_of,
     noise_share,
@@ -65,6 +67,10 @@ CULPRITS_NAMED = 5
 # Channels of one tensor that differ by this much are named as a cause: 255 / 64 = 4 steps are left
 # for the median one.
 WIDE_SPREAD = 64.0
+# 16 bits for more layers are not worth their latency once noise is this near to what all of them leave
+NO_BETTER = 1.1
+# A door of int8 is a cause where it alone leaves more noise than `NEAR`, and this share of all that is left
+DOOR_SHARE = 0.25
 # Layers whose result has the size of what they are given, so that 8 bits there undo 16 around them
 BRIDGES = frozenset(
     {"HARD_SWISH", "MAX_POOL_2D", "PAD", "PADV2", "RELU", "RESHAPE", "SLICE", "SPLIT", "STRIDED_SLICE", "TRANSPOSE"}
@@ -122,8 +128,9 @@ class Plan:
 class Rescue:
     """Where the ladder ended. ``content`` is the int8 file of the last rung that was kept,
     ``float_content`` what it was made from, ``precision`` the layers that are not int8. ``causes`` are sentences about what was
-    wrong with the model, ``culprits`` the layers that would spoil it alone, worst first. ``made`` is how
-    the file of each rung was made, and that file."""
+    wrong with the model, ``culprits`` the layers that would spoil it alone, worst first. ``at_door`` is
+    the noise that int8 inputs alone leave, 0 where it is no cause (`DOOR_SHARE`). ``made`` is how the
+    file of each rung was made, and that file."""
 
     content: bytes
     float_content: bytes
@@ -134,6 +141,7 @@ class Rescue:
     causes: tuple[str, ...]
     culprits: tuple[Sensitivity, ...]
     float_latency_s: float | None = None
+    at_door: float = 0.0
     made: tuple[tuple[Plan, bytes], ...] = ()
 
     @property
@@ -204,6 +212,7 @@ class _Ladder:
         self.causes: list[str] = []
         self.culprits: list[Sensitivity] = []
         self.known_noise: dict[bytes, float] = {}
+        self.known_tables: dict[bytes, dict[str, Mapping[str, Range]]] = {}
         self.judged: dict[bytes, Judgement] = {}
 
     def climb(self, plan: Plan) -> Rescue:
@@ -238,8 +247,9 @@ class _Ladder:
                 dataclasses.replace(rung, latency_s=latency)
                 for rung, latency in zip(rungs, latencies, strict=True)
             )
+        at_door = self._noise_at_door(plan)
         return Rescue(
-            content=made, float_content=plan.content, ranges=plan.ranges, method=plan.method,
+            content=made, at_door=at_door, float_content=plan.content, ranges=plan.ranges, method=plan.method,
             precision=plan.precision, rungs=rungs, causes=tuple(self.causes),
             culprits=tuple(self.culprits), float_latency_s=float_latency,
             made=tuple(self.made),
@@ -250,6 +260,21 @@ class _Ladder:
         best = min(held, key=lambda i: self.rungs[i].noise)
         self.rungs = [dataclasses.replace(r, kept=i == best or (r.kept and i < best)) for i, r in enumerate(self.rungs)]  # fmt: skip
         return self.made[best]
+
+    def _noise_at_door(self, plan: Plan) -> float:
+        """What int8 inputs alone leave, with a cause, where it is much of what is left; else 0."""
+        left = _last_kept(self.rungs).noise
+        if self.doors["input_dtype"] == "float32" or left <= NEAR:
+            return 0.0
+        names = _inputs(parse_model(plan.content, where=self.where).subgraphs[0])
+        noise = door_noise(plan.content, {n: plan.ranges[n] for n in names}, self.few, where=self.where)  # fmt: skip
+        if noise <= max(NEAR, DOOR_SHARE * left):
+            return 0.0
+        self.causes.append(
+            f"int8 at the input ({', '.join(map(repr, names))}) alone leaves noise {noise:.2g}, of {left:.2g} in all:"
+            " no layer can mend it"
+        )
+        return noise
 
     # --- rungs ---
 
@@ -268,17 +293,19 @@ class _Ladder:
 
     def _range_tables(self, plan: Plan) -> dict[str, Mapping[str, Range]]:
         """Method -> its ranges for the plan's float file, with the plan's own among them."""
-        found = collect_ranges(plan.content, self.batches(), where=self.where)
-        limits = found.table()
-        histograms = collect_histograms(plan.content, self.batches(), limits, where=self.where)
-        tables: dict[str, Mapping[str, Range]] = {
-            plan.method: plan.ranges,
-            "min_max": limits,
-            "moving_average": found.averages(),
-        }
-        for method in FROM_HISTOGRAMS:
-            tables[method] = {n: METHODS[method](h) for n, h in histograms.items()}
-        return tables
+        key = hashlib.sha256(plan.content).digest()
+        if key not in self.known_tables:
+            found = collect_ranges(plan.content, self.batches(), where=self.where)
+            limits = found.table()
+            histograms = collect_histograms(plan.content, self.batches(), limits, where=self.where)
+            tables: dict[str, Mapping[str, Range]] = {
+                "min_max": limits,
+                "moving_average": found.averages(),
+            }
+            for method in FROM_HISTOGRAMS:
+                tables[method] = {n: METHODS[method](h) for n, h in histograms.items()}
+            self.known_tables[key] = tables
+        return {plan.method: plan.ranges, **self.known_tables[key]}
 
     def _equalised(self, plan: Plan, made: bytes) -> tuple[Plan, bytes]:
         before = channel_statistics(plan.content, self.batches(), where=self.where)
@@ -330,6 +357,9 @@ class _Ladder:
 
     def _mixed(self, plan: Plan, made: bytes) -> tuple[Plan, bytes]:
         tables = self._range_tables(plan)
+        # before layers that add next to nothing a door needs the range that is best for itself
+        doors = self._door_ranges(plan.content, tables)
+        tables = {method: {**table, **doors} for method, table in tables.items()}
         ranked = layer_sensitivity(plan.content, plan.ranges, self.few, where=self.where)
         self.culprits = [s for s in ranked if s.noise > CULPRIT][:CULPRITS_NAMED] or ranked[:1]
         # those that were not looked at come last
@@ -350,6 +380,17 @@ class _Ladder:
                 return last
         return plan, made
 
+    def _door_ranges(
+        self, content: bytes, tables: Mapping[str, Mapping[str, Range]]
+    ) -> dict[str, Range]:
+        """For each input the range that leaves outputs nearest to float while all else is in float."""
+
+        def noise(name: str, method: str) -> float:
+            return door_noise(content, {name: tables[method][name]}, self.few, where=self.where)
+
+        names = _inputs(parse_model(content, where=self.where).subgraphs[0])
+        return {n: tables[min(tables, key=functools.partial(noise, n))][n] for n in names}
+
     def _fewest(
         self,
         plan: Plan,
@@ -357,59 +398,98 @@ class _Ladder:
         ranked: Sequence[str],
         tables: Mapping[str, Mapping[str, Range]],
     ) -> tuple[Plan, bytes] | None:
-        """The fewest of the worst layers that hold, found by doubling and halving; else all of them.
+        """The fewest of the worst layers that hold, or that are as near to float as all of them would
+        be (`NO_BETTER`), found by doubling and halving. None where no such file can be made."""
+        bare: dict[int, tuple[Plan, bytes] | None] = {}
+        corrected: dict[int, bytes] = {}
+
+        def near(count: int) -> float:
+            if count not in bare:
+                bare[count] = self._widened(plan, kind, ranked[:count], tables)
+            found = bare[count]
+            return self._noise(found[1]) if found else float("inf")
+
+        def content(count: int) -> bytes:
+            if count not in corrected:
+                found = bare[count]
+                assert found is not None
+                corrected[count] = self._corrected(*found)
+            return corrected[count]
+
+        all_left = near(len(ranked))
+        enough = NO_BETTER * all_left if all_left < float("inf") else 0.0
+
+        def is_enough(count: int) -> bool:
+            left = near(count)
+            if left == float("inf"):
+                return False
+            log.debug("%d layers in %s: noise %.4f, all leave %.4f", count, kind, left, all_left)
+            return left <= enough or self._holds(content(count))
+
+        count = 1
+        while not is_enough(count):
+            if count == len(ranked):
+                return None
+            count = min(2 * count, len(ranked))
+        low, high = count // 2, count  # low is not enough
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if is_enough(middle) else (middle, high)
+        found = bare[high]
+        assert found is not None
+        if not self._holds(content(high)) and high < len(ranked):
+            self.causes.append(
+                f"noise is {near(high):.2g} with {high} layer(s) in {kind} and {all_left:.2g} with all {len(ranked)}:"
+                " more would only cost latency"
+            )
+        return found[0], content(high)
+
+    def _widened(
+        self,
+        plan: Plan,
+        kind: Precision,
+        layers: Sequence[str],
+        tables: Mapping[str, Mapping[str, Range]],
+    ) -> tuple[Plan, bytes] | None:
+        """The plan with these layers wide, before biases are corrected; None where the quantiser has
+        no such form of one of them.
 
         With 16 bits there is no need to clip: tensors between such layers get their whole range. The
         others, which 8 bits have to hold as well, get the best of ``tables``.
         """
+        source, spelt = plan.content, dict[str, Range]()
+        if kind == "int16":
+            layers = with_bridges(parse_model(source, where=self.where).subgraphs[0], layers)
+            source, spelt = spell_out(source, layers, where=self.where)
+        graph = parse_model(source, where=self.where).subgraphs[0]
+        precision = {**plan.precision, **dict.fromkeys((*layers, *spelt), kind)}
         limits = tables["min_max"]
-        tried: dict[int, tuple[Plan, bytes]] = {}
-        whole_graph = parse_model(plan.content, where=self.where).subgraphs[0]
-
-        def holds(count: int) -> bool:
-            layers, source = list(ranked[:count]), plan.content
-            spelt: dict[str, Range] = {}
-            if kind == "int16":
-                layers = with_bridges(whole_graph, layers)
-                source, spelt = spell_out(source, layers, where=self.where)
-            graph = parse_model(source, where=self.where).subgraphs[0]
-            precision = {**plan.precision, **dict.fromkeys((*layers, *spelt), kind)}
-            whole = {
-                name: limits[name] for name in tensors_between(graph, precision) if name in limits
-            }
-            made: list[tuple[Plan, bytes]] = []
-            for method, table in tables.items():
-                ranges = {**table, **whole, **spelt}
-                new = dataclasses.replace(plan, content=source, precision=precision, ranges=ranges, method=method)  # fmt: skip
-                try:
-                    made.append((new, self._make(new)))
-                except StageError as exc:  # the quantiser has no such form of one of them
-                    log.info("%d layers in %s: %s", count, kind, exc.message)
-                    return False
-            tried[count] = min(made, key=lambda m: self._noise(m[1]))
-            content = tried[count][1]
-            log.debug("%d layers in %s: %+.2f points lost", len(layers), kind, self._judge(content).drop_points)  # fmt: skip
-            return self._holds(content)
-
-        count = 1
-        while not holds(count):
-            if count == len(ranked):
-                return tried.get(count)
-            count = min(2 * count, len(ranked))
-        low, high = count // 2, count  # low does not hold
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if holds(middle) else (middle, high)
-        return tried[high]
+        whole = {n: limits[n] for n in tensors_between(graph, precision) if n in limits}
+        made: list[tuple[Plan, bytes]] = []
+        for method, table in tables.items():
+            ranges = {**table, **whole, **spelt}
+            new = dataclasses.replace(plan, content=source, precision=precision, ranges=ranges, method=method)  # fmt: skip
+            try:
+                made.append((new, self._bare(new)))
+            except StageError as exc:
+                log.info("%d layers in %s: %s", len(layers), kind, exc.message)
+                return None
+        return min(made, key=lambda m: self._noise(m[1]))
 
     # --- what they share ---
 
     def _make(self, plan: Plan) -> bytes:
+        return self._corrected(plan, self._bare(plan))
+
+    def _bare(self, plan: Plan) -> bytes:
         made = quantize(plan.content, plan.ranges, precision=plan.precision, where=self.where, **self.doors)  # fmt: skip
         check_full_integer(made, allow_float=self.allow_float, where=self.where)
-        if plan.corrected:
-            made, _ = correct_biases(plan.unrounded or plan.content, made, self.few, where=self.where)  # fmt: skip
         return made
+
+    def _corrected(self, plan: Plan, bare: bytes) -> bytes:
+        if not plan.corrected:
+            return bare
+        return correct_biases(plan.unrounded or plan.content, bare, self.few, where=self.where)[0]
 
     def _noise(self, content: bytes) -> float:
         key = hashlib.sha256(content).digest()
@@ -474,6 +554,10 @@ class _Ladder:
                 f"{layers[name]} {name!r}: its largest channel is {spread:.0f} times the median one,"
                 f" which is left {255 / spread:.1f} of 255 steps"
             )
+
+
+def _inputs(graph: Subgraph) -> list[str]:
+    return [graph.tensors[i].name for i in graph.inputs if graph.tensors[i].is_float]
 
 
 def _last_kept(rungs: Sequence[Rung]) -> Rung:

@@ -26,7 +26,12 @@ from edgepipe.tflite_ops.quantize import collect_ranges, quantize
 from edgepipe.tflite_ops.run import dequantize as to_real
 from edgepipe.tflite_ops.run import open_tflite
 from edgepipe.tflite_ops.run import quantize as to_stored
-from edgepipe.tflite_ops.sensitivity import layer_sensitivity, noise_share, outputs_of
+from edgepipe.tflite_ops.sensitivity import (
+    door_noise,
+    layer_sensitivity,
+    noise_share,
+    outputs_of,
+)
 
 from .hostile_nets import RELU, dead_batch_norm, detector_head, wide_swish
 from .tflite_builder import Graph
@@ -415,3 +420,49 @@ def test_layers_go_into_float_only_where_their_operator_may():
     assert rescue.held
     assert dict(rescue.precision) == {"both": "float"}
     assert dataclasses.asdict(rescue.rungs[-1])["name"] == "mixed"
+
+
+def heavy_tailed(n=48, seed=0):
+    generator = np.random.default_rng(seed)
+    samples = generator.exponential(0.1, (n, 6, 6, 3)) + 200 * (
+        generator.random((n, 6, 6, 3)) > 0.999
+    )
+    return [[x[None].astype(np.float32)] for x in samples]
+
+
+def test_noise_at_the_door_is_that_of_rounding_the_input_and_nothing_else():
+    content, data = chain(spread=1), heavy_tailed()
+    (limits,) = [(min(x.min() for (x,) in data), max(x.max() for (x,) in data))]
+    low, high = min(float(limits[0]), 0.0), float(limits[1])
+    step = (high - low) / 255
+    # the same by hand: zero is the lowest value that is stored
+    rounded = [[(np.rint(x / step) * step).astype(np.float32)] for (x,) in data]
+    expected = outputs_of(content, data, where="m")
+    by_hand = noise_share(expected, outputs_of(content, rounded, where="m"))
+    assert by_hand > NEAR
+    assert door_noise(content, {"x": (low, high)}, data, where="m") == pytest.approx(by_hand, rel=1e-4)  # fmt: skip
+    assert door_noise(content, {}, data, where="m") == 0
+
+
+def spoilt(content, data, door):
+    table = collect_ranges(content, data, where="m").table()
+    return climb(
+        content, table, "min_max", batches=lambda: iter(data), judge=lambda content: Judgement(0.5, 50.0, 10),
+        where="m", max_drop=1.0, input_dtype=door, output_dtype="float32", allow_float=(), round_weights=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("door", ["int8", "float32"])
+def test_an_int8_input_that_spoils_the_model_alone_is_named_as_a_cause(door):
+    rescue = spoilt(chain(spread=1), heavy_tailed(), door)
+    named = [cause for cause in rescue.causes if "int8 at the input ('x')" in cause]
+    assert (rescue.at_door > NEAR, len(named)) == ((True, 1) if door == "int8" else (False, 0))
+
+
+def test_16_bits_stop_where_more_layers_leave_no_less_noise():
+    content = chain(spread=1, between="sigmoid", activation=RELU6)
+    rescue = spoilt(content, heavy_tailed(), "int8")
+    assert rescue.rungs[-1].name == "mixed"
+    # what the input's rounding leaves, no layer mends
+    assert len(rescue.made[-1][0].precision) < 3
+    assert any("with all 3: more would" in cause for cause in rescue.causes)
