@@ -100,7 +100,7 @@ class QuantizeInt8:
 
     With ``max_drop``, like ``"1 point"``, the stage climbs a ladder (`tflite_ops.ladder`) until the
     int8 file loses no more of ``metric`` on the data set ``evaluate``: plain, other ranges,
-    equalisation, bias correction, learned rounding, 16 bits (or float, where ``allow_float`` lets it)
+    equalisation, ranges tensor by tensor, bias correction, learned rounding, 16 bits (or float, where ``allow_float`` lets it)
     for the fewest layers. If no rung holds it is an error that names the layers at fault.
     """
 

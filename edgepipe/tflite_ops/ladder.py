@@ -1,6 +1,6 @@
 """The rescue ladder: from plain int8, rung by rung, to the first file that keeps its accuracy.
 
-1 plain  2 ranges  3 equalise and repair  4 bias  5 rounding  6 mixed precision. Within a rung the
+1 plain  2 ranges  3 equalise and repair  4 tensors  5 bias  6 rounding  7 mixed precision. Within a rung the
 candidate wins whose outputs are nearest to the float model's on calibration data: the best score of
 many is often luck, and what lies near float stays near on other data. It is then judged by the
 caller, on other data and on the exported file. If it is better (`is_better`) the next rung builds
@@ -69,12 +69,19 @@ CULPRITS_NAMED = 5
 WIDE_SPREAD = 64.0
 # 16 bits for more layers are not worth their latency once noise is this near to what all of them leave
 NO_BETTER = 1.1
+# Tensors whose range is chosen one by one, the first of the graph: what they lose goes through all others
+TENSORS = 24
+# Ranges whose ends differ by less than this share of their width are the same
+ALIKE = 0.02
+BY_TENSOR = "by tensor"
 # A door of int8 is a cause where it alone leaves more noise than `NEAR`, and this share of all that is left
 DOOR_SHARE = 0.25
 # Layers whose result has the size of what they are given, so that 8 bits there undo 16 around them
 BRIDGES = frozenset(
     {"HARD_SWISH", "MAX_POOL_2D", "PAD", "PADV2", "RELU", "RESHAPE", "SLICE", "SPLIT", "STRIDED_SLICE", "TRANSPOSE"}
 )  # fmt: skip
+# Layers of the same scale before and behind
+ONE_SCALE = BRIDGES - {"HARD_SWISH", "RELU"}
 # 100 * (0.53 - 0.52) is 1.0000000000000009 points, which is a drop of 1
 ROUNDING = 1e-9
 # Of each file's latency, as many inferences as fit into a share of a second, in turns.
@@ -216,7 +223,14 @@ class _Ladder:
         self.judged: dict[bytes, Judgement] = {}
 
     def climb(self, plan: Plan) -> Rescue:
-        steps = (self._better_ranges, self._equalised, self._bias, self._rounded, self._mixed)
+        steps = (
+            self._better_ranges,
+            self._equalised,
+            self._by_tensor,
+            self._bias,
+            self._rounded,
+            self._mixed,
+        )
         try:
             made = self._step("plain", f"int8 with {plan.method} ranges", plan)
         except StageError as exc:
@@ -333,6 +347,39 @@ class _Ladder:
         if best[0].content == content:
             did = did[:1]
         return self._accept("equalise", ", ".join(did) + f", {best[0].method} ranges", best[0], plan, made, content=best[1])  # fmt: skip
+
+    def _by_tensor(self, plan: Plan, made: bytes) -> tuple[Plan, bytes]:
+        """Ranges tensor by tensor in order of execution, each by the method that leaves outputs nearest
+        to float while all behind it is in float, whose noise would hide its own."""
+        tables = self._range_tables(plan)
+        graph = parse_model(plan.content, where=self.where).subgraphs[0]
+        ranges = {**plan.ranges, **self._door_ranges(plan.content, tables)}
+        behind = layers_of(graph)
+        looked = 0
+        for name in list(behind):
+            operator = behind.pop(name)
+            options = unlike([table[name] for table in tables.values()])
+            if len(options) == 1 or operator in ONE_SCALE or name in plan.precision:
+                continue
+            precision = {**dict.fromkeys(behind, "float"), **plan.precision}
+
+            def noise(option: Range, name: str = name, precision: Any = precision) -> float:
+                alone = quantize(
+                    plan.content, {**ranges, name: option}, precision=precision, where=self.where,
+                    input_dtype=self.doors["input_dtype"], output_dtype="float32",
+                )  # fmt: skip
+                return noise_share(self.expected, outputs_of(alone, self.few, where=self.where))
+
+            ranges[name] = min(options, key=noise)
+            looked += 1
+            if looked == TENSORS:
+                break
+        changed = sum(ranges[n] != plan.ranges[n] for n in ranges)
+        if not changed:
+            log.info("rung tensors: %s ranges are the nearest for each of them", plan.method)
+            return plan, made
+        new = dataclasses.replace(plan, ranges=ranges, method=BY_TENSOR)
+        return self._accept("tensors", f"ranges of {changed} tensors by other methods than {plan.method}", new, plan, made)  # fmt: skip
 
     def _bias(self, plan: Plan, made: bytes) -> tuple[Plan, bytes]:
         # with all ranges: what the nearest of them clips, biases may mend in a wider or narrower one
@@ -558,6 +605,15 @@ class _Ladder:
 
 def _inputs(graph: Subgraph) -> list[str]:
     return [graph.tensors[i].name for i in graph.inputs if graph.tensors[i].is_float]
+
+
+def unlike(options: Sequence[Range]) -> list[Range]:
+    """``options`` without those that are as good as an earlier one (`ALIKE`)."""
+    kept: list[Range] = []
+    for low, high in options:
+        if all(max(abs(low - a), abs(high - b)) > ALIKE * (b - a) for a, b in kept):
+            kept.append((low, high))
+    return kept
 
 
 def _last_kept(rungs: Sequence[Rung]) -> Rung:

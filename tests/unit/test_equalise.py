@@ -20,6 +20,7 @@ from edgepipe.tflite_ops.ladder import (
     climb,
     is_better,
     tensors_between,
+    unlike,
     with_bridges,
 )
 from edgepipe.tflite_ops.quantize import collect_ranges, quantize
@@ -296,7 +297,7 @@ def within(low, high):
 
 def test_a_drop_that_may_be_luck_is_climbed_past_as_far_as_that_costs_no_latency():
     rescue = climbed(wide_swish(), within(-3.0, 3.0))
-    assert [r.name for r in rescue.rungs] == ["plain", "ranges", "equalise", "bias"]
+    assert [r.name for r in rescue.rungs] == ["plain", "ranges", "equalise", "tensors", "bias"]
     assert all(r.held and not r.sure for r in rescue.rungs)
     assert rescue.held
     assert rescue.result.noise == min(r.noise for r in rescue.rungs) > NEAR
@@ -466,3 +467,38 @@ def test_16_bits_stop_where_more_layers_leave_no_less_noise():
     # what the input's rounding leaves, no layer mends
     assert len(rescue.made[-1][0].precision) < 3
     assert any("with all 3: more would" in cause for cause in rescue.causes)
+
+
+def two_tails():
+    """Two branches of small values (channel 0) and rare hundreds (channel 1): "y1" is of the small, "y2" of the rare."""
+    g = Graph()
+    x = g.input("x", (1, 6, 6, 2))
+    ends = []
+    for name, of in (("a", [[1, 0]]), ("b", [[0, 1]])):
+        y = g.conv(x, np.array([[[[3, 0]]], [[[0, 100]]]], np.float32), np.zeros(2, np.float32), name, (1, 6, 6, 2))  # fmt: skip
+        y = g.op("HARD_SWISH", [y], f"{name}/swish", (1, 6, 6, 2))
+        weights = np.array(of, np.float32)[:, None, None, :]
+        ends.append(g.conv(y, weights, np.zeros(1, np.float32), f"{name}/y", (1, 6, 6, 1)))
+    generator = np.random.default_rng(0)
+    samples = np.stack(
+        [generator.random((48, 6, 6)), generator.random((48, 6, 6)) > 0.998], axis=-1
+    )
+    return g.bytes(ends), [[sample[None].astype(np.float32)] for sample in samples]
+
+
+def test_ranges_are_chosen_tensor_by_tensor_where_no_method_fits_all():
+    content, data = two_tails()
+    rescue = spoilt(content, data, "int8")
+    rungs = {r.name: (r, plan) for r, (plan, _) in zip(rescue.rungs, rescue.made, strict=True)}
+    rung, plan = rungs["tensors"]
+    assert plan.method == "by tensor"
+    assert plan.ranges["a"][1] < 20 < 99 < plan.ranges["b"][1]
+    assert plan.ranges["a/swish"][1] < 20 < 99 < plan.ranges["b/swish"][1]
+    before = next(r for r in reversed(rescue.rungs[: rescue.rungs.index(rung)]) if r.kept)
+    assert rung.noise < before.noise / 3
+    assert "tensors by other methods" in rung.did
+
+
+def test_ranges_that_are_as_good_as_another_are_not_tried():
+    assert unlike([(0, 100), (1, 99), (0, 90), (0.5, 90.5)]) == [(0, 100), (0, 90)]
+    assert unlike([(0, 0), (0, 0), (0, 1)]) == [(0, 0), (0, 1)]
