@@ -347,7 +347,7 @@ class Interpreter:
         )
         # names of operators are told of the main graph only; a resource's handle has this type
         self.stateful = any(
-            interpreter._interpreter.TensorType(index, graph) is self.numpy.object_
+            self._type_of(index) is self.numpy.object_
             for index in range(interpreter._interpreter.NumTensors(graph))
         )
         self.delegated = None
@@ -361,6 +361,12 @@ class Interpreter:
             return lambda: base.tensor(base, index, graph)
 
         self.call, self.view = call, view
+
+    def _type_of(self, index):
+        try:
+            return self.interpreter._interpreter.TensorType(index, self.graph)
+        except ValueError:  # a kernel's scratch tensor that it has no use for has none
+            return None
 
     def _describe(self, detail):
         dtype = self.numpy.dtype(detail["dtype"])

@@ -25,9 +25,11 @@ from hypothesis import strategies as st
 from edgepipe.payload import payload_files
 from edgepipe.resources import target_dir
 from edgepipe.runtime import runtime_library
+from edgepipe.tflite_ops.merge import merge_signatures
 from edgepipe.tflite_ops.tiny import (
     counting_tflite,
     crashing_tflite,
+    op_chain_tflite,
     stateful_tflite,
     tiny_tflite,
 )
@@ -401,6 +403,19 @@ def test_the_main_graph_is_what_its_signature_is(tmp_path: Path, backend: str) -
     second = one_counts(main="plain")  # where it is not the first signature
     assert measured(second) == measured(second, signatures={"model": "plain"})
     assert measured(second) != measured(second, signatures={"model": "counts"})
+
+
+@pytest.mark.parametrize("backend", RUNTIMES)
+def test_a_signature_runs_whatever_scratch_tensors_its_kernels_leave_unused(
+    tmp_path: Path, backend: str
+) -> None:
+    # a dense layer's builtin kernel has some that get no type
+    files = {f"dense{n}": op_chain_tflite("dense", repeats=n) for n in (1, 2)}
+    signatures = {"model": "dense2"}
+    of_it = make_spec(tmp_path, "latency", merge_signatures(files), backend, kernel="builtin", signatures=signatures)  # fmt: skip
+    found = work(of_it)["arms"]["model"]
+    alone = work(make_spec(tmp_path, "latency", files["dense2"], backend, kernel="builtin"))["arms"]["model"]  # fmt: skip
+    assert found["output_sha256"] == alone["output_sha256"]
 
 
 @pytest.mark.parametrize("backend", RUNTIMES)
