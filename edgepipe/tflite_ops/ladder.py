@@ -355,6 +355,8 @@ class _Ladder:
         graph = parse_model(plan.content, where=self.where).subgraphs[0]
         ranges = {**plan.ranges, **self._door_ranges(plan.content, tables)}
         behind = layers_of(graph)
+        # so many choices are fitted to few samples
+        expected = outputs_of(self.original, self.many, where=self.where)
         looked = 0
         for name in list(behind):
             operator = behind.pop(name)
@@ -368,7 +370,7 @@ class _Ladder:
                     plan.content, {**ranges, name: option}, precision=precision, where=self.where,
                     input_dtype=self.doors["input_dtype"], output_dtype="float32",
                 )  # fmt: skip
-                return noise_share(self.expected, outputs_of(alone, self.few, where=self.where))
+                return noise_share(expected, outputs_of(alone, self.many, where=self.where))
 
             ranges[name] = min(options, key=noise)
             looked += 1
