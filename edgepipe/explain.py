@@ -68,6 +68,8 @@ def explain(gate: Gate, verdict: Verdict, measurements: Mapping[str, Measurement
         return (*answers_that_differ(measurements), *doubts_of_data(measurements), *classes_that_lost(measurements), *layers_that_lost(measurements))  # fmt: skip
     if name == "task_metric" and (known := float_score(verdict, measurements)):
         return known
+    if name == "accuracy_drop" and (known := float_drop(verdict, measurements)):
+        return (*known, *doubts_of_data(measurements), *classes_that_lost(measurements))
     if name in ("accuracy_drop", "task_metric", "parity"):
         return (*doubts_of_data(measurements), *classes_that_lost(measurements), *layers_that_lost(measurements))  # fmt: skip
     if name == "full_integer":
@@ -285,6 +287,16 @@ def float_score(verdict: Verdict, measurements: Mapping[str, Measurement]) -> tu
     if verdict.limit is None or score >= verdict.limit:
         return ()
     return (f"the float file it was made from reaches {score:.4g} on the same data: look at its training, at the labels and their order, not at its precision",)  # fmt: skip
+
+
+def float_drop(verdict: Verdict, measurements: Mapping[str, Measurement]) -> tuple[str, ...]:
+    """That the float file loses more than is allowed, too, where it does: no layer of int8 is to blame."""
+    found = [measurements.get(f"task_metric_{name}") for name in ("reference", "float")]
+    reference, score = (m.samples[0][0] if m is not None else math.nan for m in found)
+    lost = 100 * (reference - score)
+    if verdict.limit is None or not lost > verdict.limit:
+        return ()
+    return (f"the float file it was made from loses {lost:.4g} points on the same data: look at the stages before int8, not at its precision",)  # fmt: skip
 
 
 def answers_that_differ(measurements: Mapping[str, Measurement]) -> tuple[str, ...]:

@@ -132,6 +132,11 @@ def test_no_layer_is_blamed_where_the_float_file_fails_as_well() -> None:
         found = {m.metric: m for m in (single("task_metric", "", 0.05, layers), single("task_metric_float", "", score, {}))}  # fmt: skip
         (line,) = explain(TaskMetricGate(min=0.7), verdict, found)
         assert said in line
+    verdict = Verdict("accuracy_drop", Status.FAIL, "", value=25.0, limit=3.0)
+    for score, said in ((0.74, "float file it was made from loses 25 points"), (0.98, "7.0 dB")):
+        known = (single("accuracy_drop", "points", 25, layers), single("task_metric_reference", "", 0.99, {}), single("task_metric_float", "", score, {}))  # fmt: skip
+        (line,) = explain(AccuracyDropGate(max=3.0), verdict, {m.metric: m for m in known})
+        assert said in line
 
 
 def test_a_device_that_computes_otherwise_is_told_from_a_model_that_lost() -> None:
