@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-sessions", type=int, metavar="N", help="give up after so many latency sessions, 3 at least (default: 12)")  # fmt: skip
     add_weight_cache_argument(parser)
     add_samples_argument(parser)
-    add_signature_argument(parser, of="CANDIDATE (and of BASE, if it has it)")
+    add_signature_argument(parser, of="CANDIDATE and BASE, or of the one that has it")
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
@@ -60,10 +60,13 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from edgepipe.tflite_ops.flatbuffer import signature_graphs
 
     options = measure_options(args, command="compare")
-    candidate = tflite_model(args.candidate, signature=args.signature)
-    # the same of the base; or all of it, where the candidate is to stand for a file of its own
-    shared = args.signature if args.signature in signature_graphs(args.base) else ""
-    base = tflite_model(args.base, signature=shared)
+    # of both; or of one, where the other is a file of its own
+    keys = [args.signature if args.signature in signature_graphs(path) else "" for path in (args.base, args.candidate)]  # fmt: skip
+    keys = keys if any(keys) else [args.signature] * 2  # refused, if it says anything
+    base, candidate = (
+        tflite_model(path, signature=key)
+        for path, key in zip((args.base, args.candidate), keys, strict=True)
+    )
     targets = find_targets(args)
     samples = read_samples(args, args.candidate)
 

@@ -52,6 +52,17 @@ def test_a_signature_is_compared_with_its_own_file_or_with_itself(tmp_path: Path
         "size: this model is one signature (length16) of a file of several"
         in capsys.readouterr().out
     )
+    # the other way round, too: from one file for all to a file of its own
+    assert (
+        cli.main(["compare", str(merged), str(own), "--signature", "length16", *more])
+        == EXIT_NOT_READY
+    )
+    context = json.loads(capsys.readouterr().out)["measurements"][0]["context"]
+    assert (context.get("model_signature", ""), context["baseline_signature"]) == ("", "length16")
+    assert (
+        cli.main(["compare", str(merged), str(own), "--signature", "nope", *more]) == EXIT_REQUEST
+    )
+    assert "it has: length8, length16, length4" in capsys.readouterr().out
     assert cli.main(["compare", str(merged), str(own), *more]) == EXIT_REQUEST
     assert "which-signature" in capsys.readouterr().out
 
