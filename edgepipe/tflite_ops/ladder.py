@@ -213,6 +213,8 @@ class _Ladder:
         step, wide = max(1, total // COMPARED), max(1, total // LEARNED_FROM)
         self.few = list(itertools.islice(batches(), 0, COMPARED * step, step))
         self.many = list(itertools.islice(batches(), 0, LEARNED_FROM * wide, wide))
+        # `few` are to tell whether what was fitted to these is nearer on others, too
+        self.others = [b for i, b in enumerate(self.many) if (i * wide) % step] or self.few
         self.expected = outputs_of(original, self.few, where=where)
         self.rungs: list[Rung] = []
         self.made: list[tuple[Plan, bytes]] = []
@@ -355,8 +357,7 @@ class _Ladder:
         graph = parse_model(plan.content, where=self.where).subgraphs[0]
         ranges = {**plan.ranges, **self._door_ranges(plan.content, tables)}
         behind = layers_of(graph)
-        # so many choices are fitted to few samples
-        expected = outputs_of(self.original, self.many, where=self.where)
+        expected = outputs_of(self.original, self.others, where=self.where)
         looked = 0
         for name in list(behind):
             operator = behind.pop(name)
@@ -370,7 +371,7 @@ class _Ladder:
                     plan.content, {**ranges, name: option}, precision=precision, where=self.where,
                     input_dtype=self.doors["input_dtype"], output_dtype="float32",
                 )  # fmt: skip
-                return noise_share(expected, outputs_of(alone, self.many, where=self.where))
+                return noise_share(expected, outputs_of(alone, self.others, where=self.where))
 
             ranges[name] = min(options, key=noise)
             looked += 1
