@@ -173,9 +173,10 @@ def load_recipe(path: Path, bucket: Mapping[str, int] | None = None) -> Recipe:
         for profile in profiles_of(stage) if stage else ():
             if profile not in known_profiles:
                 problems.append(f"[[stages]] {number} ({stage.name}): unknown profile {profile!r}{near_miss(profile, list(known_profiles))} (`edgepipe devices list` shows them)")  # fmt: skip
-    _check_streaming(stages, problems)
+    streaming = 0 if model is not None and model.state else _streaming_stage(stages)
+    _check_streaming(stages, streaming, problems)
     _check_state(model, evaluate, data, stages, problems)
-    _check_evaluation(evaluate, known_data, stages, gates, root, problems)
+    _check_evaluation(evaluate, known_data, stages, streaming, gates, root, problems)
     if any(gate and gate.scope == "device" for gate in gates) and not devices:
         problems.append("devices: some gates need a device, but none is named")
     if problems:
@@ -430,9 +431,8 @@ def _streaming_stage(stages: list[Any]) -> int:
     return next((n for n, stage in enumerate(stages, 1) if getattr(stage, "streaming", False)), 0)
 
 
-def _check_streaming(stages: list[Any], problems: list[str]) -> None:
+def _check_streaming(stages: list[Any], streaming: int, problems: list[str]) -> None:
     """Stages that run samples through a streaming model would see states that it never has in use."""
-    streaming = _streaming_stage(stages)
     for number, stage in enumerate(stages, 1):
         if stage and streaming and number > streaming:
             what = STREAMING.format(cannot="no ranges can be taken of it")
@@ -453,10 +453,12 @@ def _check_state(
     for number, stage in enumerate(stages, 1):
         if not state and getattr(stage, "back_steps", None):
             problems.append(f"[[stages]] {number} ({stage.name}): back_steps: the model has no [model.state], so there is one step")  # fmt: skip
+        if state and getattr(stage, "streaming", False):
+            problems.append(f"[[stages]] {number} ({stage.name}): streaming is for state inside the file, and [model.state] wires this model's: leave streaming out")  # fmt: skip
 
 
 def _check_evaluation(
-    evaluate: EvaluateOptions | None, known_data: set[str], stages: list[Any],
+    evaluate: EvaluateOptions | None, known_data: set[str], stages: list[Any], streaming: int,
     gates: list[Any], root: Path, problems: list[str],
 ) -> None:  # fmt: skip
     needed = [g.name for g in gates if g and g.name in NEEDS_EVALUATION]
@@ -471,7 +473,6 @@ def _check_evaluation(
                 f"[evaluate] data = {evaluate.data!r} is the calibration set of [[stages]] {number}: a"
                 " model fits the data that its ranges were taken from; name a set of its own"
             )
-    streaming = _streaming_stage(stages)
     if streaming:
         problems.append(
             f"[evaluate]: the model of [[stages]] {streaming} {STREAMING.format(cannot='nothing can be evaluated')} ({EXPLICIT})"

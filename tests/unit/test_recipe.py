@@ -227,6 +227,12 @@ def test_a_recipe_whose_state_is_wired_wrongly_is_refused(folder: Path) -> None:
         load_recipe(write(folder, GOOD.replace('"export_onnx"', '"finetune"\nback_steps = 3', 1)))
 
 
+def test_state_that_is_wired_is_not_streamed_as_well(folder: Path) -> None:
+    with pytest.raises(RecipeError, match="leave streaming out") as caught:
+        load_recipe(write(folder, STATE.replace('"to_tflite"', '"to_tflite"\nstreaming = true')))
+    assert "h_next" not in caught.value.message
+
+
 # --- buckets
 
 
