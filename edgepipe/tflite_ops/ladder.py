@@ -251,7 +251,9 @@ class _Ladder:
         for step in steps:
             last = _last_kept(self.rungs)
             # a doubt is worth climbing for, but not the latency of 16 bits
-            if last.held and (last.sure or step == self._mixed):
+            if last.held and last.sure:
+                break
+            if step == self._mixed and any(rung.held for rung in self.rungs):
                 break
             plan, made = step(plan, made)
         if not _last_kept(self.rungs).held and any(r.held for r in self.rungs):
