@@ -162,6 +162,7 @@ def test_what_was_interrupted_has_no_evidence_for_the_buckets_that_were_left_out
     assert [row[0] for row in table] == ["length=4", "length=8", "length=16"]
 
 
+@pytest.mark.slow
 def test_all_buckets_are_merged_into_one_file_with_a_signature_each(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -258,6 +258,7 @@ def test_ranges_are_those_nearest_to_float_not_the_best_of_many_scores():
     assert rescue.rungs[1].noise < rescue.rungs[0].noise
 
 
+@pytest.mark.slow
 def test_biases_of_rounded_weights_are_corrected_to_the_float_model_as_it_was():
     net = wide_swish()
 
@@ -295,6 +296,7 @@ def within(low, high):
     return lambda content: Judgement(0.9, 0.0, 100, (low, high))
 
 
+@pytest.mark.slow
 def test_a_drop_that_may_be_luck_is_climbed_past_as_far_as_that_costs_no_latency():
     rescue = climbed(wide_swish(), within(-3.0, 3.0))
     assert [r.name for r in rescue.rungs] == ["plain", "ranges", "equalise", "tensors", "bias"]
@@ -454,6 +456,7 @@ def spoilt(content, data, door):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("door", ["int8", "float32"])
 def test_an_int8_input_that_spoils_the_model_alone_is_named_as_a_cause(door):
     rescue = spoilt(chain(spread=1), heavy_tailed(), door)
@@ -461,6 +464,7 @@ def test_an_int8_input_that_spoils_the_model_alone_is_named_as_a_cause(door):
     assert (rescue.at_door > NEAR, len(named)) == ((True, 1) if door == "int8" else (False, 0))
 
 
+@pytest.mark.slow
 def test_16_bits_stop_where_more_layers_leave_no_less_noise():
     content = chain(spread=1, between="sigmoid", activation=RELU6)
     rescue = spoilt(content, heavy_tailed(), "int8")
@@ -487,6 +491,7 @@ def two_tails():
     return g.bytes(ends), [[sample[None].astype(np.float32)] for sample in samples]
 
 
+@pytest.mark.slow
 def test_ranges_are_chosen_tensor_by_tensor_where_no_method_fits_all():
     content, data = two_tails()
     rescue = spoilt(content, data, "int8")
