@@ -205,9 +205,8 @@ def with_main_graph(content: bytes, key: str, *, where: str) -> bytes:
     for operator in (o for graph in model.subgraphs for o in graph.operators or []):
         for options in (operator.builtinOptions, operator.builtinOptions2):
             for name, value in vars(options).items() if options else ():
-                if name.endswith(
-                    "SubgraphIndex"
-                ):  # IF, WHILE and CALL_ONCE name the graphs they run
+                # IF, WHILE and CALL_ONCE name the graphs they run
+                if name.endswith("SubgraphIndex"):
                     setattr(options, name, places.get(value, value))
     return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
 

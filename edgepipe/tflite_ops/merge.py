@@ -11,7 +11,7 @@ from ai_edge_litert.tools import flatbuffer_utils
 
 from edgepipe.errors import ArtifactError
 from edgepipe.tflite_ops.flatbuffer import inline_buffers, parse_model
-from edgepipe.tflite_ops.run import open_tflite
+from edgepipe.tflite_ops.run import open_graph
 from edgepipe.tflite_ops.run import quantize as stored
 
 # The key of a metadata entry (schema.fbs): a runtime older than its text is told to refuse the file.
@@ -129,22 +129,17 @@ def check_merged(
     ``batches`` are real inputs in each file's layout and order, of any float or integer dtype. Raises
     ArtifactError (``merged-differs``) unless every output is the same bit for bit.
     """
-    together = open_tflite(merged)
     compared = {}
     for key, content in files.items():
-        alone, runner = open_tflite(content), together.get_signature_runner(key)
-        ins, outs = _door_names(content, key)
+        alone, together = open_graph(content), open_graph(merged, signature=key)
+        names = _door_names(content, key)[1]
         count = 0
         for batch in batches[key]:
-            given = {}
-            for name, detail, array in zip(ins, alone.get_input_details(), batch, strict=True):
-                given[name] = stored(array, detail)
-                alone.set_tensor(detail["index"], given[name])
-            alone.invoke()
-            found = runner(**given)
-            for name, detail in zip(outs, alone.get_output_details(), strict=True):
-                expected = alone.get_tensor(detail["index"])
-                if expected.tobytes() != found[name].tobytes():
+            given = [stored(a, d) for a, d in zip(batch, alone.inputs, strict=True)]
+            for name, expected, found in zip(
+                names, alone.run(given), together.run(given), strict=True
+            ):
+                if expected.tobytes() != found.tobytes():
                     raise ArtifactError(
                         f"signature {key!r} of the merged file differs from its own file in output {name!r}",
                         hint="ship the files as they are, one for each bucket, and report it with the models",

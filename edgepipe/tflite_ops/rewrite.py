@@ -186,7 +186,8 @@ def clamp_masks(
     """The float file with the masks of its softmaxes no lower than need be: -inf or -1e9 leaves int8
     no step for the scores.
 
-    Of scores from a to b a masked one is a - 16 at most, `MASKED` below the least that is not. ``batches`` are calibration data, run once if there is a mask, to know a and b. Found are
+    Of scores from a to b a masked one is a - 16 at most, `MASKED` below the least that is not.
+    ``batches`` are calibration data, run once if there is a mask, to know a and b. Found are
     a constant that is added to the scores, which at least one score of each row escapes; a
     factor of a mask of 0 and 1, or a choice of two constants, that is added; and a constant that a
     SELECT puts in place of scores. Returns the file and what was done, as `rewrite` does.

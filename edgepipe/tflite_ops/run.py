@@ -23,7 +23,7 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from edgepipe.artifact import TensorSpec
 from edgepipe.errors import ArtifactError, DataError
 from edgepipe.state import batch_axis
-from edgepipe.tflite_ops.flatbuffer import find_signature, with_main_graph
+from edgepipe.tflite_ops.flatbuffer import find_signature, parse_model, with_main_graph
 from edgepipe.tflite_ops.inspect import read_model
 
 log = logging.getLogger(__name__)
@@ -200,38 +200,39 @@ class OpenGraph:
     run: Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 
 
-def open_graph(path: Path, *, signature: str = "", delegates: bool = True) -> OpenGraph:
+def open_graph(source: Path | bytes, *, signature: str = "", delegates: bool = True) -> OpenGraph:
     """The main graph of a file or, by its key, a signature's, run out of that very file.
 
     Raises ArtifactError as `open_tflite`, and where there is no such signature.
     """
-    interpreter = open_tflite(path, delegates=delegates)
+    interpreter = open_tflite(source, delegates=delegates)
+    where = "the model" if isinstance(source, bytes) else str(source)
     if not signature:
         inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
 
         def run(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
             for detail, array in zip(inputs, arrays, strict=True):
                 interpreter.set_tensor(detail["index"], array)
-            invoke_once(interpreter, where=str(path))
+            invoke_once(interpreter, where=where)
             return [interpreter.get_tensor(d["index"]) for d in outputs]
 
         return OpenGraph(inputs, outputs, run)
 
-    model = read_model(path)
-    found = find_signature(model, signature, where=str(path))
+    model = parse_model(source, where=where) if isinstance(source, bytes) else read_model(source)
+    found = find_signature(model, signature, where=where)
     graph, runner = model.subgraphs[found.subgraph], interpreter.get_signature_runner(signature)
 
     def names(tensors: Sequence[int], named: Mapping[str, int]) -> list[str]:
         """Those of a signature, in the order of its graph."""
         by_tensor = {tensor: name for name, tensor in named.items()}
         if set(by_tensor) != set(tensors):
-            raise ArtifactError(f"signature {signature!r} of {path} does not name all of its graph's inputs and outputs")  # fmt: skip
+            raise ArtifactError(f"signature {signature!r} of {where} does not name all of its graph's inputs and outputs")  # fmt: skip
         return [by_tensor[tensor] for tensor in tensors]
 
     ins, outs = names(graph.inputs, found.inputs), names(graph.outputs, found.outputs)
 
     def run_signature(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        with failures_named(f"signature {signature!r} of {path}"):
+        with failures_named(f"signature {signature!r} of {where}"):
             interpreter.reset_all_variables()
             results = runner(**dict(zip(ins, arrays, strict=True)))
         return [results[name] for name in outs]
