@@ -11,7 +11,7 @@ from pathlib import Path
 from edgepipe.artifact import Artifact
 from edgepipe.data import DataSource, at_most
 from edgepipe.errors import RequestError
-from edgepipe.recipe import SOURCE_KINDS, Recipe
+from edgepipe.recipe import SOURCE_KINDS, Recipe, bucket_key
 from edgepipe.units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -58,11 +58,6 @@ def _data_name(recipe: Recipe) -> str:
     return names[-1] if names else next(iter(recipe.data), "")
 
 
-def signature_key(recipe: Recipe) -> str:
-    """How the signature of a bucket is called: ``length16``."""
-    return "-".join(f"{name}{size}" for name, size in recipe.bucket.items())
-
-
 def proof_data(recipe: Recipe) -> DataSource:
     """The samples that the signature of a bucket is proven on."""
     return at_most(recipe.data[_data_name(recipe)], SAMPLES)
@@ -84,7 +79,7 @@ def merge_models(
 
     files, batches = {}, {}
     for recipe, made in zip(recipes, models, strict=True):
-        key = signature_key(recipe)
+        key = bucket_key(recipe.bucket)
         files[key] = made[-1].path.read_bytes()
         samples = load_samples(proof_data(recipe), made[0].inputs)
         batches[key] = list(file_batches(samples, made[-1].inputs))

@@ -42,10 +42,10 @@ from edgepipe.measurement import (
     measurement_to_dict,
     single,
 )
-from edgepipe.merge import as_signature, merge_models, proof_data, signature_key
+from edgepipe.merge import as_signature, merge_models, proof_data
 from edgepipe.op_table import estimate_change, gain_note, load_op_table
 from edgepipe.profile import find_profile
-from edgepipe.recipe import Recipe, bucket_text
+from edgepipe.recipe import Recipe, bucket_key, bucket_text
 from edgepipe.rescue import KEPT_HASHES, check_evaluation_data
 from edgepipe.resources import profile_paths, target_dir
 from edgepipe.stage import (
@@ -258,7 +258,7 @@ def _run_merged(
 def _merge_key(recipes: Sequence[Recipe], models: Sequence[Sequence[Artifact]]) -> str:
     inputs = []
     for recipe, made in zip(recipes, models, strict=True):
-        inputs += [signature_key(recipe), *_identity(recipe, made[-1])]
+        inputs += [bucket_key(recipe.bucket), *_identity(recipe, made[-1])]
         inputs += [repr(made[0].inputs), fingerprint(proof_data(recipe))]
     modules = ("edgepipe.merge", "edgepipe.array_ops", "edgepipe.tflite_ops")
     return step_key("merge", {}, modules, ("numpy", "ai-edge-litert"), inputs)
@@ -276,7 +276,7 @@ def _merge(
         if work_dir is not None:
             save_artifact(merge_models(recipes, models, work_dir), work_dir)
     merged = load_artifact(steps.store.root / "cache" / key)
-    shipped = as_signature(merged, models[number][-1], signature_key(recipes[number]))
+    shipped = as_signature(merged, models[number][-1], bucket_key(recipes[number].bucket))
     steps.lineage[-1]["artifact"] = artifact_to_dict(shipped)
     return shipped
 

@@ -109,8 +109,8 @@ def load_recipe(path: Path, bucket: Mapping[str, int] | None = None) -> Recipe:
     name = raw.get("name", path.stem)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         problems.append(f"name: {name!r} is not a plain name (at most 100 of A-Z a-z 0-9 . _ -)")
-    else:
-        name = "-".join((name, *(f"{key}{size}" for key, size in sizes.items())))
+    elif sizes:
+        name = f"{name}-{bucket_key(sizes)}"
     seed = raw.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         problems.append(f"seed: {seed!r} is not a whole number from 0 to 2**63 - 1")
@@ -223,6 +223,11 @@ def load_buckets(path: Path, only: Mapping[str, Sequence[int]] | None = None) ->
 def bucket_text(bucket: Mapping[str, int]) -> str:
     """``{"length": 16, "width": 4}`` -> ``"length=16 width=4"``."""
     return " ".join(f"{name}={size}" for name, size in bucket.items())
+
+
+def bucket_key(bucket: Mapping[str, int]) -> str:
+    """What recipes, files and signatures of a bucket are called: ``"length16-width4"``."""
+    return "-".join(f"{name}{size}" for name, size in bucket.items())
 
 
 def resolve_source(source: DataSource, root: Path) -> DataSource:

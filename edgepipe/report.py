@@ -16,6 +16,7 @@ from edgepipe.layer_report import (
 )
 from edgepipe.measurement import Measurement, measurement_to_dict
 from edgepipe.metrics import METRICS
+from edgepipe.recipe import bucket_text
 from edgepipe.rescue import rung_table
 from edgepipe.routes import attempts_table
 from edgepipe.store import Run, device_name
@@ -113,7 +114,7 @@ def buckets_table(runs: Sequence[Run], records: Sequence[Mapping[str, Any]]) -> 
                 latencies.append(f"{board} {p50}")
         size = run.load_measurements("model").get("model_bytes")
         bytes_text = format_value(size.valid_sessions[0][0], "B") if size else ""
-        bucket = " ".join(f"{k}={v}" for k, v in record.get("bucket", {}).items()) or bucket
+        bucket = bucket_text(record.get("bucket", {})) or bucket
         rows.append((bucket, bytes_text, ", ".join(latencies), outcome_text(record)))
     return Table("Buckets", ("bucket", "size", "latency (p50)", "verdict"), tuple(rows))
 

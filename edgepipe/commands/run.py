@@ -139,9 +139,9 @@ def _check_output_kind(output: Path | None, recipe: Recipe) -> None:
 
 def _output_of(output: Path | None, bucket: Mapping[str, int]) -> Path | None:
     """``net.tflite`` and length 16 -> ``net-length16.tflite``."""
-    if output is None:
-        return None
-    return output.with_stem("-".join((output.stem, *(f"{k}{v}" for k, v in bucket.items()))))
+    from edgepipe.recipe import bucket_key
+
+    return output.with_stem(f"{output.stem}-{bucket_key(bucket)}") if output else None
 
 
 def _hand_over(result: RunResult, output: Path | None, out: Output) -> None:
