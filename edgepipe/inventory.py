@@ -17,6 +17,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -218,12 +219,15 @@ def _example_addresses(profile: DeviceProfile) -> list[str]:
 
 def place(address: str) -> str:
     """What two addresses of one board have in common: of ``ssh://pi@host`` it is ``ssh://host:22``."""
-    scheme, separator, rest = address.rstrip("/").partition("://")
-    if scheme != "ssh":
-        return address.rstrip("/")
-    host = rest.rpartition("@")[2].casefold()
-    has_port = host.rpartition("]")[2].count(":") == 1  # not the colons of [::1]
-    return f"{scheme}{separator}{host}{'' if has_port else ':22'}"
+    address = address.rstrip("/")
+    try:
+        parts = urllib.parse.urlsplit(address)
+        host, port = parts.hostname, parts.port or 22
+    except ValueError:  # no address, which whoever opens it says
+        return address
+    if parts.scheme != "ssh" or not host:
+        return address
+    return f"ssh://[{host}]:{port}" if ":" in host else f"ssh://{host}:{port}"
 
 
 def _refuse_same_board(boards: Sequence[tuple[str, str]], what: str) -> None:
