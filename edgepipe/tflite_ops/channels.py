@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from edgepipe.tflite_ops.flatbuffer import parse_model
-from edgepipe.tflite_ops.quantize import activations
+from edgepipe.tflite_ops.quantize import HUGE, activations
 from edgepipe.tflite_ops.run import invoke_once, open_tflite
 
 
@@ -44,7 +44,8 @@ def channel_statistics(
 ) -> dict[str, ChannelStatistics]:
     """Tensor name -> statistics, of all activations of a float file that have a channel axis.
 
-    Channels are the last axis, as TFLite has them. One pass; memory 32 bytes a channel.
+    Channels are the last axis, as TFLite has them. Positions with an infinity are left out. One pass; memory
+    32 bytes a channel.
     """
     graph = parse_model(content, where=where).subgraphs[0]
     tensors = [t for t in activations(graph) if len(t.shape) >= 2]
@@ -58,6 +59,9 @@ def channel_statistics(
         for tensor in tensors:
             values = interpreter.get_tensor(tensor.index)
             values = values.reshape(-1, values.shape[-1])
+            if not -HUGE <= values.min(initial=0) <= values.max(initial=0) <= HUGE:
+                # positions of infinities, as padding for max pooling has them
+                values = values[(np.abs(values) <= HUGE).all(axis=1)]
             if not len(values):
                 continue
             new = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -21,14 +21,14 @@ from edgepipe.tflite_ops.ladder import Judge, Rung, climb
 from edgepipe.tflite_ops.quantize import (
     IoDtype,
     Precision,
+    added_noise,
     check_quantizable,
     collect_ranges,
     fuse_activations,
     quantize,
+    values_of_both,
 )
 from edgepipe.tflite_ops.rewrite import rewrite
-from edgepipe.tflite_ops.run import invoke_once, open_tflite
-from edgepipe.tflite_ops.run import quantize as stored
 from edgepipe.tflite_ops.sensitivity import (
     layer_sensitivity,
     layers_of,
@@ -187,11 +187,11 @@ def layer_noise(float_content: bytes, quantised: bytes, batches: Batches) -> lis
         if i >= 0 and graph.tensors[i].name in limits and not graph.tensors[i].is_constant
     ]
     sums = {tensor.name: _Sums() for _, tensor in made}
-    for expected, found in _both(float_content, quantised, [t for _, t in made], batches):
+    for expected, found in values_of_both(float_content, quantised, [t for _, t in made], batches):
         for (_, tensor), e, f in zip(made, expected, found, strict=True):
-            sums[tensor.name].add(e, f, _span(tensor))
+            sums[tensor.name].add(e, f, tensor)
     ratio = {t.name: s.noise / s.signal if s.signal else float(s.noise > 0) for t, s in ((t, sums[t.name]) for _, t in made)}  # fmt: skip
-    added = _added(graph, ratio)
+    added = added_noise(graph, ratio)
     rows = []
     for operator, tensor in made:
         low, high = limits[tensor.name]
@@ -233,7 +233,7 @@ class _Sums:
         self.clipped = self.count = self.rows = 0
         self.errors = np.zeros(0)
 
-    def add(self, expected: np.ndarray, found: np.ndarray, span: Range | None) -> None:
+    def add(self, expected: np.ndarray, found: np.ndarray, tensor: Tensor) -> None:
         if expected.shape != found.shape or not expected.size:
             return
         error = found - expected
@@ -245,9 +245,9 @@ class _Sums:
         self.errors = (
             self.errors + by_channel.sum(axis=0) if self.errors.size else by_channel.sum(axis=0)
         )
+        span = _span(tensor)
         if span is not None:
-            # half a step beyond the ends still rounds to them
-            slack = (span[1] - span[0]) / 510
+            slack = tensor.scales[0] / 2  # half a step beyond the ends still rounds to them
             self.clipped += int(((expected < span[0] - slack) | (expected > span[1] + slack)).sum())
 
     def bias_share(self) -> float:
@@ -255,36 +255,6 @@ class _Sums:
         if not self.noise:
             return 0.0
         return float((self.errors**2).sum() / self.rows / self.noise)
-
-
-def _both(
-    float_content: bytes, quantised: bytes, tensors: Sequence[Tensor], batches: Batches
-) -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
-    """For each batch the real values (float64) of these tensors in the float and the other file."""
-    reference = open_tflite(float_content, preserve_all_tensors=True)
-    candidate = open_tflite(quantised, preserve_all_tensors=True)
-    index = {d["name"]: d["index"] for d in reference.get_tensor_details()}
-    for batch in batches:
-        for model, name in ((reference, "the float model"), (candidate, "the quantised model")):
-            for detail, array in zip(model.get_input_details(), batch, strict=True):
-                model.set_tensor(detail["index"], stored(array, detail))
-            invoke_once(model, where=name)
-        expected = [reference.get_tensor(index[t.name]).astype(np.float64) for t in tensors]
-        found = [candidate.get_tensor(t.index).astype(np.float64) for t in tensors]
-        yield expected, [(f - t.zero_points[0]) * t.scales[0] if t.scales else f for f, t in zip(found, tensors, strict=True)]  # fmt: skip
-
-
-def _added(graph: Subgraph, ratio: Mapping[str, float]) -> dict[str, float]:
-    """Noise-to-signal ratio of each tensor less the largest of its inputs' (as `noisiest_layers`)."""
-    carried: dict[int, float] = {}
-    added: dict[str, float] = {}
-    for operator in graph.operators:
-        inherited = max((carried.get(i, 0.0) for i in operator.inputs), default=0.0)
-        for index in operator.outputs:
-            name = graph.tensors[index].name if index >= 0 else ""
-            carried[index] = ratio.get(name, inherited)
-            added[name] = carried[index] - inherited
-    return added
 
 
 def _span(tensor: Tensor) -> Range | None:

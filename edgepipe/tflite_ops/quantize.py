@@ -41,6 +41,7 @@ from edgepipe.tflite_ops.flatbuffer import (
 )
 from edgepipe.tflite_ops.inspect import FloatIsland, describe_model, operator_macs
 from edgepipe.tflite_ops.run import invoke_once, native_messages_logged, open_tflite
+from edgepipe.tflite_ops.run import quantize as stored
 from edgepipe.tflite_ops.stand_in import STAND_INS, fixed_ranges, hide, show
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ BIASED = {
     "TRANSPOSE_CONV": (2, 3, 0),
 }
 # Infinity, and what kernels make of it: they clamp their result to the float32 limits of 3.4e38.
-_HUGE = 3e38
+HUGE = 3e38
 _PROGRESS_S = 2.0
 
 
@@ -307,8 +308,8 @@ def _extremes(interpreter: Interpreter, index: int) -> tuple[float, float]:
     if values.size == 0:
         return 0.0, 0.0
     low, high = float(values.min()), float(values.max())
-    if low < -_HUGE or high > _HUGE:
-        finite = values[np.abs(values) <= _HUGE]
+    if low < -HUGE or high > HUGE:
+        finite = values[np.abs(values) <= HUGE]
         return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     return low, high
 
@@ -473,7 +474,44 @@ def _quantized(
         raise StageError(f"litert-quantizer made no model of {where}", stage=STAGE)
     made = show(inline_buffers(bytes(result.quantized_model)), hidden, where=where)
     _refuse_absurd_scales(made, where=where)
-    return _read_before_doors(made, where=where)
+    made = _read_before_doors(made, where=where)
+    return _outputs_at_doors(made, parse_model(content, where=where), output_dtype, where=where)
+
+
+def _outputs_at_doors(content: bytes, before: Model, output_dtype: IoDtype, *, where: str) -> bytes:
+    """The file with outputs of ``output_dtype``, and under the names that the float file had for them.
+
+    Of an output that an operator reads which litert-quantizer 0.11 does not know it gives away the
+    float values, and leaves the name with the integers.
+    """
+    graph = parse_model(content, where=where).subgraphs[0]
+    outputs = list(graph.outputs)
+    for position, index in enumerate(outputs):
+        maker = next((o for o in graph.operators if index in o.outputs), None)
+        if maker is None or maker.name != "DEQUANTIZE" or output_dtype == "float32":
+            continue
+        inside = maker.inputs[0]
+        ways = [inside, *(o.outputs[0] for o in graph.operators if o.name == "QUANTIZE" and o.inputs[0] == inside)]  # fmt: skip
+        outputs[position] = next((i for i in ways if graph.tensors[i].dtype == output_dtype), index)
+    names = {
+        name: outputs[before.subgraphs[0].outputs.index(tensor)]
+        for s in before.signatures
+        if s.subgraph == 0
+        for name, tensor in s.outputs.items()
+        if tensor in before.subgraphs[0].outputs
+    }
+    model = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
+    main = model.subgraphs[0]
+    entries = [e for s in model.signatureDefs or () if s.subgraphIndex == 0 for e in s.outputs]
+    right = [names.get(e.name.decode(), e.tensorIndex) for e in entries]
+    if outputs == list(graph.outputs) and right == [e.tensorIndex for e in entries]:
+        return content
+    for entry, tensor in zip(entries, right, strict=True):
+        entry.tensorIndex = tensor
+    needed = {*outputs} | {int(i) for o in main.operators for i in o.inputs}
+    main.outputs = outputs
+    main.operators = [o for o in main.operators if needed & {*o.outputs} or not len(o.outputs)]
+    return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
 
 
 def _read_before_doors(content: bytes, *, where: str) -> bytes:
@@ -720,6 +758,39 @@ def _shares(model: Model, island: FloatIsland) -> dict[str, float]:
 # --- where int8 departs from float ---------------------------------------------------------------
 
 
+def values_of_both(
+    float_content: bytes,
+    integer_content: bytes,
+    tensors: Sequence[Tensor],
+    batches: Iterable[Sequence[np.ndarray]],
+) -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
+    """For each batch the real values (float64) of these tensors of the second file in both files.
+
+    ``batches`` hold real inputs of the float file. Where that holds an infinity, as padding for max
+    pooling brings in, which no integer is meant to be, both are 0.
+    """
+    reference = open_tflite(float_content, preserve_all_tensors=True)
+    candidate = open_tflite(integer_content, preserve_all_tensors=True)
+    index = {d["name"]: d["index"] for d in reference.get_tensor_details()}
+    for batch in batches:
+        _invoke(reference, batch, where="the float model")
+        details = candidate.get_input_details()
+        stored_batch = [stored(a, d) for a, d in zip(batch, details, strict=True)]
+        _invoke(candidate, stored_batch, where="the int8 model")
+        expected, found = [], []
+        for tensor in tensors:
+            ours = reference.get_tensor(index[tensor.name]).astype(np.float64)
+            theirs = candidate.get_tensor(tensor.index).astype(np.float64)
+            if tensor.scales:
+                theirs = (theirs - tensor.zero_points[0]) * tensor.scales[0]
+            infinite = np.abs(ours) > HUGE
+            if infinite.any() and ours.shape == theirs.shape:
+                ours[infinite] = theirs[infinite] = 0
+            expected.append(ours)
+            found.append(theirs)
+        yield expected, found
+
+
 def departures(
     float_content: bytes, integer_content: bytes, batches: Iterable[Sequence[np.ndarray]]
 ) -> list[tuple[str, str, float]]:
@@ -728,25 +799,14 @@ def departures(
     ``batches`` hold real inputs of the float file. Finds where quantisation first goes wrong: a
     tensor far below those before it.
     """
-    reference = open_tflite(float_content, preserve_all_tensors=True)
-    candidate = open_tflite(integer_content, preserve_all_tensors=True)
     graph = parse_model(integer_content, where="the int8 model").subgraphs[0]
-    float_names = {d["name"]: d["index"] for d in reference.get_tensor_details()}
+    float_names = {t.name for t in parse_model(float_content, where="the float model").subgraphs[0].tensors}  # fmt: skip
     made = [(o.name, graph.tensors[i]) for o in graph.operators for i in o.outputs if i >= 0]
     made = [(o, t) for o, t in made if t.name in float_names and not t.is_constant]
     signal, noise = np.zeros(len(made)), np.zeros(len(made))
-    for batch in batches:
-        _invoke(reference, batch, where="the float model")
-        _invoke(
-            candidate,
-            [_stored(a, d) for a, d in zip(batch, candidate.get_input_details(), strict=True)],
-            where="the int8 model",
-        )
-        for position, (_, tensor) in enumerate(made):
-            expected = reference.get_tensor(float_names[tensor.name]).astype(np.float64)
-            got = candidate.get_tensor(tensor.index).astype(np.float64)
-            if tensor.scales:
-                got = (got - tensor.zero_points[0]) * tensor.scales[0]
+    tensors = [t for _, t in made]
+    for values in values_of_both(float_content, integer_content, tensors, batches):
+        for position, (expected, got) in enumerate(zip(*values, strict=True)):
             if got.shape == expected.shape:
                 signal[position] += float((expected**2).sum())
                 noise[position] += float(((got - expected) ** 2).sum())
@@ -754,6 +814,22 @@ def departures(
         (tensor.name, operator, sqnr_db(float(s), float(n)))
         for (operator, tensor), s, n in zip(made, signal, noise, strict=True)
     ]
+
+
+def added_noise(graph: Subgraph, ratio: Mapping[str, float]) -> dict[str, float]:
+    """Noise-to-signal ratio of each tensor less the largest of its inputs', by tensor name.
+
+    Tensors without a ``ratio``, which only one of two files names, hand on what they were given.
+    """
+    carried: dict[int, float] = {}
+    added: dict[str, float] = {}
+    for operator in graph.operators:
+        inherited = max((carried.get(i, 0.0) for i in operator.inputs), default=0.0)
+        for index in operator.outputs:
+            name = graph.tensors[index].name if index >= 0 else ""
+            carried[index] = ratio.get(name, inherited)
+            added[name] = carried[index] - inherited
+    return added
 
 
 def noisiest_layers(
@@ -772,25 +848,9 @@ def noisiest_layers(
     """
     graph = parse_model(integer_content, where="the int8 model").subgraphs[0]
     rows = departures(float_content, integer_content, batches)
-    noise = {tensor: 10 ** (-db / 10) for tensor, _, db in rows}
-    carried: dict[int, float] = {}  # tensors that only one file names hand on what they were given
-    added = {}
-    for operator in graph.operators:
-        inherited = max((carried.get(i, 0.0) for i in operator.inputs), default=0.0)
-        for index in operator.outputs:
-            name = graph.tensors[index].name if index >= 0 else ""
-            carried[index] = noise.get(name, inherited)
-            added[name] = carried[index] - inherited
+    added = added_noise(graph, {tensor: 10 ** (-db / 10) for tensor, _, db in rows})
     ranked = sorted(rows, key=lambda row: -added[row[0]])
     return [
         {"layer": tensor, "operator": operator, "sqnr_db": round(db, 2)}
         for tensor, operator, db in ranked[:count]
     ]
-
-
-def _stored(array: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:
-    scale, zero_point = detail["quantization"]
-    if not scale:
-        return array
-    limits = np.iinfo(detail["dtype"])
-    return np.clip(np.rint(array / scale) + zero_point, limits.min, limits.max).astype(detail["dtype"])  # fmt: skip

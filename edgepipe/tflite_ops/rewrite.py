@@ -461,6 +461,8 @@ def _tile(draft: _Draft, o: Operator) -> None:
     for axis in np.flatnonzero(copies > 1).tolist():
         shape[axis] *= int(copies[axis])
         out = draft.tensor(shape, f"{draft.name(o)}/{axis}")
+        tensors = draft.model.subgraphs[0].tensors
+        tensors[out].type = tensors[x].type  # a mask of conditions is repeated as well
         made.append(draft.operator("CONCATENATION", [x] * int(copies[axis]), out, "ConcatenationOptions", axis=axis))  # fmt: skip
         x = out
     made[-1].outputs = [o.outputs[0]]

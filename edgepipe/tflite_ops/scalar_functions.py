@@ -80,7 +80,7 @@ class Found:
 def find_function(
     last: Operator, graph: Subgraph, constants: Mapping[int, np.ndarray]
 ) -> Found | None:
-    """The function that ends in ``last``, or None: of one tensor, with the same shape, by 2 operators or more.
+    """The function that ends in ``last``, or None: of one tensor of the same shape and dtype, by 2 operators or more.
 
     The graph is walked back from ``last`` through elementwise operators with constants of one value.
     Wherever all that is left to compute from is one tensor, what lies behind is evaluated on `GRID`.
@@ -102,7 +102,8 @@ def find_function(
         open_tensors |= {i for i in operator.inputs if i >= 0 and i not in constants}
         if len(region) > 1 and len(open_tensors) == 1:
             (source,) = open_tensors
-            same = graph.tensors[source].shape == graph.tensors[last.outputs[0]].shape
+            x, y = graph.tensors[source], graph.tensors[last.outputs[0]]
+            same = (x.shape, x.dtype) == (y.shape, y.dtype)
             name = _name(region, source, last.outputs[0], constants) if same else ""
             if name:
                 result = Found(name, source, tuple(o.index for o in region))

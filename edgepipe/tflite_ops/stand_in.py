@@ -112,9 +112,12 @@ def show(content: bytes, hidden: Mapping[int, _Hidden], *, where: str) -> bytes:
         table.inputs = [maker.inputs[0], *reader.inputs[1:]]
         model.operatorCodes.append(operator_code(reader.name, _READERS[reader.name]))
         table.opcodeIndex = len(model.operatorCodes) - 1
-        if sum(reader.inputs[0] in o.inputs for o in graph.operators) == 1:
-            detours.add(maker.index)
-    main.operators = [o for i, o in enumerate(main.operators) if i not in detours]
+        detours.add(maker.index)
+    # what others still read, or the model gives away, has to be made
+    needed = {int(i) for o in main.operators for i in o.inputs} | {int(i) for i in main.outputs}
+    main.operators = [
+        o for i, o in enumerate(main.operators) if i not in detours or needed & {*o.outputs}
+    ]
     merge_codes(model)
     return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
 

@@ -376,3 +376,26 @@ def test_a_file_whose_operators_were_rewritten_is_compared_with_what_it_was_made
     assert all(r.sqnr_db > 30 for r in rows)
     plain = quantize(one_sigmoid(), {"x": (-3, 3), "y": (0, 1)})
     assert comparable(one_sigmoid(), plain, where=("a", "b")) == one_sigmoid()
+
+
+def test_the_infinities_of_padding_are_no_noise():
+    """A max pool with padding, as the stem of every ResNet has it, pads with -inf."""
+    rng = np.random.default_rng(0)
+    g = Graph()
+    x = g.input("x", (1, 6, 6, 3))
+    c = g.conv(x, rng.normal(0, 0.5, (4, 3, 3, 3)).astype(np.float32), np.zeros(4, np.float32), "conv", (1, 6, 6, 4))  # fmt: skip
+    edges = g.const("edges", np.array([[0, 0], [1, 1], [1, 1], [0, 0]], np.int32))
+    lowest = g.const("lowest", np.array([-np.inf], np.float32))
+    padded = g.op("PADV2", [c, edges, lowest], "padded", (1, 8, 8, 4), "PadV2Options")
+    pool = {"padding": 1, "strideW": 2, "strideH": 2, "filterWidth": 3, "filterHeight": 3}
+    content = g.bytes([g.op("MAX_POOL_2D", [padded], "y", (1, 3, 3, 4), "Pool2DOptions", **pool)])
+    batches = [[rng.normal(size=(1, 6, 6, 3)).astype(np.float32)] for _ in range(4)]
+    int8 = quantize(content, collect_ranges(content, batches, where="m").table())
+    rows = {row.layer: row for row in layer_noise(content, int8, batches)}
+    # what is padded is the convolution's, bit for bit
+    assert rows["padded"].sqnr_db == rows["conv"].sqnr_db
+    assert (rows["padded"].added, rows["padded"].clipped) == (0, 0)
+    assert rows["padded"].spread == rows["conv"].spread
+    assert {tensor: db for tensor, _, db in departures(content, int8, batches)} == {
+        name: row.sqnr_db for name, row in rows.items()
+    }

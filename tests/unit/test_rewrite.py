@@ -329,3 +329,30 @@ def test_hard_swish_is_spelt_out_where_it_is_to_compute_in_16_bits():
         expected = np.concatenate([run(content, [x])[0] for x in samples])
         found = np.concatenate([run(int8, [x])[0] for x in samples])
         assert least < sqnr(expected, found) < most
+
+
+def test_a_condition_is_repeated_along_two_axes():
+    g = Graph()
+    x = g.input("x", (1, 1, 4))
+    above = g.op("GREATER", [x, scalar(g, 0.0)], "above", (1, 1, 4))
+    copies = g.const("copies", np.array([2, 3, 1], np.int32))
+    many = g.op("TILE", [above, copies], "many", (2, 3, 4))
+    g.tensors[above].type = g.tensors[many].type = 6  # bool
+    content = g.bytes([g.op("SELECT_V2", [many, x, scalar(g, 0.0)], "y", (2, 3, 4))])
+    changed, told = rewrite(content, where="m")
+    assert len(told) == 1
+    batch = [np.array([[[-1, 2, -3, 4]]], np.float32)]
+    np.testing.assert_array_equal(run(changed, batch)[0], run(content, batch)[0])
+
+
+def test_a_function_of_whole_numbers_begins_behind_their_cast():
+    g = Graph()
+    x = g.tensor("x", (1, 8), dtype="INT32")
+    g.inputs.append(x)
+    number = g.op("CAST", [x], "number", (1, 8), "CastOptions", inDataType=2, outDataType=0)
+    y = chain(g, number, (1, 8), ("EXP", None), ("ADD", 1.0), ("LOG", None))
+    content = g.bytes([y])
+    changed, told = rewrite(content, where="m")
+    assert told == (f"softplus 't{y}': found in 3 operators",)
+    batch = [np.arange(-4, 4, dtype=np.int32)[None]]
+    np.testing.assert_allclose(run(changed, batch)[0], run(content, batch)[0], atol=1e-6)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from ai_edge_litert.interpreter import Interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax
@@ -161,3 +162,43 @@ def test_a_comparison_is_made_of_integers(name):
         clear = np.abs(real - 0.5) > 2 * 2 * door.scales[0]  # beyond rounding of both sides
         got = run(int8, [stored.astype(np.int8)])[0]
         np.testing.assert_array_equal(got[clear], COMPARISONS[name](real, 0.5)[clear])
+
+
+def values_and_their_places(*kinds, values_too=True):
+    """(1, 8) -> itself, where ``values_too``, and the places of its extremes."""
+    g = Graph()
+    x = g.input("x", (1, 8))
+    y = g.dense(x, np.eye(8, dtype=np.float32), np.zeros(8, np.float32), "dense", (1, 8))
+    outputs = [y] if values_too else []
+    for kind in kinds:
+        axis = g.const(f"axis{kind}", np.array([1], np.int32))
+        options = {"ARG_MAX": "ArgMaxOptions", "ARG_MIN": "ArgMinOptions"}[kind]
+        outputs.append(g.op(kind, [y, axis], kind.lower(), (1,), options, outputType=2))
+        g.tensors[outputs[-1]].type = 2  # int32
+    return g.bytes(outputs)
+
+
+@pytest.mark.parametrize("door", ["float32", "int8", "uint8"])
+def test_values_that_are_an_output_too_are_still_made_where_their_largest_is_looked_for(door):
+    samples = np.random.default_rng(0).normal(size=(9, 1, 8)).astype(np.float32)
+    content = values_and_their_places("ARG_MAX")
+    table = ops.collect_ranges(content, [[x] for x in samples], where="m").table()
+    made = ops.quantize(content, table, input_dtype="float32", output_dtype=door)
+    graph = parse_model(made, where="m").subgraphs[0]
+    end = graph.tensors[graph.outputs[0]]
+    assert end.dtype == door
+    scale, zero_point = (end.scales[0], end.zero_points[0]) if end.scales else (1, 0)
+    for sample in samples:
+        values, place = run(made, [sample])
+        real = (values.astype(float) - zero_point) * scale
+        assert np.abs(real - sample).max() < 0.05
+        assert place == sample.argmax()
+        by_name = Interpreter(model_content=made).get_signature_runner()(x=sample)
+        np.testing.assert_array_equal(by_name["dense"], values)
+
+
+def test_nothing_is_turned_into_floats_for_two_readers_of_integers():
+    samples = np.random.default_rng(0).normal(size=(9, 1, 8)).astype(np.float32)
+    int8 = quantised(values_and_their_places("ARG_MAX", "ARG_MIN", values_too=False), samples)
+    operators = [o.name for o in parse_model(int8, where="m").subgraphs[0].operators]
+    assert operators == ["FULLY_CONNECTED", "ARG_MAX", "ARG_MIN"]
