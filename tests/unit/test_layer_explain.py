@@ -106,12 +106,27 @@ def test_an_error_that_is_one_and_the_same_is_bias_and_one_that_changes_sign_is_
     from edgepipe.tflite_ops.layer_noise import _Sums
 
     zeros = np.zeros((4, 5, 3))
+    tensor = parse_model(one_sigmoid(), where="f").subgraphs[0].tensors[0]
     shifted, mixed = _Sums(), _Sums()
-    shifted.add(zeros, zeros + np.array([0.5, -1.0, 2.0]), None)
+    shifted.add(zeros, zeros + np.array([0.5, -1.0, 2.0]), tensor)
     signs = np.where(np.arange(20) % 2, 1.0, -1.0).reshape(4, 5, 1)
-    mixed.add(zeros, zeros + signs, None)
+    mixed.add(zeros, zeros + signs, tensor)
     assert shifted.bias_share() == pytest.approx(1.0)
     assert mixed.bias_share() == pytest.approx(0.0)
+
+
+def test_a_value_beyond_the_last_of_65536_steps_is_clipped():
+    """Half a step beyond the end still rounds to it, and a step of 16 bits is narrow."""
+    graph = Graph()
+    x = graph.input("x", (1, 1000))
+    y = graph.op("MUL", [x, graph.const("one", np.array(1, np.float32))], "y", (1, 1000), "MulOptions")  # fmt: skip
+    content = graph.bytes([y])
+    batches = [[np.linspace(0, 1.001, 1000, dtype=np.float32)[None]]]
+    ranges = {**collect_ranges(content, batches, where="f").table(), "y": (-1.0, 1.0)}
+    wide = quantize(content, ranges, input_dtype="float32", output_dtype="float32", precision={"y": "int16"})  # fmt: skip
+    (row,) = (r for r in layer_noise(content, wide, batches) if r.layer == "y")
+    assert row.dtype == "int16"
+    assert row.clipped == pytest.approx((batches[0][0] > row.scale_high + row.scale / 2).mean())
 
 
 def test_noise_alone_is_told_of_layers_that_are_int8_and_of_no_others():
