@@ -497,6 +497,8 @@ def _identity(recipe: Recipe, *models: Artifact) -> list[str]:
     """Everything about models that decides what is made of them or measured on them."""
     parts = [f"{m.kind} {m.sha256} {m.inputs!r} {m.outputs!r}{m.signature}" for m in models]
     for model in models:
+        if learned := model.facts.get("learned_ranges"):  # which quantize_int8 takes
+            parts.append(json.dumps(learned, sort_keys=True))
         if (
             model.kind == "torch"
         ):  # the code of a builder that is installed lies outside the artifact

@@ -67,8 +67,11 @@ class LoadModel:
 
     name: ClassVar[str] = "load"
     title: ClassVar[str] = "load and check the model"
-    ops: ClassVar[tuple[str, ...]] = ("edgepipe.torch_ops", "edgepipe.tflite_ops.onnx_model", "edgepipe.state")  # fmt: skip
-    packages: ClassVar[tuple[str, ...]] = ("torch", "safetensors", "onnx", "onnxruntime")
+    ops: ClassVar[tuple[str, ...]] = (
+        "edgepipe.torch_ops", "edgepipe.tflite_ops.flatbuffer", "edgepipe.tflite_ops.inspect",
+        "edgepipe.tflite_ops.onnx_model", "edgepipe.tflite_ops.run", "edgepipe.state",
+    )  # fmt: skip
+    packages: ClassVar[tuple[str, ...]] = ("torch", "safetensors", "onnx", "onnxruntime", "ai-edge-litert")  # fmt: skip
 
     source: ModelSource
 

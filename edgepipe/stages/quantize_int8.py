@@ -110,11 +110,13 @@ class QuantizeInt8:
     produces: ClassVar[str] = "tflite"
     ops: ClassVar[tuple[str, ...]] = (
         "edgepipe.array_ops",
+        "edgepipe.input_range",
         "edgepipe.parity",
         "edgepipe.predict",
         "edgepipe.range_table",
         "edgepipe.rescue",
         "edgepipe.state",
+        "edgepipe.stats",
         "edgepipe.tflite_ops.bias",
         "edgepipe.tflite_ops.calibrate",
         "edgepipe.tflite_ops.channels",
@@ -137,6 +139,8 @@ class QuantizeInt8:
         "ai-edge-litert",
         "numpy",
         "pillow",
+        # of the rung that learns to round, which is left out where it is not installed
+        "torch",
     )
 
     data: str = "calibration"

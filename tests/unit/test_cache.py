@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgepipe import cli
+from edgepipe import cli, pipeline
+from edgepipe.artifact import make_artifact
 from edgepipe.tflite_ops.tiny import tiny_tflite
 
 pytestmark = pytest.mark.slow  # real processes and runs: not for the inner loop
@@ -218,3 +220,14 @@ def test_a_run_stored_with_a_gate_that_is_gone_names_it(
     edit(record, '"gate": "size"', '"gate": "elegance"')
     assert cli.main(["gate"]) == 2
     assert "'gate': 'elegance'" in capsys.readouterr().err
+
+
+def test_ranges_that_training_learned_decide_what_is_made_of_a_model(tmp_path: Path) -> None:
+    (tmp_path / "m.tflite").write_bytes(tiny_tflite())
+    model = make_artifact("tflite", tmp_path / "m.tflite", inputs=(), outputs=())
+    recipe: Any = None  # asked only for the builder of a torch model
+    keys = [
+        tuple(pipeline._identity(recipe, dataclasses.replace(model, facts={"learned_ranges": r})))
+        for r in ({}, {"y": [0.0, 1.0]}, {"y": [0.0, 2.0]})
+    ]
+    assert len(set(keys)) == 3
