@@ -22,13 +22,16 @@ class OutputError:
 
     ``max_abs`` is in the output's own unit; ``max_abs_relative`` is max|error| / max|reference|;
     ``sqnr_db`` is 10 log10(sum reference^2 / sum error^2), clamped to +-200 dB; ``cosine`` is the
-    cosine similarity of the two as flat vectors.
+    cosine similarity of the two as flat vectors. ``variation_db`` is as ``sqnr_db`` of what each value
+    differs by from its mean over samples: kelvins from 290 to 300 in steps of 8 have 42 dB of SQNR, and
+    nearly none of this. None where no value differs.
     """
 
     max_abs: float
     max_abs_relative: float
     sqnr_db: float
     cosine: float
+    variation_db: float | None
 
 
 def compare(
@@ -73,11 +76,16 @@ def _compare_one(name: str, reference: np.ndarray, candidate: np.ndarray) -> Out
         cosine = float(
             np.clip(expected @ actual / np.sqrt(signal) / np.sqrt(candidate_power), -1, 1)
         )
+    varying = reference.astype(np.float64)
+    varying = varying - varying.mean(axis=0)
+    # what is left of equal values is rounding of their mean
+    variation = float((varying**2).sum()) if float(np.abs(varying).max()) > 1e-6 * float(np.abs(expected).max()) else 0.0  # fmt: skip
     return OutputError(
         max_abs=max_abs,
         max_abs_relative=max_abs / max(float(np.abs(expected).max()), _TINY),
         sqnr_db=sqnr_db(signal, noise),
         cosine=cosine,
+        variation_db=sqnr_db(variation, noise) if variation else None,
     )
 
 

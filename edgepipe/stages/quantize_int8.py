@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from edgepipe.array_ops.calibration import CalibrationReport
     from edgepipe.array_ops.load import Samples, SampleStream
-    from edgepipe.tflite_ops.ladder import RoundWeights
+    from edgepipe.tflite_ops.ladder import Rescue, RoundWeights
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,11 @@ PREPARE_ALIKE = (
 
 FLOAT_DOOR = (
     'input_dtype = "float32", so that 16-bit layers are given the input before it is rounded; or '
+)
+# QAT can train what comes before such an output, but not its steps
+FLOAT_OUTPUT = (
+    'output_dtype = "float32", so that 16-bit layers can answer in full; or let the model predict what is left'
+    " once a mean is taken off and a spread divided by, and have the application put them back"
 )
 
 
@@ -435,10 +440,7 @@ class QuantizeInt8:
                 f" {evaluation.origin}){at_fault}\n"
                 + "\n".join((*lines, *rescue.causes, *judged.doubts)),
                 stage=self.name,
-                hint=PREPARE_ALIKE
-                if judged.doubts
-                else (FLOAT_DOOR if rescue.at_door else "")
-                + qat_advice(rescue.float_latency_s, steps=_steps(evaluation, artifact)),
+                hint=self._advice(rescue, judged, steps=_steps(evaluation, artifact)),
                 code="accuracy",
             )
         for line in (*lines, *rescue.causes):
@@ -451,6 +453,14 @@ class QuantizeInt8:
             )  # fmt: skip
         last = RangeTable(rescue.ranges, rescue.method, table.samples, table.data)
         return rescue.float_content, last, rescue.content, {"rescue": facts}
+
+    def _advice(self, rescue: Rescue, judged: _Judged, *, steps: int) -> str:
+        """What may mend a model that no rung does."""
+        if judged.doubts:
+            return PREPARE_ALIKE
+        if rescue.at_output:
+            return FLOAT_OUTPUT
+        return (FLOAT_DOOR if rescue.at_door else "") + qat_advice(rescue.float_latency_s, steps=steps)  # fmt: skip
 
     def _given_ranges(self, artifact: Artifact, context: StageContext) -> RangeTable | None:
         """Ranges that need no calibration: those of ``ranges``, else those that training found."""
@@ -526,7 +536,21 @@ class QuantizeInt8:
 
         parity = compare_to_float(before, after, samples, precision="int8", stage=self.name)
         worst, sqnr_db = worst_output(parity)
+        dead = next(
+            (n for n, e in parity["outputs"].items()
+             if e["variation_db"] is not None and e["variation_db"] < min(0.0, self.min_sqnr)), None,
+        )  # fmt: skip
         # a file that the ladder let pass was judged by what it is for
+        if not self.max_drop and sqnr_db >= self.min_sqnr and dead is not None:
+            step = next((s.scale for s in after.outputs if s.name == dead), 0.0)
+            raise StageError(
+                f"int8 output {dead!r} is off by more than it varies on {samples.origin}:"
+                f" {-parity['outputs'][dead]['variation_db']:.1f} dB more noise than differences between samples"
+                + (f", one step is {step:.3g}" if step else ""),
+                stage=self.name,
+                hint=f'{FLOAT_OUTPUT}; max_drop and evaluate judge it by what it is for; min_sqnr = "-200 dB" accepts it',
+                code="parity",
+            )
         if not self.max_drop and sqnr_db < self.min_sqnr:
             few = samples.take(compared_samples(len(samples))[:4])
             rows = departures(float_content, quantized, file_batches(few, before.inputs))

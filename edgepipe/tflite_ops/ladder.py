@@ -42,7 +42,8 @@ from edgepipe.tflite_ops.quantize import (
     wide_operators,
 )
 from edgepipe.tflite_ops.rewrite import SPELT_OUT, spell_out
-from edgepipe.tflite_ops.run import open_tflite
+from edgepipe.tflite_ops.run import dequantize, open_tflite
+from edgepipe.tflite_ops.run import quantize as stored
 from edgepipe.tflite_ops.sensitivity import (
     Sensitivity,
     door_noise,
@@ -136,7 +137,7 @@ class Rescue:
     """Where the ladder ended. ``content`` is the int8 file of the last rung that was kept,
     ``float_content`` what it was made from, ``precision`` the layers that are not int8. ``causes`` are sentences about what was
     wrong with the model, ``culprits`` the layers that would spoil it alone, worst first. ``at_door`` is
-    the noise that int8 inputs alone leave, 0 where it is no cause (`DOOR_SHARE`). ``made`` is how the
+    the noise that int8 inputs alone leave, ``at_output`` that of int8 outputs, 0 where it is no cause (`DOOR_SHARE`). ``made`` is how the
     file of each rung was made, and that file."""
 
     content: bytes
@@ -149,6 +150,7 @@ class Rescue:
     culprits: tuple[Sensitivity, ...]
     float_latency_s: float | None = None
     at_door: float = 0.0
+    at_output: float = 0.0
     made: tuple[tuple[Plan, bytes], ...] = ()
 
     @property
@@ -265,9 +267,9 @@ class _Ladder:
                 dataclasses.replace(rung, latency_s=latency)
                 for rung, latency in zip(rungs, latencies, strict=True)
             )
-        at_door = self._noise_at_door(plan)
+        at_door, at_output = self._noise_at_door(plan), self._noise_at_output(made)
         return Rescue(
-            content=made, at_door=at_door, float_content=plan.content, ranges=plan.ranges, method=plan.method,
+            content=made, at_door=at_door, at_output=at_output, float_content=plan.content, ranges=plan.ranges, method=plan.method,
             precision=plan.precision, rungs=rungs, causes=tuple(self.causes),
             culprits=tuple(self.culprits), float_latency_s=float_latency,
             made=tuple(self.made),
@@ -293,6 +295,26 @@ class _Ladder:
             " no layer can mend it"
         )
         return noise
+
+    def _noise_at_output(self, made: bytes) -> float:
+        """What rounding float's own outputs to int8 leaves, with a cause for each output where that is
+        much of what is left; else 0."""
+        last = _last_kept(self.rungs)
+        if self.doors["output_dtype"] == "float32" or last.held:
+            return 0.0
+        worst = 0.0
+        for values, door in zip(self.expected, open_tflite(made).get_output_details(), strict=True):
+            step = float(door["quantization"][0])
+            noise = noise_share([values], [dequantize(stored(values, door), door)])
+            if not step or noise <= max(NEAR, DOOR_SHARE * last.noise):
+                continue
+            varies = float(values.std(axis=0).mean())
+            self.causes.append(
+                f"int8 at the output ({door['name']!r}, {values.min():.6g} to {values.max():.6g}) alone leaves noise"
+                f" {noise:.2g}: a value varies by {varies:.3g}, and one step is {step:.3g}; no layer can mend it"
+            )
+            worst = max(worst, noise)
+        return worst
 
     # --- rungs ---
 

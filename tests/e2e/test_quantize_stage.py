@@ -139,6 +139,22 @@ def test_a_result_too_far_from_the_float_model_names_the_first_tensor(model, qua
     assert caught.value.code == "parity"
 
 
+def test_an_output_that_varies_by_less_than_its_rounding_does_not_pass_for_its_sqnr(
+    tmp_path, quantise
+):
+    g = Graph()
+    x = g.input("x", (1, 6, 6, 3))
+    y = g.op("MEAN", [x, g.const("axes", np.array([1, 2, 3], np.int32))], "mean", (1,), "ReducerOptions")  # fmt: skip
+    y = g.op("ADD", [y, g.const("offset", np.array([300], np.float32))], "kelvin", (1,), "AddOptions")  # fmt: skip
+    path = tmp_path / "float.tflite"
+    path.write_bytes(g.bytes([y]))
+    with pytest.raises(StageError, match=r"output 'kelvin' is off by more than it varies") as caught:  # fmt: skip
+        quantise(make(path))
+    assert 'output_dtype = "float32"' in caught.value.hint
+    accepted = quantise(make(path), min_sqnr="-200 dB").facts["parity"]["outputs"]["kelvin"]
+    assert accepted["sqnr_db"] > 40
+
+
 def test_a_divisor_that_int8_rounds_to_zero_is_an_error_of_the_stage(tmp_path, quantise):
     g = Graph()
     x = g.input("x", (1, 6, 6, 3))

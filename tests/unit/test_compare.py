@@ -30,7 +30,10 @@ def test_worked_example() -> None:
 @given(vectors)
 def test_an_output_equals_itself(values: np.ndarray) -> None:
     error = compare({"y": values}, {"y": values.copy()})["y"]
-    assert error == type(error)(0.0, 0.0, SQNR_LIMIT_DB, pytest.approx(1.0))
+    varies = float(np.ptp(values.astype(np.float64))) > 1e-3 * float(np.abs(values).max())
+    assert error == type(error)(
+        0.0, 0.0, SQNR_LIMIT_DB, pytest.approx(1.0), SQNR_LIMIT_DB if varies else error.variation_db
+    )
 
 
 @given(vectors, vectors)
@@ -45,6 +48,15 @@ def test_an_error_on_an_all_zero_reference_is_huge_not_nothing() -> None:
     assert error.max_abs_relative > 1
     assert error.sqnr_db == -SQNR_LIMIT_DB
     assert error.cosine == 0.0
+
+
+def test_what_an_output_varies_by_is_told_apart_from_what_it_is() -> None:
+    kelvin = np.array([[290.0], [300.0]])
+    error = compare({"y": kelvin}, {"y": kelvin + np.array([[5.0], [-5.0]])})["y"]
+    assert error.sqnr_db == pytest.approx(10 * math.log10((290**2 + 300**2) / 50))  # 35 dB
+    assert error.variation_db == pytest.approx(0.0)
+    # nothing varies: one sample, or one and the same answer
+    assert compare({"y": kelvin[:1]}, {"y": kelvin[1:]})["y"].variation_db is None
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

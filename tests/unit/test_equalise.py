@@ -448,11 +448,11 @@ def test_noise_at_the_door_is_that_of_rounding_the_input_and_nothing_else():
     assert door_noise(content, {}, data, where="m") == 0
 
 
-def spoilt(content, data, door):
+def spoilt(content, data, door, *, output="float32"):
     table = collect_ranges(content, data, where="m").table()
     return climb(
         content, table, "min_max", batches=lambda: iter(data), judge=lambda content: Judgement(0.5, 50.0, 10),
-        where="m", max_drop=1.0, input_dtype=door, output_dtype="float32", allow_float=(), round_weights=None,
+        where="m", max_drop=1.0, input_dtype=door, output_dtype=output, allow_float=(), round_weights=None,
     )  # fmt: skip
 
 
@@ -462,6 +462,25 @@ def test_an_int8_input_that_spoils_the_model_alone_is_named_as_a_cause(door):
     rescue = spoilt(chain(spread=1), heavy_tailed(), door)
     named = [cause for cause in rescue.causes if "int8 at the input ('x')" in cause]
     assert (rescue.at_door > NEAR, len(named)) == ((True, 1) if door == "int8" else (False, 0))
+
+
+def far_from_zero(offset):
+    """A mean over the picture, of which each sample has another, far from 0: int8 has a step of offset / 255."""
+    g = Graph()
+    x = g.input("x", (1, 6, 6, 3))
+    y = g.op("MEAN", [x, g.const("axes", np.array([1, 2, 3], np.int32))], "mean", (1,), "ReducerOptions")  # fmt: skip
+    return g.bytes([g.op("ADD", [y, g.const("offset", np.array([offset], np.float32))], "y", (1,), "AddOptions")])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("offset", "door", "named"),
+    [(300.0, "int8", 1), (300.0, "float32", 0), (0.0, "int8", 0)],
+)
+def test_an_int8_output_whose_steps_are_wider_than_what_it_varies_by_is_named(offset, door, named):
+    data = [[x + i / 48] for i, (x,) in enumerate(images(48))]
+    rescue = spoilt(far_from_zero(offset), data, "int8", output=door)
+    found = [cause for cause in rescue.causes if "int8 at the output ('y', 299." in cause]
+    assert (len(found), rescue.at_output > NEAR) == (named, bool(named))
 
 
 @pytest.mark.slow
