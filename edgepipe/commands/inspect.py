@@ -39,13 +39,14 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from edgepipe.tflite_ops.inspect import as_dict, by_signature, describe
 
     description = describe(args.model, signature=args.signature)
-    if args.profile and by_signature(description.model):
+    several = by_signature(description.model)
+    if args.profile and several:
         raise RequestError(
             f"--profile predicts one inference, and {args.model} has several signatures",
-            hint=f"choose one with --signature: {', '.join(by_signature(description.model))}",
+            hint=f"choose one with --signature: {', '.join(several)}",
         )
-    data = {"path": str(args.model), **as_dict(description, tensors=args.tensors)}
-    out.text(render(description, args.model, tensors=args.tensors))
+    data = {"path": str(args.model), **as_dict(description, several, tensors=args.tensors)}
+    out.text(render(description, several, args.model, tensors=args.tensors))
     if args.sparsity:
         from edgepipe.tflite_ops import sparse
 
@@ -69,12 +70,15 @@ def run(args: argparse.Namespace, out: Output) -> int:
     return 0
 
 
-def render(description: ModelDescription, path: Path, *, tensors: bool) -> str:
-    """The description as text for people; of a file of several signatures, what each costs."""
-    from edgepipe.tflite_ops.inspect import by_signature
-
+def render(
+    description: ModelDescription,
+    several: Mapping[str, ModelDescription],
+    path: Path,
+    *,
+    tensors: bool,
+) -> str:
+    """The description as text for people; of ``several`` signatures, what each costs."""
     model = description.model
-    several = by_signature(model)
     lines = [f"{path}: {format_bytes(model.size_bytes)} ({model.size_bytes} bytes)"]
     if model.description:
         lines.append(f"  made by      {model.description}")

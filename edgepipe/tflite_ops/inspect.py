@@ -348,10 +348,11 @@ def _read(path: Path) -> bytes:
         raise ArtifactError(f"cannot read {path}: {exc}", hint="check the path") from exc
 
 
-def as_dict(description: ModelDescription, *, tensors: bool = False) -> dict[str, Any]:
-    """Plain data for ``--json``; the list of all tensors only on request."""
+def as_dict(
+    description: ModelDescription, several: Mapping[str, ModelDescription], *, tensors: bool = False
+) -> dict[str, Any]:
+    """Plain data for ``--json``; the list of all tensors only on request. ``several``: `by_signature`."""
     model = description.model
-    several = by_signature(model)
 
     def costs(one: ModelDescription) -> dict[str, Any]:
         return {
