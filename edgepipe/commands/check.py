@@ -19,8 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Output) -> int:
     from edgepipe.recipe import bucket_text, load_buckets, parse_bucket
+    from edgepipe.stages.load import check_file
 
     recipes = load_buckets(args.recipe, parse_bucket(args.bucket))
+    for each in recipes:
+        check_file(each.model)
     recipe = recipes[0]
     stages = [stage.name for stage in recipe.stages]
     gates = [gate.name for gate in recipe.gates]

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from edgepipe.errors import RequestError
     from edgepipe.profile import find_profile
     from edgepipe.resources import profile_paths
-    from edgepipe.stages.load import check_source
+    from edgepipe.stages.load import check_file, check_source
     from edgepipe.store import check_output, replacing
 
     check_output(args.output)
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     find_profile(args.profile, profile_paths())
     source = adhoc.model_source(args)
     check_source(source)
+    check_file(source)
     data = adhoc.data_source(args.data) if args.data else None
     if data is not None and data.kind not in ("npz", "npy", "python"):
         raise RequestError(

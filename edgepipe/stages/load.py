@@ -87,30 +87,50 @@ class LoadModel:
             check_fits([source.resolve(given)])
         if source.file is None:
             return _load_builder(source, context)
+        check_file(source)
         path = source.resolve(source.file)
-        if not path.is_file():
-            raise ArtifactError(f"model file {path} does not exist", hint="check the path", code="no-such-file")  # fmt: skip
         loaders = {".onnx": _load_onnx, ".tflite": _load_tflite, ".pt2": _load_pt2}
-        if path.suffix in (".pth", ".pt", ".safetensors"):
-            raise ArtifactError(
-                f"{path} holds weights, which are no model without the code that builds it",
-                hint=f'builder = "file.py:function", weights = "{source.file}"',
-                code="weights-without-builder",
-            )
-        if path.suffix.lower() not in loaders:
-            raise ArtifactError(
-                f"model file {path} is none of {', '.join(loaders)}{_looks_like(path)}",
-                hint="export it to ONNX, or name the builder of a PyTorch model",
-            )
-        expected = {".tflite": "a TFLite model", ".onnx": "", ".pt2": ""}[path.suffix.lower()]
-        found = _looks_like(path)
-        if found or (expected and path.read_bytes()[4:8] != b"TFL3"):
-            raise ArtifactError(
-                f"{path} is not {expected or f'a {path.suffix} model'}{found}",
-                hint="check the path",
-                code="wrong-format",
-            )
         return loaders[path.suffix.lower()](path, source, context)
+
+
+def check_file(source: ModelSource) -> None:
+    """What the file of a source tells at a glance: is it there, what its name says, and one model?
+
+    Imports no framework. Raises ArtifactError, and RequestError for a .tflite of several signatures.
+    """
+    if source.file is None:
+        return
+    path = source.resolve(source.file)
+    if not path.is_file():
+        raise ArtifactError(f"model file {path} does not exist", hint="check the path", code="no-such-file")  # fmt: skip
+    if path.suffix in (".pth", ".pt", ".safetensors"):
+        raise ArtifactError(
+            f"{path} holds weights, which are no model without the code that builds it",
+            hint=f'builder = "file.py:function", weights = "{source.file}"',
+            code="weights-without-builder",
+        )
+    found = _looks_like(path)
+    if path.suffix.lower() not in (".onnx", ".tflite", ".pt2"):
+        raise ArtifactError(
+            f"model file {path} is none of .onnx, .tflite, .pt2{found}",
+            hint="export it to ONNX, or name the builder of a PyTorch model",
+        )
+    is_tflite = path.suffix.lower() == ".tflite"
+    if found or (is_tflite and not _is_tflite(path)):
+        raise ArtifactError(
+            f"{path} is not {'a TFLite model' if is_tflite else f'a {path.suffix} model'}{found}",
+            hint="check the path",
+            code="wrong-format",
+        )
+    if is_tflite:
+        from edgepipe.tflite_ops.flatbuffer import check_signature
+
+        check_signature(path, "", option="")
+
+
+def _is_tflite(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(8)[4:] == b"TFL3"
 
 
 def check_source(source: ModelSource) -> None:
@@ -292,11 +312,9 @@ def _load_onnx(path: Path, source: ModelSource, context: StageContext) -> Artifa
 
 
 def _load_tflite(path: Path, source: ModelSource, context: StageContext) -> Artifact:
-    from edgepipe.tflite_ops.flatbuffer import check_signature
     from edgepipe.tflite_ops.inspect import tensor_specs
     from edgepipe.tflite_ops.run import refuse_crashing
 
-    check_signature(path, "", option="")
     copy = context.work_dir / "model.tflite"
     shutil.copyfile(path, copy)
     inputs, outputs = tensor_specs(copy)

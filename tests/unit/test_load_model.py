@@ -17,6 +17,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from edgepipe import cli
 from edgepipe.array_ops.user_code import call_function
 from edgepipe.artifact import Artifact, hash_path
 from edgepipe.errors import ArtifactError, RequestError
@@ -256,6 +257,27 @@ def test_a_file_of_several_signatures_is_refused_by_their_names(root: Path) -> N
     (root / "merged.tflite").write_bytes(merged_file())
     with pytest.raises(RequestError, match="by signature: length8, length16, length4"):
         load(root, file=Path("merged.tflite"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("merged.tflite", merged_file(), "called by signature: length8, length16, length4"),
+        ("page.tflite", b"<!DOCTYPE html>", "looks like a web page"),
+        ("empty.onnx", b"", "it is empty"),
+    ],
+)
+def test_check_and_init_refuse_a_file_that_run_would_refuse(
+    root: Path, name: str, content: bytes, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / name).write_bytes(content)
+    recipe = root / "recipe.toml"
+    assert cli.main(["init", str(root / name), "--output", str(recipe)]) == 2
+    assert told in capsys.readouterr().err
+    assert not recipe.exists()
+    recipe.write_text(f'schema = 1\n[model]\nfile = "{name}"\n')
+    assert cli.main(["check", str(recipe)]) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_weights_alone_are_refused_with_what_is_missing(root: Path) -> None:
