@@ -534,7 +534,7 @@ class _Ladder:
         source, spelt = plan.content, dict[str, Range]()
         if kind == "int16":
             layers = with_bridges(parse_model(source, where=self.where).subgraphs[0], layers)
-            source, spelt = spell_out(source, layers, where=self.where)
+            source, spelt = spell_out(source, layers, tables["min_max"], where=self.where)
         graph = parse_model(source, where=self.where).subgraphs[0]
         precision = {**plan.precision, **dict.fromkeys((*layers, *spelt), kind)}
         limits = tables["min_max"]

@@ -44,16 +44,22 @@ def rewrite(content: bytes, *, where: str) -> tuple[bytes, tuple[str, ...]]:
 
 
 # What `spell_out` can write with operators that have a form with 16-bit activations.
-SPELT_OUT = frozenset({"HARD_SWISH"})
+SPELT_OUT = frozenset({"HARD_SWISH", "SQUARED_DIFFERENCE"})
 
 
 def spell_out(
-    content: bytes, layers: Collection[str], *, where: str
+    content: bytes,
+    layers: Collection[str],
+    known: Mapping[str, tuple[float, float]],
+    *,
+    where: str,
 ) -> tuple[bytes, dict[str, tuple[float, float]]]:
-    """The float file with HARD_SWISH, if its name is in ``layers``, as ``x * (relu6(x + 3) / 6)``.
+    """The float file with those of ``layers`` whose kernels know 8 bits only in operators that know 16.
 
-    Its kernels know 8 bits only, the others 16 as well. The result keeps its name. Returns the file and
-    the ranges of the tensors that are new, which need no calibration, by name.
+    HARD_SWISH as ``x * (relu6(x + 3) / 6)``, SQUARED_DIFFERENCE, which layer norms take their variance
+    from, as ``(a - b) * (a - b)``. The result keeps its name. Returns the file and the ranges of the
+    tensors that are new, by name, from those that are ``known``: a square from 0 to 9 is of a
+    difference from -3 to 3.
     """
     ranges: dict[str, tuple[float, float]] = {}
 
@@ -62,6 +68,15 @@ def spell_out(
             if o.name not in SPELT_OUT or draft.name(o) not in layers:
                 continue
             name, shape, x = draft.name(o), draft.shape(o.outputs[0]), o.inputs[0]
+            if o.name == "SQUARED_DIFFERENCE":
+                difference = draft.tensor(shape, f"{name}/difference")
+                most = max(known[name][1], 0.0) ** 0.5
+                ranges[f"{name}/difference"] = (-most, most)
+                subtract = draft.pointwise("SUB", o.inputs, difference)
+                subtract.builtinOptions.potScaleInt16 = False
+                square = draft.pointwise("MUL", [difference, difference], o.outputs[0])
+                draft.replace(o, [subtract, square], "spelt out")
+                continue
             shifted, gate = (
                 draft.tensor(shape, f"{name}/shifted"),
                 draft.tensor(shape, f"{name}/gate"),

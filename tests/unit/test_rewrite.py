@@ -315,8 +315,8 @@ def test_hard_swish_is_spelt_out_where_it_is_to_compute_in_16_bits():
     rng = np.random.default_rng(5)
     samples = [rng.uniform(-4, 50, (1, 40)).astype(np.float32) for _ in range(20)]
     samples += [rng.uniform(-4, 1, (1, 40)).astype(np.float32) for _ in range(20)]
-    assert spell_out(content, ["another"], where="m") == (content, {})
-    made, new = spell_out(content, ["swish"], where="m")
+    assert spell_out(content, ["another"], {}, where="m") == (content, {})
+    made, new = spell_out(content, ["swish"], {}, where="m")
     check_unchanged(content, made, [[x] for x in samples], where="m")
     assert "HARD_SWISH" not in operators(made)
     table = ops.collect_ranges(made, [[x] for x in samples], where="m").table()
@@ -329,6 +329,30 @@ def test_hard_swish_is_spelt_out_where_it_is_to_compute_in_16_bits():
         expected = np.concatenate([run(content, [x])[0] for x in samples])
         found = np.concatenate([run(int8, [x])[0] for x in samples])
         assert least < sqnr(expected, found) < most
+
+
+def test_squared_difference_is_spelt_out_where_it_is_to_compute_in_16_bits():
+    # what a layer norm takes the variance from, where one channel is ten times the others
+    g = Graph()
+    x = g.input("x", (1, 4, 16))
+    square = g.op("SQUARED_DIFFERENCE", [x, scalar(g, 0.5)], "square", (1, 4, 16))
+    content = g.bytes([square])
+    gain = np.where(np.arange(16) == 3, 10, 1)
+    batches = [[(np.random.default_rng(i).normal(size=(1, 4, 16)) * gain).astype(np.float32)] for i in range(20)]  # fmt: skip
+    table = ops.collect_ranges(content, batches, where="m").table()
+    made, new = spell_out(content, ["square"], table, where="m")
+    check_unchanged(content, made, batches, where="m")
+    seen = ops.collect_ranges(made, batches, where="m").table()
+    for name, ends in new.items():  # float32 rounds the square
+        assert max(map(abs, seen[name])) == pytest.approx(ends[1], rel=1e-6)
+    noise = []
+    for file, precision in ((content, {}), (made, dict.fromkeys([*new, "square"], "int16"))):
+        int8 = ops.quantize(file, {**table, **new}, precision=precision, input_dtype="float32", output_dtype="float32")  # fmt: skip
+        small = np.arange(16) != 3
+        expected = np.concatenate([run(content, b)[0] for b in batches])[..., small]
+        noise.append(sqnr(expected, np.concatenate([run(int8, b)[0] for b in batches])[..., small]))
+    assert noise[0] < 10
+    assert noise[1] > 35
 
 
 def test_a_condition_is_repeated_along_two_axes():
