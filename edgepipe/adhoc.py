@@ -43,6 +43,19 @@ def add_state_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--state", action="append", default=[], metavar="INPUT=OUTPUT", help="an input that is state, and the output that feeds it at the next step (h=output_1); samples are then sequences; may be repeated")  # fmt: skip
 
 
+def add_steps_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", choices=("last", "each"), default="last", help="which answers of a model with --state are judged by --evaluate: those of the last step of each sequence (default), or of each (labels: samples x steps)")  # fmt: skip
+
+
+def check_steps(args: argparse.Namespace) -> None:
+    """RequestError where ``--steps each`` has no steps, or nothing to judge them by."""
+    if args.steps == "each" and not (args.state and args.evaluate):
+        raise RequestError(
+            "--steps each is for a model with state, judged by labels",
+            hint="--state h=output_1 --evaluate labelled.npz --steps each",
+        )
+
+
 def parse_state(texts: Sequence[str]) -> dict[str, str]:
     """``["h=output_1"]`` -> ``{"h": "output_1"}``. Raises RequestError for anything else."""
     state = {}

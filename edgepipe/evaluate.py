@@ -301,7 +301,7 @@ def device_measurements(
     ``device_task_metric`` and ``device_accuracy_drop`` (with paired 95 % interval and classes), as
     far as its metric and labels allow. Raises DataError where the answers are not this file's.
     """
-    from edgepipe.array_ops.task_metrics import as_judged, task_metric
+    from edgepipe.array_ops.task_metrics import as_judged, predictions, task_metric
     from edgepipe.tflite_ops.raw import mismatch, read_outputs, real_outputs, stored_outputs
     from edgepipe.tflite_ops.run import is_delegated
 
@@ -337,7 +337,9 @@ def device_measurements(
     )
     known = None if evaluation.labels is None else evaluation.labels[:n]
 
-    device_says, host_says = (_says(metric, f, evaluation) for f in (device, host))
+    device_says, host_says = (
+        predictions(metric, f, steps=evaluation.steps) for f in (device, host)
+    )
     if device_says is not None and host_says is not None:
         moved = (device_says != host_says).reshape(n, -1).any(axis=1)
         listed = [
@@ -375,19 +377,6 @@ def _answers_of(
     length = evaluation.length
     apart = {n: a[: count * length].reshape(count, length, *a.shape[1:]) for n, a in found.items()}
     return apart if evaluation.steps == "each" else {n: a[:, -1] for n, a in apart.items()}
-
-
-def _says(
-    metric: str, outputs: Mapping[str, np.ndarray], evaluation: DeviceEvaluation
-) -> np.ndarray | None:
-    """The classes that `predictions` reads, (N, ...), or (N, T, ...) where each step is judged."""
-    from edgepipe.array_ops.task_metrics import predictions
-
-    if evaluation.steps == "last":
-        return predictions(metric, outputs)
-    shape = next(iter(outputs.values())).shape[:2]
-    found = predictions(metric, {n: a.reshape(-1, *a.shape[2:]) for n, a in outputs.items()})
-    return None if found is None else found.reshape(*shape, *found.shape[1:])
 
 
 def _flip(

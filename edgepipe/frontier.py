@@ -25,6 +25,7 @@ from edgepipe.predict import predict
 from edgepipe.rescue import check_evaluation_data
 from edgepipe.stages.load import ModelSource
 from edgepipe.stages.quantize_int8 import source_specs
+from edgepipe.state import Steps
 from edgepipe.store import Store
 from edgepipe.table import Table
 from edgepipe.units import format_bytes, format_seconds, format_value
@@ -139,14 +140,16 @@ def compare_all(
     metric: str,
     root: Path,
     with_labels: bool,
+    steps: Steps = "last",
 ) -> list[Row]:
     """What each file keeps of the float file's answers on the same samples.
 
-    ``with_labels``: its task metric there as well, where the samples have labels.
+    ``with_labels``: its task metric there as well, where the samples have labels. Of a model with
+    state ``steps`` are judged.
     """
     from edgepipe.array_ops.compare import compare
     from edgepipe.array_ops.load import load_samples
-    from edgepipe.array_ops.task_metrics import predictions, task_metric
+    from edgepipe.array_ops.task_metrics import as_judged, predictions, task_metric
 
     float_model = made[FLOAT]
     assert isinstance(float_model, Artifact)
@@ -154,7 +157,7 @@ def compare_all(
     labels = samples.labels if with_labels else None
     if with_labels and labels is None:
         log.warning("%s: no labels, so agreement with the float file is all that is told", samples.origin)  # fmt: skip
-    expected = predict(float_model, samples.inputs)
+    expected = predict(float_model, samples.inputs, steps=steps)
     rows = []
     for precision, model in made.items():
         if not isinstance(model, Artifact):
@@ -167,18 +170,22 @@ def compare_all(
         )  # fmt: skip
         log.info("running %s on %d samples", precision, len(samples))
         try:
-            found = expected if precision == FLOAT else predict(model, samples.inputs)
+            found = expected if precision == FLOAT else predict(model, samples.inputs, steps=steps)
             errors = compare(expected, found)
         except ArtifactError as exc:
             rows.append(dataclasses.replace(row, error=exc.message))
             continue
-        ours, theirs = predictions(metric, found), predictions(metric, expected)
+        ours, theirs = (predictions(metric, each, steps=steps) for each in (found, expected))
+        score = None
+        if labels is not None:
+            judged, known = as_judged(metric, found, labels, steps=steps)
+            score = task_metric(metric, judged, known, root=root)
         rows.append(
             dataclasses.replace(
                 row,
                 sqnr_db=min(e.sqnr_db for e in errors.values()),
                 agreement=float((ours == theirs).mean()) if ours is not None else None,
-                score=None if labels is None else task_metric(metric, found, labels, root=root),
+                score=score,
             )
         )
     return rows

@@ -15,6 +15,7 @@ from edgepipe.errors import StageError
 from edgepipe.measurement import Measurement
 from edgepipe.predict import predict, with_states
 from edgepipe.stages.quantize_int8 import source_specs
+from edgepipe.state import Steps
 from edgepipe.table import Table
 from edgepipe.units import format_seconds
 
@@ -122,12 +123,13 @@ def explain_layers(
     evaluation: DataSource | None = None,
     metric: str = "top1",
     root: Path,
+    steps: Steps = "last",
     try_rungs: bool = True,
 ) -> Explanation:
     """Compare two TFLite files of one model on real samples, tensor by tensor.
 
     ``data`` gives up to `SAMPLES` inputs. With an ``evaluation`` set with labels the task metric is
-    told too. Sensitivity is measured, by files made for it: each layer alone in int8, and for the
+    told too; of a model with state ``steps`` are judged. Sensitivity is measured, by files made for it: each layer alone in int8, and for the
     worst `TRIED_IN_FLOAT` the layer alone in float. With ``try_rungs`` the ladder is climbed as well,
     and the rung that is named for each of these is the first that mended it. Raises StageError and ArtifactError as
     `comparable`, DataError where the samples do not fit or ``evaluation`` has no labels.
@@ -135,7 +137,7 @@ def explain_layers(
     from edgepipe.array_ops.calibration import file_batches
     from edgepipe.array_ops.compare import compare
     from edgepipe.array_ops.load import labels_of, load_samples
-    from edgepipe.array_ops.task_metrics import task_metric
+    from edgepipe.array_ops.task_metrics import as_judged, task_metric
     from edgepipe.tflite_ops import layer_noise as ops
     from edgepipe.tflite_ops.rewrite import clamp_masks
     from edgepipe.tflite_ops.sensitivity import noise_share
@@ -149,13 +151,22 @@ def explain_layers(
     labels = labels_of(judged) if evaluation is not None else None
     batches = _at_most(file_batches(with_states(samples, float_model), float_model.inputs), SAMPLES)
     content, _ = clamp_masks(content, lambda: batches, where=where[0])
-    expected = predict(float_model, judged.inputs)
+
+    def answers(model: Artifact) -> dict[str, np.ndarray]:
+        return predict(model, judged.inputs, steps=steps)
+
+    def score_of(found: Mapping[str, np.ndarray]) -> float | None:
+        if labels is None:
+            return None
+        return task_metric(metric, *as_judged(metric, found, labels, steps=steps), root=root)
 
     def judge(found: Mapping[str, np.ndarray]) -> tuple[float, float | None]:
         noise = noise_share(list(expected.values()), [found[name] for name in expected])
-        return noise, None if labels is None else task_metric(metric, found, labels, root=root)
+        return noise, score_of(found)
 
-    outputs = predict(quantised, judged.inputs)
+    expected = answers(float_model)
+    float_score = score_of(expected)
+    outputs = answers(quantised)
     errors = compare(expected, outputs)
     output_noise, score = judge(outputs)
     log.info("comparing layers on %d samples of %s", len(samples), samples.origin)
@@ -179,7 +190,7 @@ def explain_layers(
             trial = make_artifact(
                 "tflite", path, inputs=float_model.inputs, outputs=float_model.outputs
             )
-            given_back[name] = judge(predict(trial, judged.inputs))
+            given_back[name] = judge(answers(trial))
     made_noise, made_score = given_back.get("", (None, None))
     rungs: tuple[TriedRung, ...] = ()
     if try_rungs and worst:
@@ -187,15 +198,15 @@ def explain_layers(
         rungs = _tried_rungs(
             content, quantised, _at_most(file_batches(with_states(few, float_model), float_model.inputs), RUNG_SAMPLES),
             [la.noise.layer for la in worst[:TRIED_IN_FLOAT]],
-            lambda trial: (*judge(found := predict(trial, judged.inputs)), compare(expected, found)),
-            None if labels is None else task_metric(metric, expected, labels, root=root),
+            lambda trial: (*judge(found := answers(trial)), compare(expected, found)),
+            float_score,
         )  # fmt: skip
         layers = [_with_tried_rung(la, rungs) for la in layers]
     return Explanation(
         rungs=rungs,
         layers=tuple(_with_gain(la, given_back) for la in layers), samples=len(samples), data=samples.origin,
         sqnr_db=min(e.sqnr_db for e in errors.values()), output_noise=output_noise, score=score, made_noise=made_noise, made_score=made_score, metric=metric,
-        float_score=None if labels is None else task_metric(metric, expected, labels, root=root),
+        float_score=float_score,
     )  # fmt: skip
 
 

@@ -228,12 +228,19 @@ def correct(
     return None if per_sample is None else per_sample(output, known)
 
 
-def predictions(name: str, outputs: Mapping[str, np.ndarray]) -> np.ndarray | None:
+def predictions(
+    name: str, outputs: Mapping[str, np.ndarray], *, steps: Steps = "last"
+) -> np.ndarray | None:
     """The classes that a built-in metric reads from N answers: (N, ...) int64.
 
-    None for metrics that know no classes (regression, functions of the user's own), and for
-    answers they do not fit. Arguments as `task_metric`; no labels are needed.
+    With ``steps = "each"`` of answers (N, T, ...): (N, T, ...). None for metrics that know no classes
+    (regression, functions of the user's own), and for answers they do not fit. Arguments as
+    `task_metric`; no labels are needed.
     """
+    if steps == "each":
+        shape = next(iter(outputs.values())).shape[:2]
+        found = predictions(name, {n: _flat(array) for n, array in outputs.items()})
+        return None if found is None else found.reshape(*shape, *found.shape[1:])
     metric = TASK_METRICS.get(name)
     output = next(iter(outputs.values()))
     if metric is None or metric.predict is None or len(outputs) != 1 or output.ndim < 2:

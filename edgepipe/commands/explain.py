@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgepipe.adhoc import add_state_argument
+from edgepipe.adhoc import add_state_argument, add_steps_argument
 from edgepipe.cli import Output
 from edgepipe.commands.on_device import add_device_arguments
 
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metric", default="top1", help="task metric of --evaluate: top1, ... or file.py:function (default: top1)")  # fmt: skip
     parser.add_argument("--layout", default="", metavar="NCHW", help="order of the samples' axes where it is not the file's")  # fmt: skip
     add_state_argument(parser)
+    add_steps_argument(parser)
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with plots; it loads nothing from anywhere")  # fmt: skip
     parser.add_argument("--no-try", action="store_true", help="name rungs by rule, without trying them (a file for each rung and layer at fault)")  # fmt: skip
     add_device_arguments(parser)
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from edgepipe.store import check_output, replacing
 
     check_output(args.html, option="--html")
+    adhoc.check_steps(args)
     state = adhoc.parse_state(args.state)
     float_model = with_state(_model(args.float_model, args.layout), state)
     int8_model = _model(args.int8_model, args.layout) if args.int8_model else None
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             int8_model = layer_explain.plain_int8(float_model, data, Path(folder) / "plain-int8.tflite")  # fmt: skip
         found = layer_explain.explain_layers(
             float_model, int8_model, data, evaluation=evaluation, metric=args.metric, root=Path.cwd(),
-            try_rungs=not args.no_try,
+            steps=args.steps, try_rungs=not args.no_try,
         )  # fmt: skip
         ops, where = _operators(args, int8_model)
     tables = [layer_explain.rungs_table(found)] if found.rungs else []

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgepipe.adhoc import add_model_arguments
+from edgepipe.adhoc import add_model_arguments, add_steps_argument
 from edgepipe.cli import Output
 from edgepipe.commands.on_device import add_device_arguments
 
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-drop", metavar="'1 point'", help="climb the rescue ladder until the file loses no more than this; needs --evaluate")  # fmt: skip
     parser.add_argument("--evaluate", metavar="SAMPLES", help="inputs with labels to judge by, with --max-drop or --all; not those of --data")  # fmt: skip
     parser.add_argument("--metric", default="top1", help="the task metric of --evaluate: top1, ... or file.py:function (default: top1)")  # fmt: skip
+    add_steps_argument(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: NAME_int8.tflite in this folder; with --all a folder, default NAME_precisions")  # fmt: skip
     parser.add_argument("--all", action="store_true", help="make every precision, and compare what they keep, their bytes and (with --device or --profile) their latency and memory there")  # fmt: skip
     add_device_arguments(parser)
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             "--max-drop and --evaluate go together",
             hint="--max-drop '1 point' --evaluate labelled.npz",
         )
+    adhoc.check_steps(args)
     options: dict[str, Any] = {
         "input_dtype": args.input_dtype,
         "output_dtype": args.output_dtype,
@@ -72,7 +74,12 @@ def run(args: argparse.Namespace, out: Output) -> int:
     data = adhoc.data_source(args.data)
     more = {"validation": adhoc.data_source(args.evaluate)} if args.evaluate else {}
     if args.max_drop:
-        options |= {"max_drop": args.max_drop, "evaluate": "validation", "metric": args.metric}
+        options |= {
+            "max_drop": args.max_drop,
+            "evaluate": "validation",
+            "metric": args.metric,
+            "steps": args.steps,
+        }
     if args.all:
         return _run_all(args, out, source, data, more, options)
     check_output(args.output)
@@ -132,7 +139,12 @@ def _run_all(
 
     def compare(made: dict[str, Artifact | EdgepipeError]) -> list[frontier.Row]:
         return frontier.compare_all(
-            made, judged_by, metric=args.metric, root=Path.cwd(), with_labels=bool(args.evaluate)
+            made,
+            judged_by,
+            metric=args.metric,
+            root=Path.cwd(),
+            with_labels=bool(args.evaluate),
+            steps=args.steps,
         )
 
     made = make(frontier.FLOAT)

@@ -363,3 +363,44 @@ def test_state_on_the_command_line_becomes_a_recipe(
     assert tomllib.loads((tmp_path / "r.toml").read_text())["model"]["state"] == {"h": "h_next"}
     with pytest.raises(RequestError, match="'h:h_next' is not INPUT=OUTPUT"):
         parse_state(["h:h_next"])
+
+
+@pytest.fixture
+def judged_at_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with net.tflite, samples for ranges, and sequences with the float model's answer to each step."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.tflite").write_bytes(recurrent())
+    model = artifact(tmp_path, recurrent(), {"h": "h_next"})
+    for name, seed in (("seen", 1), ("labelled", 2)):
+        x = np.random.default_rng(seed).normal(size=(60, 6, FEATURES)).astype(np.float32)
+        labels = predict(model, {"x": x}, steps="each")["y"].argmax(axis=2)
+        np.savez(tmp_path / f"{name}.npz", x=x, labels=labels)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_every_step_is_judged_on_the_command_line(
+    judged_at_each_step: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--data", "seen.npz", "--evaluate", "labelled.npz", "--state", "h=h_next", "--json"]
+    assert cli.main(["quantize", "net.tflite", "--all", "--steps", "each", *more]) == 0
+    rows = {r["precision"]: r for r in json.loads(capsys.readouterr().out)["precisions"]}
+    assert (rows["float32"]["score"], rows["float32"]["agreement"]) == (1.0, 1.0)
+    # of 360 answers, so that a share is no multiple of 1 / 60
+    assert rows["int8"]["score"] == rows["int8"]["agreement"]
+    assert round(rows["int8"]["score"] * 360) % 6
+    assert cli.main(["explain", "net.tflite", "--steps", "each", "--no-try", *more]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["float_score"] == 1.0
+    assert round(found["score"] * 360) % 6
+
+
+def test_steps_that_nothing_judges_are_refused(
+    judged_at_each_step: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more in (["--state", "h=h_next"], ["--evaluate", "labelled.npz"]):
+        given = ["net.tflite", "--data", "seen.npz", "--steps", "each", *more]
+        assert cli.main(["explain", *given]) == 2
+        assert "--steps each is for a model with state, judged by labels" in capsys.readouterr().err
+        assert cli.main(["quantize", *given, "--all"]) == 2
+        assert "--steps each is for a model with state" in capsys.readouterr().err
