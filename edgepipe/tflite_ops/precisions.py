@@ -83,12 +83,12 @@ def make_precision(
 
 def prepared(content: bytes, name: Name, *, where: str) -> bytes:
     """The float file as `make_precision` takes it: for ``int16x8`` loose activations are fused and
-    hard swishes spelt out, which have no kernel of 16 bits."""
+    what has no kernel of 16 bits is spelt out."""
     if name != "int16x8":
         return content
     fused, _ = fuse_activations(content, where=where)
-    swishes = [n for n, o in layers_of(parse_model(fused, where=where).subgraphs[0]).items() if o in SPELT_OUT]  # fmt: skip
-    return spell_out(fused, swishes, where=where)[0]
+    layers = [n for n, o in layers_of(parse_model(fused, where=where).subgraphs[0]).items() if o in SPELT_OUT]  # fmt: skip
+    return spell_out(fused, layers, {}, where=where)[0]  # calibrated afterwards
 
 
 def _fewer_bits(content: bytes, name: Name, *, where: str) -> bytes:

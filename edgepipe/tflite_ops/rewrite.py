@@ -70,8 +70,9 @@ def spell_out(
             name, shape, x = draft.name(o), draft.shape(o.outputs[0]), o.inputs[0]
             if o.name == "SQUARED_DIFFERENCE":
                 difference = draft.tensor(shape, f"{name}/difference")
-                most = max(known[name][1], 0.0) ** 0.5
-                ranges[f"{name}/difference"] = (-most, most)
+                if name in known:
+                    most = max(known[name][1], 0.0) ** 0.5
+                    ranges[f"{name}/difference"] = (-most, most)
                 subtract = draft.pointwise("SUB", o.inputs, difference)
                 subtract.builtinOptions.potScaleInt16 = False
                 square = draft.pointwise("MUL", [difference, difference], o.outputs[0])
