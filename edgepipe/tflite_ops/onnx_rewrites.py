@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 from onnx import NodeProto, helper, inliner, numpy_helper
 
 from edgepipe.tflite_ops.onnx_model import keep_pooled_axes
@@ -27,16 +28,33 @@ _OPSET = 11
 @dataclasses.dataclass(frozen=True)
 class _Graph:
     """``shapes`` and ``constants`` by name, where known; ``folding``: values that only one batch norm
-    reads, and that a convolution makes, which converters merge; ``added``: new initialisers."""
+    reads, and that a convolution makes, which converters merge; ``makers``: the node that makes a value;
+    ``added``: new initialisers."""
 
     shapes: Mapping[str, tuple[int, ...]]
     constants: Mapping[str, np.ndarray]
     folding: frozenset[str]
+    makers: Mapping[str, NodeProto]
+    opset: int
     added: list[onnx.TensorProto] = dataclasses.field(default_factory=list)
 
     def constant(self, name: str, value: np.ndarray) -> str:
         self.added.append(numpy_helper.from_array(value, name))
         return name
+
+    def may_overflow(self, name: str) -> bool:
+        """Whether a value may be infinite or NaN while the model's inputs are not."""
+        waiting, seen = [name], set()
+        while waiting:
+            value = waiting.pop()
+            node = self.makers.get(value)
+            if node is None or value in seen or node.op_type in _MIXING:
+                continue
+            if node.op_type in _UNSAFE:
+                return True
+            seen.add(value)
+            waiting += node.input
+        return False
 
 
 # Functions of the ONNX standard that no converter knows, and what their bodies are written with
@@ -169,6 +187,185 @@ def _lone_batch_norm(node: NodeProto, graph: _Graph) -> list[NodeProto]:
     ]  # fmt: skip
 
 
+# What may make infinity or NaN of finite values
+_UNSAFE = {
+    "Div",
+    "Log",
+    "Reciprocal",
+    "Sqrt",
+    "Pow",
+    "Exp",
+    "Tan",
+    "Asin",
+    "Acos",
+    "Acosh",
+    "Atanh",
+    "Sinh",
+    "Cosh",
+}
+# What a value is no more simply passed on by: sums of products, and what is bounded
+_MIXING = {"Conv", "ConvTranspose", "MatMul", "Gemm", "Softmax", "Sigmoid", "Tanh", "LayerNormalization", "LSTM", "GRU", "RNN"}  # fmt: skip
+
+
+def _where_that_picks(node: NodeProto, graph: _Graph) -> list[NodeProto]:
+    """A choice beside values that may be infinite or NaN, its three inputs of one shape.
+
+    A converter computes one of unlike shapes as ``c * x + (1 - c) * y``, which is NaN wherever the value
+    that is not chosen is infinite: ``torch.where(d > 0, n / d, 0.0)`` at d = 0. Of one shape it picks.
+    """
+    made = graph.shapes.get(node.output[0], ())
+    shapes = [graph.shapes.get(name, graph.constants[name].shape if name in graph.constants else None) for name in node.input]  # fmt: skip
+    if not made or None in shapes or all(shape == made for shape in shapes) or not any(map(graph.may_overflow, node.input[1:])):  # fmt: skip
+        return []
+    nodes, whole = [], []
+    for position, (name, shape) in enumerate(zip(node.input, shapes, strict=True)):
+        wide = f"{node.output[0]}_whole{position}"
+        if shape == made:
+            wide = name
+        elif name in graph.constants:
+            graph.constant(wide, np.ascontiguousarray(np.broadcast_to(graph.constants[name], made)))
+        else:
+            sizes = graph.constant(f"{wide}_shape", np.array(made, np.int64))
+            nodes.append(helper.make_node("Expand", [name, sizes], [wide], f"{node.name}_expand{position}"))  # fmt: skip
+        whole.append(wide)
+    return [*nodes, helper.make_node("Where", whole, [node.output[0]], node.name)]
+
+
+def _log_sum_exp(node: NodeProto, graph: _Graph) -> list[NodeProto]:
+    """``log(sum(exp(x)))`` as ``m + log(sum(exp(x - m)))``, m being the largest x; log-softmax, ``x`` less that.
+
+    Converters write the first without m, which is infinite for x above 88, and the second as the logarithm of
+    the softmax, which is that of 0 for values 104 below the largest (float32).
+    """
+    options = _attributes(node)
+    is_softmax = node.op_type == "LogSoftmax"
+    if graph.opset < 18:
+        return []  # axes were an attribute, and LogSoftmax before 13 of another shape
+    axes = np.array([options.get("axis", -1)], np.int64) if is_softmax else None
+    if not is_softmax and len(node.input) > 1 and node.input[1]:
+        axes = graph.constants.get(node.input[1])
+        if axes is None:
+            return []
+    x, y = node.input[0], node.output[0]
+    along = [] if axes is None else [graph.constant(f"{y}_axes", axes)]
+    made = [
+        helper.make_node("ReduceMax", [x, *along], [f"{y}_max"], f"{node.name}_max", keepdims=1),
+        helper.make_node("Sub", [x, f"{y}_max"], [f"{y}_below"], f"{node.name}_below"),
+        helper.make_node("Exp", [f"{y}_below"], [f"{y}_exp"], f"{node.name}_exp"),
+        helper.make_node("ReduceSum", [f"{y}_exp", *along], [f"{y}_sum"], f"{node.name}_sum", keepdims=1),
+        helper.make_node("Log", [f"{y}_sum"], [f"{y}_log"], f"{node.name}_log"),
+    ]  # fmt: skip
+    if is_softmax:
+        return [*made, helper.make_node("Sub", [f"{y}_below", f"{y}_log"], [y], node.name)]
+    if options.get("keepdims", 1):
+        return [*made, helper.make_node("Add", [f"{y}_log", f"{y}_max"], [y], node.name)]
+    if y not in graph.shapes:
+        return []
+    sizes = graph.constant(f"{y}_shape", np.array(graph.shapes[y], np.int64))
+    return [
+        *made, helper.make_node("Add", [f"{y}_log", f"{y}_max"], [f"{y}_kept"], f"{node.name}_add"),
+        helper.make_node("Reshape", [f"{y}_kept", sizes], [y], node.name),
+    ]  # fmt: skip
+
+
+def _circular_pad(node: NodeProto, graph: _Graph) -> list[NodeProto]:
+    """A pad that goes on at the other side (``padding_mode="circular"``): every axis picked by index.
+
+    Three values padded by 1 and 2: 2, 0, 1, 2, 0, 1.
+    """
+    shape = graph.shapes.get(node.input[0], ())
+    widths = graph.constants.get(node.input[1]) if len(node.input) > 1 else None
+    given = graph.constants.get(node.input[3]) if len(node.input) > 3 and node.input[3] else range(len(shape))  # fmt: skip
+    if _attributes(node).get("mode") != b"wrap" or not shape or widths is None or given is None:
+        return []
+    axes = [int(axis) % len(shape) for axis in given]
+    nodes: list[NodeProto] = []
+    current = node.input[0]
+    for axis, before, after in zip(axes, widths[: len(axes)], widths[len(axes) :], strict=True):
+        if not before and not after:
+            continue
+        name = f"{node.output[0]}_axis{axis}"
+        index = graph.constant(f"{name}_index", np.arange(-before, shape[axis] + after) % shape[axis])  # fmt: skip
+        nodes.append(helper.make_node("Gather", [current, index], [name], name, axis=axis))
+        current = name
+    if nodes:
+        nodes[-1].output[0] = node.output[0]
+    return nodes
+
+
+def _resize_of_another_scale(node: NodeProto, graph: _Graph) -> list[NodeProto]:
+    """A resize that TFLite has no operator for, one axis after the other: with an antialiasing filter,
+    or by a scale that is not the output's size over the input's (5 by 1.7 is 8: of TFLite's operators it is 1.6).
+
+    Each output along an axis is a sum of inputs with fixed weights, so the axis is multiplied with their
+    matrix (in, out), and picked by index where they are 0 and 1 (nearest). The weights are those
+    of onnxruntime, of the identity.
+    """
+    options = _attributes(node)
+    shape, made = graph.shapes.get(node.input[0], ()), graph.shapes.get(node.output[0], ())
+    scales = graph.constants.get(node.input[2]) if len(node.input) > 2 else None
+    whole = range(len(shape))
+    if not shape or len(made) != len(shape) or options.get("axes") or options.get("keep_aspect_ratio_policy", b"stretch") != b"stretch":  # fmt: skip
+        return []
+    if scales is None or len(scales) != len(shape):
+        scales = np.array([made[i] / shape[i] for i in whole], dtype=np.float32)
+    mode = options.get("coordinate_transformation_mode", b"half_pixel")
+    inexact = mode != b"align_corners" and any(
+        abs(shape[i] * scales[i] - made[i]) > 1e-3 for i in whole
+    )
+    if mode == b"tf_crop_and_resize" or not (inexact or options.get("antialias")):
+        return []
+    nodes: list[NodeProto] = []
+    current = node.input[0]
+    for axis in [i for i in whole if scales[i] != 1]:
+        weights = _resize_weights(node, shape[axis], float(scales[axis]))
+        if weights.shape != (shape[axis], made[axis]):
+            return []
+        last = axis == len(shape) - 1
+        name = f"{node.output[0]}_axis{axis}"
+        if options.get("mode", b"nearest") == b"nearest":
+            picked = graph.constant(f"{name}_index", weights.argmax(0).astype(np.int64))
+            nodes.append(helper.make_node("Gather", [current, picked], [name], name, axis=axis))
+        elif last:
+            nodes.append(
+                helper.make_node(
+                    "MatMul", [current, graph.constant(f"{name}_weights", weights)], [name], name
+                )
+            )
+        else:
+            order = [i for i in whole if i != axis] + [axis]
+            back = [order.index(i) for i in whole]
+            nodes += [
+                helper.make_node("Transpose", [current], [f"{name}_last"], f"{name}_last", perm=order),
+                helper.make_node("MatMul", [f"{name}_last", graph.constant(f"{name}_weights", weights)], [f"{name}_made"], name),
+                helper.make_node("Transpose", [f"{name}_made"], [name], f"{name}_back", perm=back),
+            ]  # fmt: skip
+        current = name
+    if nodes:
+        nodes[-1].output[0] = node.output[0]
+    return nodes
+
+
+def _resize_weights(node: NodeProto, size: int, scale: float) -> np.ndarray:
+    """What onnxruntime's resize of one axis multiplies with: (size, size * scale), float32."""
+    one = helper.make_node("Resize", ["x", "", "scales"], ["y"])
+    one.attribute.extend(node.attribute)
+    tensor = onnx.TensorProto.FLOAT
+    model = helper.make_model(
+        helper.make_graph(
+            [one], "one_axis",
+            [helper.make_tensor_value_info("x", tensor, [1, size, 1, size])],
+            [helper.make_tensor_value_info("y", tensor, [1, size, 2, None])],
+            # one row becomes two equal ones: onnxruntime copies what keeps its size, 3 by 1.3, instead of resizing it
+            [numpy_helper.from_array(np.array([1, 1, 2, scale], np.float32), "scales")],
+        ),
+        opset_imports=[helper.make_opsetid("", 18)], ir_version=8,
+    )  # fmt: skip
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])  # fmt: skip
+    weights = session.run(["y"], {"x": np.eye(size, dtype=np.float32)[None, :, None]})[0]
+    return np.asarray(weights)[0, :, 0]
+
+
 def _windows(size: int, kernel: int, stride: int, before: int, after: int, include_pad: bool) -> tuple[int, np.ndarray]:  # fmt: skip
     """How far the windows reach beyond the padding, and how many values count in each.
 
@@ -188,6 +385,11 @@ _REWRITES: dict[str, Callable[[NodeProto, _Graph], list[NodeProto]]] = {
     "Elu": _scaled_elu,
     "BatchNormalization": _lone_batch_norm,
     "AveragePool": _average_pool_of_ceil_mode,
+    "LogSoftmax": _log_sum_exp,
+    "ReduceLogSumExp": _log_sum_exp,
+    "Pad": _circular_pad,
+    "Resize": _resize_of_another_scale,
+    "Where": _where_that_picks,
 }
 
 
@@ -210,4 +412,6 @@ def _read(model: onnx.ModelProto) -> _Graph:
         for node in model.graph.node
         if node.op_type in ("Conv", "ConvTranspose") and readers[node.output[0]] == 1
     )
-    return _Graph(shapes, constants, folding)
+    makers = {name: node for node in model.graph.node for name in node.output}
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    return _Graph(shapes, constants, folding, makers, opset)

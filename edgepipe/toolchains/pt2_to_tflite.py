@@ -20,6 +20,7 @@ def convert(request):
     names = program.graph_signature.user_inputs
     module = program.module()
     keep_pooled_axes(module)
+    detach_out_of_place(module)
 
     class Doors(torch.nn.Module):
         """The program, its images channels last as TFLite's operators want them."""
@@ -72,6 +73,16 @@ def keep_pooled_axes(module):
             flat = module.graph.call_function(torch.ops.aten.flatten.using_ints, (node, 1))
         flat.meta = dict(node.meta)
         node.replace_all_uses_with(flat, delete_user_cb=lambda user, flat=flat: user is not flat)
+    module.recompile()
+
+
+def detach_out_of_place(module):
+    """``torch.tensor([..])`` in forward is captured with a ``detach_``, which fails on views: ``detach``, then."""
+    import torch
+
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aten.detach_.default:
+            node.target = torch.ops.aten.detach.default
     module.recompile()
 
 

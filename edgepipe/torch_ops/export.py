@@ -118,7 +118,8 @@ def _capture(model: nn.Module | ExportedProgram, inputs: Sequence[torch.Tensor])
         args, kwargs = call_arguments(model, inputs)
         model = model.module()
     try:
-        return torch.export.export(model, args, kwargs, strict=False)
+        with _masks_as_given():
+            return torch.export.export(model, args, kwargs, strict=False)
     except Exception as exc:
         traceback.print_exc()
         place = _user_line(str(exc)) or _user_line("".join(traceback.format_exception(exc)))
@@ -130,6 +131,21 @@ def _capture(model: nn.Module | ExportedProgram, inputs: Sequence[torch.Tensor])
             "(torch.where, masks, torch.cond); https://docs.pytorch.org/docs/stable/export.html",
             code="cannot-trace",
         ) from exc
+
+
+@contextlib.contextmanager
+def _masks_as_given() -> Iterator[None]:
+    """``nn.Transformer*`` looks at the values of a mask to see whether it is the causal one, for a
+    faster kernel; torch.export cannot follow that. Any mask is applied as it is given meanwhile, which
+    computes the same.
+    """
+    transformer = torch.nn.modules.transformer
+    original = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = original
 
 
 def _conversion_error(exc: Exception, program: ExportedProgram, log_path: Path) -> StageError:

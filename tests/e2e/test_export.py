@@ -38,6 +38,9 @@ class Net(nn.Module):
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.up = nn.ConvTranspose2d(4, 2, 2, stride=2)
         self.head = nn.Linear(4, 3)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(8))
 
     def forward(self, x, y=None):
         z = F.relu6(self.norm(self.conv(x)))
@@ -49,6 +52,8 @@ class Net(nn.Module):
             return self.lstm(x[:, 0])[0]
         if self.kind == "attention":
             return self.attention(x[:, 0], x[:, 1], x[:, 0])[0]
+        if self.kind == "masked":
+            return self.encoder(x[:, 0], mask=self.mask)
         if self.kind == "no_onnx":
             return torch.linalg.qr(z)[0]  # not in ONNX
         if self.kind == "branch":
@@ -94,7 +99,7 @@ def net(root: Path, kind: str, *inputs: TensorOption, outputs: tuple[str, ...] =
     return load(root, builder="nets.py:build", args={"kind": kind}, inputs=inputs or (IMAGE,), outputs=outputs)  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["pooled", "recurrent", "attention"])
+@pytest.mark.parametrize("kind", ["pooled", "recurrent", "attention", "masked"])
 def test_the_exported_model_computes_the_same_on_real_inputs_and_noise(
     root: Path, kind: str
 ) -> None:

@@ -53,6 +53,101 @@ def test_an_elu_of_alpha_1_and_an_old_model_are_left_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
+    "node",
+    [
+        helper.make_node("LogSoftmax", ["x"], ["y"], "log", axis=1),
+        helper.make_node("ReduceLogSumExp", ["x", "axes"], ["y"], "log", keepdims=0),
+        helper.make_node("ReduceLogSumExp", ["x", "axes"], ["y"], "log"),
+    ],
+    ids=["log softmax", "log sum exp", "kept"],
+)
+def test_logarithms_of_sums_of_exponentials_do_not_overflow(node: onnx.NodeProto) -> None:
+    x = (40 * np.random.default_rng(0).normal(size=(2, 3, 4, 5))).astype(np.float32)
+    model = model_of(node, x.shape)
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1, 3]), "axes"))
+    if not [a for a in node.attribute if a.name == "axis"] and any(a.name == "keepdims" for a in node.attribute):  # fmt: skip
+        del model.graph.output[0].type.tensor_type.shape.dim[:2]
+    new, count = rewritten(model)
+    assert count == 1
+    kinds = [made.op_type for made in new.graph.node]
+    assert kinds.index("ReduceMax") < kinds.index("Exp") < kinds.index("Log")
+    np.testing.assert_allclose(run(new, x), run(model, x), rtol=1e-5)
+
+
+def test_a_choice_beside_a_division_picks_and_does_not_multiply() -> None:
+    def choice(operator: str) -> onnx.ModelProto:
+        nodes = [
+            helper.make_node("Greater", ["x", "zero"], ["c"]),
+            helper.make_node(operator, ["one", "x"], ["q"]),
+            helper.make_node("Where", ["c", "q", "zero"], ["y"], "where"),
+        ]
+        model = model_of(nodes[0], (1, 4))
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+        model.graph.initializer.extend(numpy_helper.from_array(np.float32(v), n) for n, v in (("zero", 0), ("one", 1)))  # fmt: skip
+        return model
+
+    new, count = rewritten(choice("Div"))
+    assert count == 1
+    values = {t.name: tuple(t.dims) for t in new.graph.initializer}
+    assert [values.get(name, (1, 4)) for name in new.graph.node[-1].input] == [(1, 4)] * 3
+    x = np.array([[0, 2, -1, 0.5]], np.float32)
+    np.testing.assert_array_equal(run(new, x), [[0, 0.5, 0, 2]])
+    assert rewritten(choice("Mul"))[1] == 0  # finite: left as it is
+
+
+@pytest.mark.parametrize("axes", [None, [3, -2]])
+def test_a_circular_pad_goes_on_at_the_other_side(axes: list[int] | None) -> None:
+    x = np.random.default_rng(0).normal(size=(1, 2, 4, 5)).astype(np.float32)
+    widths = [0, 0, 1, 2, 0, 0, 3, 0] if axes is None else [2, 1, 0, 3]
+    node = helper.make_node("Pad", ["x", "widths", "", *(["axes"] if axes else [])], ["y"], "pad", mode="wrap")  # fmt: skip
+    model = model_of(node, x.shape, opset=19)
+    model.graph.initializer.append(numpy_helper.from_array(np.array(widths), "widths"))
+    if axes:
+        model.graph.initializer.append(numpy_helper.from_array(np.array(axes), "axes"))
+    new, count = rewritten(model)
+    assert count == 1
+    assert {made.op_type for made in new.graph.node} == {"Gather"}
+    np.testing.assert_array_equal(run(new, x), np.pad(x, [(0, 0), (0, 0), (1, 3), (2, 0)], "wrap"))
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_resize_of_another_scale_or_antialiased_is_sums_of_inputs(data: st.DataObject) -> None:
+    mode = data.draw(st.sampled_from(["nearest", "linear", "cubic"]))
+    antialias = mode != "nearest" and data.draw(st.booleans())
+    shape = (1, 2, data.draw(st.integers(3, 9)), data.draw(st.integers(3, 9)))
+    scales = np.array([1, 1, *(data.draw(st.sampled_from([0.45, 0.7, 1.0, 1.3, 1.7])) for _ in "hw")], np.float32)  # fmt: skip
+    options = {
+        "mode": mode,
+        "coordinate_transformation_mode": "pytorch_half_pixel",
+        "cubic_coeff_a": -0.75,
+    }
+    if mode == "nearest":
+        options |= {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    node = helper.make_node(
+        "Resize", ["x", "", "scales"], ["y"], "resize", antialias=int(antialias), **options
+    )
+    model = model_of(node, shape)
+    model.graph.initializer.append(numpy_helper.from_array(scales, "scales"))
+    sizes = [int(np.floor(n * s)) for n, s in zip(shape, scales, strict=True)]
+    assume(
+        sizes != list(shape) or (scales == 1).all()
+    )  # onnxruntime copies: its output is not the resized one
+    for dim, size in zip(model.graph.output[0].type.tensor_type.shape.dim, sizes, strict=True):
+        dim.dim_value = size
+    new, count = rewritten(model)
+    exact = all(
+        n * s == pytest.approx(out, abs=1e-3)
+        for n, s, out in zip(shape, scales, sizes, strict=True)
+    )
+    assert count == ((antialias and scales.max() != scales.min()) or not exact)
+    assert "Resize" not in {made.op_type for made in new.graph.node} or not count
+    x = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    np.testing.assert_allclose(run(new, x), run(model, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
     ("node", "constants"),
     [
         (helper.make_node("Attention", ["x", "k", "k", "", "past", "past"], ["y", "a", "b"], is_causal=1), {"k": (1, 2, 5, 8), "past": (1, 2, 3, 8)}),
