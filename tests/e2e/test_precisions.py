@@ -118,7 +118,7 @@ def test_hard_swish_computes_in_sixteen_bits(quantise):
 
 def test_the_variance_of_a_layer_norm_computes_in_sixteen_bits(quantise):
     graph = Graph()
-    x = graph.input("x", (1, 64))
+    x = graph.input("image", (1, 64))
     square = graph.op("SQUARED_DIFFERENCE", [x, graph.const("mean", np.zeros(1, np.float32))], "square", (1, 64))  # fmt: skip
     y = graph.op("FULLY_CONNECTED", [square, graph.const("w", np.random.default_rng(1).normal(size=(64, 64)).astype(np.float32))], "y", (1, 64), "FullyConnectedOptions")  # fmt: skip
     samples = np.random.default_rng(0).normal(size=(40, 64)).astype(np.float32)
