@@ -329,6 +329,11 @@ def advise(noise: LayerNoise, repairs: Repairs, inputs: Sequence[LayerNoise]) ->
         return "it computes in float already: its noise comes from its inputs", "ranges"
     if noise.clipped > CLIPPED:
         return f"{noise.clipped:.2%} of its values lie outside {noise.scale_low:.3g} to {noise.scale_high:.3g}, what its scale can say", "ranges"  # fmt: skip
+    if noise.steps_used < HALF_USED * STEPS and noise.dtype == "int8" and noise.low * noise.high > 0 and noise.steps_used < HALF_USED * _steps_to_0(noise):  # fmt: skip
+        return (
+            f"its values lie from {noise.low:.6g} to {noise.high:.6g}, far from 0, which an int8 range has to hold:"
+            f" {noise.steps_used:.0f} of {STEPS} steps are left for them"
+        ), "mixed"
     if noise.steps_used < HALF_USED * STEPS and noise.dtype == "int8":
         return f"its values use {noise.steps_used:.0f} of {STEPS} steps: the range is far wider than this data", "ranges"  # fmt: skip
     wide = max((n for n in (noise, *inputs) if n.outlier_channels), key=lambda n: n.spread, default=None)  # fmt: skip
@@ -344,6 +349,11 @@ def advise(noise: LayerNoise, repairs: Repairs, inputs: Sequence[LayerNoise]) ->
     if noise.bias_share > 0.5:
         return f"{noise.bias_share:.0%} of its noise is one and the same error in every value of a channel", "bias"  # fmt: skip
     return "rounding, with nothing that stands out", "rounding"
+
+
+def _steps_to_0(noise: LayerNoise) -> float:
+    """Steps between 0 and the value that lies farthest from it: 10 from 9.8 to 10 with steps of 1."""
+    return max(abs(noise.low), abs(noise.high)) / noise.scale
 
 
 def plain_int8(float_model: Artifact, data: DataSource, path: Path) -> Artifact:

@@ -222,6 +222,8 @@ def test_without_labels_rungs_are_told_by_their_noise_and_not_as_points(tmp_path
     [
         ({"clipped": 0.02}, "ranges", "outside -1 to 1"),
         ({"low": -0.1, "high": 0.1}, "ranges", "use 26 of 255 steps"),
+        ({"low": 0.9, "high": 1.0}, "mixed", "from 0.9 to 1, far from 0"),
+        ({"low": 0.001, "high": 0.1}, "ranges", "use 13 of 255 steps"),
         ({"outlier_channels": 2, "spread": 100.0}, "mixed", "100 times the median"),
         ({"dense_share": 0.1}, "ranges", "far out"),
         ({"bias_share": 0.8}, "bias", "80%"),
