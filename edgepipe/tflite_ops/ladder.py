@@ -42,8 +42,7 @@ from edgepipe.tflite_ops.quantize import (
     wide_operators,
 )
 from edgepipe.tflite_ops.rewrite import SPELT_OUT, spell_out
-from edgepipe.tflite_ops.run import dequantize, open_tflite
-from edgepipe.tflite_ops.run import quantize as stored
+from edgepipe.tflite_ops.run import open_tflite
 from edgepipe.tflite_ops.sensitivity import (
     Sensitivity,
     door_noise,
@@ -305,8 +304,9 @@ class _Ladder:
         worst = 0.0
         for values, door in zip(self.expected, open_tflite(made).get_output_details(), strict=True):
             step = float(door["quantization"][0])
-            noise = noise_share([values], [dequantize(stored(values, door), door)])
-            if not step or noise <= max(NEAR, DOOR_SHARE * last.noise):
+            # clipping is a choice of a rung, steps are not
+            noise = noise_share([values], [np.rint(values / step) * step]) if step else 0.0
+            if noise <= max(NEAR, DOOR_SHARE * last.noise):
                 continue
             varies = float(values.std(axis=0).mean())
             self.causes.append(
@@ -439,20 +439,27 @@ class _Ladder:
         # those that were not looked at come last
         order = {s.layer: s.operator for s in ranked} | layers_of(parse_model(plan.content, where=self.where).subgraphs[0])  # fmt: skip
         kinds: tuple[Precision, ...] = ("int16", "float")
-        for kind in kinds:
+        for kind, weights in itertools.product(kinds, self._weights(plan)):
             legal = wide_operators() | SPELT_OUT if kind == "int16" else self.allow_float
             usable = [layer for layer, operator in order.items() if operator in legal]
-            found = self._fewest(plan, kind, usable, tables) if usable else None
+            found = self._fewest(weights, kind, usable, tables) if usable else None
             if found is None:
                 continue
             new, content = found
             widened = "with 16-bit activations" if kind == "int16" else "in float"
             count = sum(layer in new.precision for layer in order)
             did = f"{count} of {len(order)} layers {widened}"
-            last = self._accept("mixed", did, new, plan, made, content=content)
+            if weights is not plan:
+                did += ", weights rounded to nearest"
+            plan_now, made_now = self._accept("mixed", did, new, plan, made, content=content)
             if self.rungs[-1].kept and self.rungs[-1].held:
-                return last
+                return plan_now, made_now
         return plan, made
+
+    def _weights(self, plan: Plan) -> list[Plan]:
+        """The plan, and the same with weights that were not made for what 8 bits make of activations:
+        where 16 hold those, nearest ones may lie nearer to float's."""
+        return [plan, dataclasses.replace(plan, content=plan.unrounded, unrounded=b"")] if plan.unrounded else [plan]  # fmt: skip
 
     def _door_ranges(
         self, content: bytes, tables: Mapping[str, Mapping[str, Range]]

@@ -363,6 +363,9 @@ def quantize(
     names = _state_names(content, states, where=where)
     ranges = joined_states(content, ranges, states, where=where)
     made = _quantized(content, ranges, input_dtype, output_dtype, precision or {}, where)
+    if coarser := _coarser_sums(made, ranges, where=where):
+        ranges = joined_states(content, {**ranges, **coarser}, states, where=where)
+        made = _quantized(content, ranges, input_dtype, output_dtype, precision or {}, where)
     # what makes a state may have a scale of its own, like TANH's 1 / 128, which its input then takes
     own = _own_ranges(made, states, names, where=where)
     if own:
@@ -574,6 +577,33 @@ def _refuse_absurd_scales(content: bytes, *, where: str) -> None:
                     hint="a mask of -inf or -1e38: write -100 instead, which a softmax takes for the same",
                     code="infinite-range",
                 )  # fmt: skip
+
+
+def _coarser_sums(
+    content: bytes, ranges: Mapping[str, tuple[float, float]], *, where: str
+) -> dict[str, tuple[float, float]]:
+    """Wider ranges for sums so fine beside what they are of that LiteRT ends the process (SIGABRT).
+
+    Its kernels of ADD and SUB want ``2 * (larger input scale) / 2**20`` (2**15 of 16 bits) to be less
+    than the scale of the result, that of SQUARED_DIFFERENCE ``(2 * scale)**2 / 2**14`` (kernels/add.cc,
+    sub.cc, squared_difference.cc: left_shift). The rounding that is added is a thousandth of what comes in.
+    Example: inputs in steps of 107,000 need steps of 0.2 where the result from -2 to 18 would have 0.08.
+    """
+    found: dict[str, tuple[float, float]] = {}
+    for graph in parse_model(content, where=where).subgraphs:
+        for o in graph.operators:
+            result = graph.tensors[o.outputs[0]] if o.outputs else None
+            if o.name not in ("ADD", "SUB", "SQUARED_DIFFERENCE") or result is None or not result.scales:  # fmt: skip
+                continue
+            twice = 2 * max(max(graph.tensors[i].scales, default=0.0) for i in o.inputs)
+            least = twice**2 / 2**14 if o.name == "SQUARED_DIFFERENCE" else twice / 2 ** (15 if result.dtype == "int16" else 20)  # fmt: skip
+            if result.name in ranges and least >= result.scales[0]:
+                low, high = ranges[result.name]
+                factor = 1.01 * least / result.scales[0]
+                high = max(high, 0.0) or (1.0 if low >= 0 else 0.0)  # as `_quantized`
+                found[result.name] = (factor * min(low, 0.0), factor * high)
+                log.info("%s %r: its range is widened %.3g times, since its inputs are that much wider", o.name, result.name, factor)  # fmt: skip
+    return found
 
 
 def _weight_ranges(

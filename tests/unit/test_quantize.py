@@ -487,3 +487,25 @@ def test_a_maximum_pool_with_padding_is_quantised_within_half_a_step(shape, valu
     for sample in data:
         error = np.abs(run(made, [sample[None]])[0] - run(content, [sample[None]])[0]).max()
         assert error <= sum(steps) / 2 * 1.001  # one rounding at the door, one in each operator
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "shift"),
+    [("ADD", "int8", 20), ("SUB", "int8", 20), ("ADD", "int16", 15), ("SQUARED_DIFFERENCE", "int8", 14)],
+)  # fmt: skip
+def test_a_small_sum_of_large_values_has_a_scale_that_kernels_take(kind, dtype, shift):
+    """LiteRT ends the process on others: columns of unlike size, standardised inside the model."""
+    g = Graph()
+    x = g.input("x", (1, 4))
+    mean = g.const("mean", np.full(4, -1e7 if kind == "ADD" else 1e7, np.float32))
+    options = {"ADD": "AddOptions", "SUB": "SubOptions"}.get(kind, "")
+    y = g.op(kind, [x, mean], "y", (1, 4), options, **({"potScaleInt16": False} if options else {}))
+    data = [np.array([1e7, 1e7 + 1, 1e7 + 2, 1e7 + i], np.float32) for i in range(8)]
+    int8 = quantized(g.bytes([y]), data, precision={"y": "int16"} if dtype == "int16" else {}, output_dtype="float32")  # fmt: skip
+    graph = graph_of(int8)
+    (sum_,) = (o for o in graph.operators if o.name == kind)
+    scales = [graph.tensors[i].scales[0] for i in (*sum_.inputs, *sum_.outputs)]
+    assert graph.tensors[sum_.outputs[0]].dtype == dtype
+    twice = (2 * max(scales[:2])) ** (2 if kind == "SQUARED_DIFFERENCE" else 1)
+    assert twice / 2**shift / scales[2] < 1
+    run(int8, [data[0][None].astype(np.int8)])  # lives
