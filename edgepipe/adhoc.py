@@ -14,7 +14,7 @@ from edgepipe.artifact import Artifact
 from edgepipe.bench import MeasureOptions
 from edgepipe.data import DataSource
 from edgepipe.errors import DataError, RequestError
-from edgepipe.recipe import SOURCE_KINDS, Recipe, resolve_source
+from edgepipe.recipe import SOURCE_KINDS, Recipe, check_data, resolve_source
 from edgepipe.schema import build, read_toml
 from edgepipe.stage import Stage
 from edgepipe.stages import stage_class
@@ -111,7 +111,12 @@ def data_source(text: str) -> DataSource:
     if suffix == ".toml":
         table = read_toml(Path(text), error=DataError)
         source = build(DataSource, table, where=text, error=DataError)
-        return resolve_source(source, Path(text).resolve().parent)
+        source = resolve_source(source, Path(text).resolve().parent)
+        problems: list[str] = []
+        check_data(source, text, problems)
+        if problems:
+            raise DataError("\n  ".join(problems), hint=f"mend {text} and run again")
+        return source
     if suffix in (".npz", ".npy"):
         if not Path(text).is_file():
             raise DataError(f"data file {text} does not exist", hint="check the path", code="no-such-file")  # fmt: skip

@@ -130,7 +130,7 @@ def load_recipe(path: Path, bucket: Mapping[str, int] | None = None) -> Recipe:
         source = attempt(build, DataSource, value, where=f"[data.{key}]", error=RecipeError)
         if source is not None:
             data[key] = resolve_source(source, root)
-            _check_source(data[key], f"[data.{key}]", problems)
+            check_data(data[key], f"[data.{key}]", problems)
     stages = _entries(table("stages", list), "stage", STAGES, stage_class, problems)
     gates = _entries(table("gates", list), "gate", GATES, GATES.__getitem__, problems)
     evaluate = None
@@ -365,7 +365,8 @@ def _check_file(reference: str, root: Path, key: str, problems: list[str]) -> No
         problems.append(f"{key}: {module} does not exist")
 
 
-def _check_source(source: DataSource, where: str, problems: list[str]) -> None:
+def check_data(source: DataSource, where: str, problems: list[str]) -> None:
+    """Adds to ``problems`` what is wrong with a `DataSource`, as far as that goes without reading it."""
     if source.kind == "python":
         if not source.function:
             problems.append(f'{where}: kind = "python" needs function = "file.py:name"')

@@ -121,6 +121,7 @@ class SampleStream:
                         f" {whole[name].shape[1:]} and {array.shape[1:]}",
                         hint="prepare all samples in one shape",
                     )
+                self._refuse_nan(name, array, done)
                 whole[name][done : done + len(chunk)] = array
             labels += [] if chunk.labels is None else [chunk.labels]
             done += len(chunk)
@@ -134,13 +135,24 @@ class SampleStream:
             whole, joined, self.reader.classes, self.origin, self.is_random, self.states_from
         )
 
+    def _refuse_nan(self, name: str, array: np.ndarray, before: int) -> None:
+        """No model is judged, trained or compared by a sample that is no number."""
+        if array.dtype.kind != "f" or not np.isnan(array).any():
+            return
+        first = int(np.isnan(array).reshape(len(array), -1).any(axis=1).argmax())
+        raise DataError(
+            f"{self.origin}: input {name!r} has NaN in sample {before + first}",
+            hint="remove this sample, or mend the code that makes it",
+            code="not-finite",
+        )
+
 
 def load_samples(source: DataSource, specs: Sequence[TensorSpec]) -> Samples:
     """Read, choose, prepare and check samples for a model with inputs ``specs`` (batch = axis 0).
 
     Order: read -> ``fold`` / ``not_fold`` / ``limit`` -> ``(x * scale - mean) / std`` (floating
     point inputs only) -> check. Raises DataError for a missing or unreadable file, a wrong name,
-    shape or dtype, an empty choice, or an error in the user's own function. Samples of a model with
+    shape or dtype, NaN, an empty choice, or an error in the user's own function. Samples of a model with
     state are sequences (`edgepipe.state.data_inputs`).
     """
     samples = _stream(source, specs)._loaded()

@@ -124,7 +124,9 @@ def check_file(source: ModelSource) -> None:
         )
     if is_tflite:
         from edgepipe.tflite_ops.flatbuffer import check_signature
+        from edgepipe.tflite_ops.inspect import read_model
 
+        read_model(path)  # a damaged file has no signatures to speak of
         check_signature(path, "", option="")
 
 
@@ -307,6 +309,7 @@ def _load_onnx(path: Path, source: ModelSource, context: StageContext) -> Artifa
         copy,
         shapes={o.name: o.shape for o in source.inputs if o.shape},
         layouts={o.name: o.layout for o in source.inputs if o.layout},
+        where=path,
     )
     return make_artifact("onnx", copy, inputs=inputs, outputs=outputs, facts={"file": path.name})
 

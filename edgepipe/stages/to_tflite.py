@@ -159,7 +159,12 @@ class ToTflite:
                     code="empty-output",
                 )
         layouts = self._layouts(artifact)
-        prepared = prepare_onnx(artifact.path, artifact.inputs, batch=self.batch)
+        prepared = prepare_onnx(
+            artifact.path,
+            artifact.inputs,
+            batch=self.batch,
+            where=str(artifact.facts.get("file", "")),
+        )
         source = context.data[self.data] if self.data_names() else None
         inputs = parity_inputs(source, artifact.inputs, self.parity_samples, self.parity_seeds)
         rows = single_steps(artifact, inputs)

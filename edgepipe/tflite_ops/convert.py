@@ -33,9 +33,11 @@ log = logging.getLogger(__name__)
 MAX_ASSIGNMENTS = 120
 
 
-def prepare_onnx(path: Path, specs: Sequence[TensorSpec], *, batch: int | None) -> bytes:
+def prepare_onnx(
+    path: Path, specs: Sequence[TensorSpec], *, batch: int | None, where: str = ""
+) -> bytes:
     """The bytes of a model a converter can take: one file, every input dimension fixed, and what
-    converters are known to get wrong rewritten (`onnx_rewrites`).
+    converters are known to get wrong rewritten (`onnx_rewrites`). ``where`` is what the user calls it.
 
     A free batch becomes ``batch`` (1 if None), other free dimensions what ``specs`` say. Raises
     ArtifactError for a broken file and for quantised ONNX (``qdq-onnx``), StageOptionError where
@@ -45,7 +47,7 @@ def prepare_onnx(path: Path, specs: Sequence[TensorSpec], *, batch: int | None) 
     quantized = next((node for node in model.graph.node if node.op_type in QDQ_OPS), None)
     if quantized is not None:
         raise ArtifactError(
-            f"{path} is already quantised: node {quantized.name or quantized.output[0]!r} is a "
+            f"{where or path} is already quantised: node {quantized.name or quantized.output[0]!r} is a "
             f"{quantized.op_type}. Converters drop or float such nodes without a word",
             hint="give the float model; quantize_int8 quantises after conversion",
             code="qdq-onnx",

@@ -101,13 +101,15 @@ def onnx_specs(
     *,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     layouts: Mapping[str, str] | None = None,
+    where: Path | None = None,
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Specs of the inputs and outputs, found by running the model once on zeros.
 
     A free batch dimension (axis 0) is 1 in the spec. Other free dimensions need a shape in
-    ``shapes``; ``layouts`` names axes where PyTorch's usual ones (NCHW, ...) are wrong. Raises
-    ArtifactError where the model does not run.
+    ``shapes``; ``layouts`` names axes where PyTorch's usual ones (NCHW, ...) are wrong. ``where`` is the
+    file that the user knows. Raises ArtifactError where the model does not run.
     """
+    where = where or path
     shapes, layouts = shapes or {}, layouts or {}
     try:
         options = onnxruntime.SessionOptions()
@@ -117,18 +119,18 @@ def onnx_specs(
         )
     except Exception as exc:
         raise ArtifactError(
-            f"onnxruntime cannot load {path}: {str(exc).splitlines()[0][:300]}",
+            f"onnxruntime cannot load {where}: {str(exc).replace(str(path), where.name).splitlines()[0][:300]}",
             hint="export the model with standard ONNX operators, opset 18",
         ) from exc
-    _known(path, [v.name for v in session.get_inputs()], {*shapes})
-    _known(path, [v.name for v in (*session.get_inputs(), *session.get_outputs())], {*layouts})
+    _known(where, [v.name for v in session.get_inputs()], {*shapes})
+    _known(where, [v.name for v in (*session.get_inputs(), *session.get_outputs())], {*layouts})
     inputs, feeds = [], {}
     for value in session.get_inputs():
-        shape = shapes.get(value.name) or _fixed_shape(path, value.name, value.shape)
-        dtype = _dtype(path, value.name, value.type)
+        shape = shapes.get(value.name) or _fixed_shape(where, value.name, value.shape)
+        dtype = _dtype(where, value.name, value.type)
         if 0 in shape:
             raise ArtifactError(
-                f"input {value.name!r} of {path} has no elements: its shape is {list(shape)}",
+                f"input {value.name!r} of {where} has no elements: its shape is {list(shape)}",
                 hint="declare its real shape under [[model.inputs]]",
                 code="empty-input",
             )
@@ -138,14 +140,14 @@ def onnx_specs(
         results = session.run(None, feeds)
     except Exception as exc:
         raise ArtifactError(
-            f"{path} does not run in onnxruntime on inputs of shape "
+            f"{where} does not run in onnxruntime on inputs of shape "
             f"{', '.join(str(spec.shape) for spec in inputs)}: {str(exc).splitlines()[0][:300]}",
             hint="declare the right shapes under [[model.inputs]]",
         ) from exc
     for value, result in zip(session.get_outputs(), results, strict=True):
         if not isinstance(result, np.ndarray) or result.dtype.kind not in "biuf":
             raise ArtifactError(
-                f"output {value.name!r} of {path} is a {value.type}, not a tensor of numbers",
+                f"output {value.name!r} of {where} is a {value.type}, not a tensor of numbers",
                 hint="export it without that output, or with tensors only (skl2onnx: zipmap = False)",
             )
     outputs = tuple(

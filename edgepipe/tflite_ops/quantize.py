@@ -266,11 +266,13 @@ def collect_ranges(
             row[:, position] = _extremes(interpreter, tensor.index)
         if np.isnan(row).any():
             # in order of execution, the first to go wrong is the cause
-            bad = _first_nan(graph, {t.index for t, v in zip(tensors, row[0], strict=True) if np.isnan(v)})  # fmt: skip
+            nan = {t.index for t, v in zip(tensors, row[0], strict=True) if np.isnan(v)}
             raise StageError(
-                f"{where}: {bad} is NaN for calibration sample {seen}",
+                f"{where}: {_first_nan(graph, nan)} is NaN for calibration sample {seen}",
                 stage=STAGE,
-                hint="run the float model on this sample: it divides by zero or overflows",
+                hint="remove this sample, or mend the code that makes it"
+                if nan & {*graph.inputs}
+                else "run the float model on this sample: it divides by zero or overflows",
             )
         kept = rows[seen % MAX_ROWS]
         if seen < MAX_ROWS:
@@ -315,11 +317,14 @@ def _extremes(interpreter: Interpreter, index: int) -> tuple[float, float]:
 
 
 def _first_nan(graph: Subgraph, bad: set[int]) -> str:
+    for index in graph.inputs:
+        if index in bad:
+            return f"input {graph.tensors[index].name!r}"
     for operator in graph.operators:
         for output in operator.outputs:
             if output in bad:
                 return f"{operator.name} output {graph.tensors[output].name!r}"
-    return "an input"
+    return "a tensor that no operator makes"
 
 
 def check_ranges(ranges: Mapping[str, tuple[float, float]], content: bytes, *, where: str) -> None:

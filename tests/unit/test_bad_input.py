@@ -8,11 +8,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgepipe import host_memory
+from edgepipe import cli, host_memory
 from edgepipe.array_ops.load import Samples
 from edgepipe.artifact import make_artifact
 from edgepipe.data import DataSource
-from edgepipe.errors import ArtifactError, DataError
+from edgepipe.errors import ArtifactError, DataError, StageError
 from edgepipe.evaluate import evaluate
 from edgepipe.host_memory import available_bytes, check_fits
 from edgepipe.input_range import check_input_range
@@ -25,8 +25,9 @@ from edgepipe.stages.load import LoadModel, ModelSource
 from edgepipe.store import Store
 from edgepipe.tflite_ops.inspect import tensor_specs
 from edgepipe.tflite_ops.onnx_model import read_onnx
+from edgepipe.tflite_ops.quantize import collect_ranges
 
-from .tflite_builder import Graph
+from .tflite_builder import Graph, small_cnn
 
 GIB = 1 << 30
 
@@ -260,3 +261,76 @@ def test_one_file_with_two_choices_of_samples_is_one_source(tmp_path):
     (tmp_path / "r.toml").write_text(text)
     with pytest.raises(DataError, match="are the same source"):
         run(load_recipe(tmp_path / "r.toml"), Store(tmp_path / "store"))
+
+
+# --- errors name what the user gave
+
+
+def refusal(capsys, *argv):
+    assert cli.main(list(argv)) == 2
+    told = capsys.readouterr().err
+    assert "hint: " in told
+    assert ".edgepipe" not in told
+    return told
+
+
+def test_an_operator_that_nobody_knows_is_told_with_the_users_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    graph = helper.make_graph(
+        [helper.make_node("Magic", ["x"], ["y"], domain="acme")], "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 2])],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("acme", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), "odd.onnx")
+    np.savez("x.npz", x=np.zeros((16, 2), np.float32))
+    told = refusal(capsys, "convert", "odd.onnx", "--data", "x.npz")
+    assert f"{tmp_path}/odd.onnx" in told
+    assert "acme:Magic" in told
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:60] + b"Z" * len(b)])
+def test_a_damaged_file_is_told_by_the_name_it_was_given_by(damage, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.tflite").write_bytes(damage(small_cnn()))
+    np.savez("x.npz", x=np.zeros((16, 6, 6, 3), np.float32))
+    told = refusal(capsys, "quantize", "net.tflite", "--data", "x.npz")
+    assert f"{tmp_path}/net.tflite is a damaged or truncated TFLite model" in told
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('kind = "images"\npath = "absent"\n[image]\nsize = [6, 6]\n', "absent does not exist"),
+        ('kind = "images"\npath = "."\n', "images need a declared preprocessing"),
+        ('kind = "python"\nfunction = "absent.py:f"\n', "absent.py does not exist"),
+        ('kind = "npz"\n', "needs a path"),
+    ],
+)
+def test_a_data_file_of_the_command_line_is_checked_like_a_recipe(
+    text, told, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.tflite").write_bytes(small_cnn())
+    (tmp_path / "data.toml").write_text(text)
+    assert told in refusal(capsys, "quantize", "net.tflite", "--data", "data.toml")
+
+
+def test_a_sample_that_is_no_number_judges_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.tflite").write_bytes(small_cnn())
+    x = np.random.default_rng(0).normal(size=(140, 6, 6, 3)).astype(np.float32)
+    np.savez("seen.npz", x=x[:40])
+    x[57, 0, 0, 0] = np.nan
+    np.savez("labelled.npz", x=x[40:], labels=np.zeros(100, int))
+    more = ["--data", "seen.npz", "--evaluate", "labelled.npz"]
+    told = "input 'x' has NaN in sample 17"
+    assert told in refusal(capsys, "quantize", "net.tflite", *more, "--max-drop", "1 point")
+    assert told in refusal(capsys, "explain", "net.tflite", *more)
+
+
+def test_a_nan_that_calibration_is_given_is_not_blamed_on_the_model():
+    batches = [[np.full((1, 6, 6, 3), np.nan, np.float32)]]
+    with pytest.raises(StageError, match="input 'x' is NaN for calibration sample 0") as caught:
+        collect_ranges(small_cnn(), batches, where="net")
+    assert caught.value.hint.startswith("remove this sample")

@@ -89,7 +89,7 @@ def test_samples_are_streamed_one_at_a_time():
 
 
 def test_a_tensor_that_becomes_nan_is_named_with_its_operator_and_sample():
-    good, bad = np.ones((1, 4), np.float32), np.full((1, 4), np.nan, np.float32)
+    good, bad = np.ones((1, 4), np.float32), np.full((1, 4), np.inf, np.float32)
     with pytest.raises(StageError, match=r"FULLY_CONNECTED output 'y' is NaN for .* sample 1"):
         ops.collect_ranges(tiny_tflite(), [[good], [bad]], where="m")
 
