@@ -27,7 +27,7 @@ class ExportOnnx:
     accepts: ClassVar[tuple[str, ...]] = ("torch", "pt2")
     produces: ClassVar[str] = "onnx"
     ops: ClassVar[tuple[str, ...]] = (
-        "edgepipe.torch_ops.export", "edgepipe.torch_ops.model", "edgepipe.torch_ops.edits", "edgepipe.torch_ops.attention",
+        "edgepipe.torch_ops.export", "edgepipe.torch_ops.equivalents", "edgepipe.torch_ops.model", "edgepipe.torch_ops.edits", "edgepipe.torch_ops.attention",
         "edgepipe.torch_ops.pt2", "edgepipe.torch_ops.run", "edgepipe.tflite_ops.onnx_model",
         "edgepipe.parity", "edgepipe.predict", "edgepipe.state", "edgepipe.array_ops",
     )  # fmt: skip
@@ -62,6 +62,7 @@ class ExportOnnx:
         operators (``facts["exported_program"]``: its file and sha256).
         """
         from edgepipe.tflite_ops.onnx_model import (
+            half_precision,
             keep_pooled_axes,
             onnx_specs,
             read_onnx,
@@ -91,8 +92,27 @@ class ExportOnnx:
         rewritten = keep_pooled_axes(graph)
         if rewritten:
             save_onnx(graph, path)
-        found = [{s.name: s.shape for s in specs} for specs in onnx_specs(path)]
+        half = half_precision(graph)
+        try:
+            found = [{s.name: s.shape for s in specs} for specs in onnx_specs(path)]
+        except ArtifactError as exc:
+            raise StageError(
+                f"PyTorch exported a model that does not run: {exc.message.replace(str(path), path.name)}",
+                stage=self.name, code="exporter-error",
+                hint=half or "that node's name leads to the line of PyTorch; write it with other operators",
+            ) from exc  # fmt: skip
         wanted = [{s.name: s.shape for s in specs} for specs in (artifact.inputs, artifact.outputs)]
+        free = [
+            v.name
+            for v in graph.graph.output
+            if any(not d.HasField("dim_value") for d in v.type.tensor_type.shape.dim)
+        ]
+        if free:
+            raise StageError(
+                f"the shape of output {free[0]!r} depends on values, which TFLite has no shape for",
+                stage=self.name, code="dynamic-output",
+                hint="return a mask, scores to sort, or the best k (torch.topk), and choose among them outside the model",
+            )  # fmt: skip
         if found != wanted:
             raise StageError(
                 f"the exporter wrote inputs and outputs {found} instead of {wanted}",
@@ -102,13 +122,12 @@ class ExportOnnx:
         onnx_model = make_artifact(
             "onnx", path, inputs=artifact.inputs, outputs=artifact.outputs, parent=artifact
         )
-        evidence = verify(
-            artifact,
-            onnx_model,
-            samples,
-            max_relative_error=self.max_relative_error,
-            stage=self.name,
-        )
+        try:
+            evidence = verify(artifact, onnx_model, samples, max_relative_error=self.max_relative_error, stage=self.name)  # fmt: skip
+        except StageError as exc:
+            if half:
+                exc.hint = half
+            raise
         exported: dict[str, str] = {}
         try:
             save_pt2(program, context.work_dir / "model.pt2")

@@ -109,7 +109,7 @@ class ToTflite:
         "edgepipe.tflite_ops.convert", "edgepipe.tflite_ops.doors", "edgepipe.tflite_ops.run", "edgepipe.tflite_ops.bisect",
         "edgepipe.tflite_ops.onnx_model", "edgepipe.tflite_ops.onnx_rewrites", "edgepipe.tflite_ops.sparse", "edgepipe.parity", "edgepipe.predict", "edgepipe.state", "edgepipe.array_ops",
         "edgepipe.tflite_ops.flatbuffer", "edgepipe.tflite_ops.inspect", "edgepipe.tflite_ops.quantize", "edgepipe.tflite_ops.scalar_functions", "edgepipe.toolchain", "edgepipe.toolchains", "edgepipe.routes",
-        "edgepipe.tflite_ops.candidates", "edgepipe.tflite_ops.stand_in", "edgepipe.tflite_ops.rewrite", "edgepipe.torch_ops.export", "edgepipe.torch_ops.pt2",
+        "edgepipe.tflite_ops.candidates", "edgepipe.tflite_ops.stand_in", "edgepipe.tflite_ops.rewrite", "edgepipe.torch_ops.export", "edgepipe.torch_ops.equivalents", "edgepipe.torch_ops.pt2",
     )  # fmt: skip
     packages: ClassVar[tuple[str, ...]] = (
         "onnxruntime",
@@ -503,6 +503,7 @@ class _Job:
         """The parity failure, with the first operator that computes something else."""
         from edgepipe.array_ops.layout import to_layout
         from edgepipe.tflite_ops.bisect import first_departure
+        from edgepipe.tflite_ops.onnx_model import half_precision, read_onnx
 
         count = self._count()
         batch = converted.inputs[0].shape[0]
@@ -524,9 +525,10 @@ class _Job:
             if departure
             else "yet every operator that can be compared one by one computes the same"
         )
+        hint = half_precision(read_onnx(self.artifact.path)) or failure.hint
         return _failed(
             f"{failure.message}; {where}",
-            hint=failure.hint, code="parity", context=self.context,
+            hint=hint, code="parity", context=self.context,
             op=departure.operator if departure else "", node=departure.node if departure else "",
             source_line=departure.source if departure else "",
         )  # fmt: skip

@@ -86,6 +86,19 @@ def external_files(model: onnx.ModelProto) -> list[str]:
     )
 
 
+def half_precision(model: onnx.ModelProto) -> str:
+    """What to do about a model with weights or casts of float16 or bfloat16 that is off by their rounding; ""
+    for any other model."""
+    halves = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    weights = any(tensor.data_type in halves for tensor in model.graph.initializer)
+    casts = any(
+        a.name == "to" and a.i in halves for node in model.graph.node for a in node.attribute
+    )
+    if not weights and not casts:
+        return ""
+    return "the model computes in float16 or bfloat16: call .float() on it where it is built; smaller weights are chosen after conversion (edgepipe quantize)"
+
+
 def save_onnx(model: onnx.ModelProto, path: Path) -> None:
     """Write a model as one file. Raises ArtifactError where that would be larger than 2 GiB."""
     if model.ByteSize() > MAX_BYTES:

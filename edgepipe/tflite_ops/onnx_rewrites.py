@@ -29,12 +29,13 @@ _OPSET = 11
 class _Graph:
     """``shapes`` and ``constants`` by name, where known; ``folding``: values that only one batch norm
     reads, and that a convolution makes, which converters merge; ``makers``: the node that makes a value;
-    ``added``: new initialisers."""
+    ``read``: values that a node or the caller reads; ``added``: new initialisers."""
 
     shapes: Mapping[str, tuple[int, ...]]
     constants: Mapping[str, np.ndarray]
     folding: frozenset[str]
     makers: Mapping[str, NodeProto]
+    read: frozenset[str]
     opset: int
     added: list[onnx.TensorProto] = dataclasses.field(default_factory=list)
 
@@ -91,7 +92,7 @@ def rewrite_for_converters(model: onnx.ModelProto) -> int:
     Names of inputs, outputs and of all other values stay. Operators inside loops and branches, and
     in models of an opset before 11, are left as they are.
     """
-    count = keep_pooled_axes(model)
+    count = keep_pooled_axes(model) + _doubles_as_floats(model.graph)
     if any(o.domain in ("", "ai.onnx") and o.version < _OPSET for o in model.opset_import):
         return count
     graph = _read(model)
@@ -185,6 +186,127 @@ def _lone_batch_norm(node: NodeProto, graph: _Graph) -> list[NodeProto]:
             "Conv", [node.input[0], weights, offsets], [y], node.name, kernel_shape=[1, 1], group=len(gain)
         )
     ]  # fmt: skip
+
+
+def _doubles_as_floats(graph: onnx.GraphProto) -> int:
+    """Every float64 value of a graph as float32, which TFLite's kernels take; returns how many were named.
+
+    A NumPy constant makes float64 of all that it touches. Whether float32 is enough, parity says.
+    """
+    double, single = onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT
+    count = 0
+
+    def as_single(tensor: onnx.TensorProto) -> None:
+        nonlocal count
+        if tensor.data_type == double:
+            with np.errstate(over="ignore"):  # infinite then, as in float32
+                values = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+            count += 1
+
+    for tensor in graph.initializer:
+        as_single(tensor)
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        if value.type.tensor_type.elem_type == double:
+            value.type.tensor_type.elem_type = single
+            count += 1
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                as_single(attribute.t)
+            elif attribute.type == onnx.AttributeProto.GRAPH:
+                count += _doubles_as_floats(attribute.g)
+            elif attribute.name in ("to", "dtype") and attribute.i == double:
+                attribute.i = single
+                count += 1
+    return count
+
+
+def _stft(node: NodeProto, graph: _Graph) -> list[NodeProto]:
+    """A short-time Fourier transform of a real signal as a convolution with windowed cosines and sines.
+
+    ``Y[m, k] = sum over n of w[n] x[m s + n] e^(-2 pi i k n / L)`` (ONNX, STFT-17): (N, T[, 1]) -> (N, frames,
+    L/2 + 1, 2), the last axis being the real and the imaginary part.
+    """
+    shape, made = graph.shapes.get(node.input[0], ()), graph.shapes.get(node.output[0], ())
+    step, window, length = ([graph.constants.get(n) for n in node.input[1:]] + [None] * 3)[:3]
+    if window is None and length is not None and not node.input[2]:
+        window = np.ones(int(length))
+    bins = made[2] if len(made) == 4 else 0
+    real = len(shape) == 2 or (len(shape) == 3 and shape[2] == 1)
+    if not real or step is None or window is None or not bins:
+        return []
+    size = len(window)
+    angles = 2 * np.pi * (np.outer(np.arange(bins), np.arange(size)) % size) / size
+    waves = np.concatenate([np.cos(angles), -np.sin(angles)]) * window  # (2 bins, L)
+    y = node.output[0]
+    batch, frames = made[:2]
+    return [
+        helper.make_node("Reshape", [node.input[0], graph.constant(f"{y}_row", np.array([batch, 1, shape[1]], np.int64))], [f"{y}_signal"], f"{node.name}_signal"),
+        helper.make_node("Conv", [f"{y}_signal", graph.constant(f"{y}_waves", waves[:, None].astype(np.float32))], [f"{y}_parts"], node.name, kernel_shape=[size], strides=[int(step)]),
+        # (N, 2 bins, frames) -> (N, 2, bins, frames) -> (N, frames, bins, 2)
+        helper.make_node("Reshape", [f"{y}_parts", graph.constant(f"{y}_split", np.array([batch, 2, bins, frames], np.int64))], [f"{y}_two"], f"{node.name}_two"),
+        helper.make_node("Transpose", [f"{y}_two"], [y], f"{node.name}_last", perm=[0, 3, 2, 1]),
+    ]  # fmt: skip
+
+
+def _last_steps(node: NodeProto, graph: _Graph) -> list[NodeProto]:
+    """The last state of a bidirectional RNN as its output's last step forwards and first step backwards.
+
+    Y is (steps, 2, N, H), Y_h (2, N, H): a converter gives others for Y_h.
+    """
+    options = _attributes(node)
+    lengths = node.input[4] if len(node.input) > 4 else ""
+    read = len(node.output) > 1 and node.output[1] in graph.read
+    if (
+        options.get("direction") != b"bidirectional"
+        or options.get("layout", 0)
+        or lengths
+        or not read
+    ):
+        return []
+    whole, last = node.output[0] or f"{node.output[1]}_whole", node.output[1]
+    made = NodeProto()
+    made.CopyFrom(node)
+    made.output[0], made.output[1] = whole, ""
+    bounds = {
+        "end": [-1, 0],
+        "end_stop": [2**31 - 1, 1],
+        "start": [0, 1],
+        "start_stop": [1, 2],
+        "axes": [0, 1],
+        "first": [0],
+    }
+    for name, values in bounds.items():
+        graph.constant(f"{last}_{name}", np.array(values, np.int64))
+    parts = [
+        helper.make_node("Slice", [whole, f"{last}_{at}", f"{last}_{at}_stop", f"{last}_axes"], [f"{last}_of_{at}"], f"{node.name}_{at}")
+        for at in ("end", "start")
+    ]  # fmt: skip
+    return [
+        made, *parts,
+        helper.make_node("Concat", [f"{last}_of_end", f"{last}_of_start"], [f"{last}_steps"], f"{node.name}_both", axis=1),
+        helper.make_node("Squeeze", [f"{last}_steps", f"{last}_first"], [last], f"{node.name}_last"),
+    ]  # fmt: skip
+
+
+def _flip(node: NodeProto, graph: _Graph) -> list[NodeProto]:
+    """A slice that walks several axes, one of them backwards (``x.flip((1, 3))``), one axis after the other."""
+    names = ("starts", "ends", "axes", "steps")
+    known = [graph.constants[name] for name in node.input[1:] if name in graph.constants]
+    if len(known) != len(names) or len(known[0]) < 2 or min(known[3]) > 0:
+        return []
+    nodes: list[NodeProto] = []
+    current = node.input[0]
+    for i in range(len(known[0])):
+        made = node.output[0] if i == len(known[0]) - 1 else f"{node.output[0]}_{i}"
+        along = [
+            graph.constant(f"{node.output[0]}_{i}_{n}", v[i : i + 1])
+            for n, v in zip(names, known, strict=True)
+        ]
+        nodes.append(helper.make_node("Slice", [current, *along], [made], f"{node.name}_{i}"))
+        current = made
+    return nodes
 
 
 # What may make infinity or NaN of finite values
@@ -385,6 +507,11 @@ _REWRITES: dict[str, Callable[[NodeProto, _Graph], list[NodeProto]]] = {
     "Elu": _scaled_elu,
     "BatchNormalization": _lone_batch_norm,
     "AveragePool": _average_pool_of_ceil_mode,
+    "STFT": _stft,
+    "Slice": _flip,
+    "LSTM": _last_steps,
+    "GRU": _last_steps,
+    "RNN": _last_steps,
     "LogSoftmax": _log_sum_exp,
     "ReduceLogSumExp": _log_sum_exp,
     "Pad": _circular_pad,
@@ -414,4 +541,4 @@ def _read(model: onnx.ModelProto) -> _Graph:
     )
     makers = {name: node for node in model.graph.node for name in node.output}
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
-    return _Graph(shapes, constants, folding, makers, opset)
+    return _Graph(shapes, constants, folding, makers, frozenset(readers), opset)

@@ -16,6 +16,12 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from edgepipe.errors import StageError
+from edgepipe.torch_ops.equivalents import (
+    bake_parametrizations,
+    masks_as_given,
+    whole_bags,
+    with_known_operators,
+)
 from edgepipe.torch_ops.pt2 import call_arguments, input_shapes
 
 STAGE = "export_onnx"
@@ -117,9 +123,12 @@ def _capture(model: nn.Module | ExportedProgram, inputs: Sequence[torch.Tensor])
             return model
         args, kwargs = call_arguments(model, inputs)
         model = model.module()
+    else:
+        bake_parametrizations(model)
     try:
-        with _masks_as_given():
-            return torch.export.export(model, args, kwargs, strict=False)
+        with masks_as_given(), whole_bags():
+            program = torch.export.export(model, args, kwargs, strict=False)
+        return with_known_operators(program)
     except Exception as exc:
         traceback.print_exc()
         place = _user_line(str(exc)) or _user_line("".join(traceback.format_exception(exc)))
@@ -131,21 +140,6 @@ def _capture(model: nn.Module | ExportedProgram, inputs: Sequence[torch.Tensor])
             "(torch.where, masks, torch.cond); https://docs.pytorch.org/docs/stable/export.html",
             code="cannot-trace",
         ) from exc
-
-
-@contextlib.contextmanager
-def _masks_as_given() -> Iterator[None]:
-    """``nn.Transformer*`` looks at the values of a mask to see whether it is the causal one, for a
-    faster kernel; torch.export cannot follow that. Any mask is applied as it is given meanwhile, which
-    computes the same.
-    """
-    transformer = torch.nn.modules.transformer
-    original = transformer._detect_is_causal_mask
-    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
-    try:
-        yield
-    finally:
-        transformer._detect_is_causal_mask = original
 
 
 def _conversion_error(exc: Exception, program: ExportedProgram, log_path: Path) -> StageError:

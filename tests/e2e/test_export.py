@@ -38,6 +38,7 @@ class Net(nn.Module):
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.up = nn.ConvTranspose2d(4, 2, 2, stride=2)
         self.head = nn.Linear(4, 3)
+        self.projected = nn.LSTM(8, 4, proj_size=2, batch_first=True)
         layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(8))
@@ -54,6 +55,12 @@ class Net(nn.Module):
             return self.attention(x[:, 0], x[:, 1], x[:, 0])[0]
         if self.kind == "masked":
             return self.encoder(x[:, 0], mask=self.mask)
+        if self.kind == "half":
+            return F.linear(z.mean([2, 3]).half(), self.head.weight.half()).float()
+        if self.kind == "filtered":
+            return z[z > 0]  # as many values as are above 0
+        if self.kind == "projected":
+            return self.projected(x[:, 0])[0]
         if self.kind == "no_onnx":
             return torch.linalg.qr(z)[0]  # not in ONNX
         if self.kind == "branch":
@@ -182,6 +189,28 @@ def test_a_model_that_draws_random_numbers_is_refused_before_it_is_exported(root
     with pytest.raises(ArtifactError) as caught:
         net(root, "random")
     assert caught.value.code == "changing-outputs"
+
+
+def test_half_precision_is_told_to_become_float32(root: Path) -> None:
+    with pytest.raises(StageError) as caught:
+        ExportOnnx().run(net(root, "half"), context(root))
+    assert caught.value.code == "parity"
+    assert ".float()" in caught.value.hint
+
+
+def test_a_graph_that_the_exporter_got_wrong_is_said_to_be_its_own(root: Path) -> None:
+    with pytest.raises(StageError) as caught:
+        ExportOnnx().run(net(root, "projected"), context(root))
+    assert caught.value.code == "exporter-error"
+    assert "LSTM" in caught.value.message
+    assert str(root) not in caught.value.message
+
+
+def test_an_output_whose_size_depends_on_values_is_refused_as_such(root: Path) -> None:
+    with pytest.raises(StageError) as caught:
+        ExportOnnx().run(net(root, "filtered"), context(root))
+    assert caught.value.code == "dynamic-output"
+    assert "'output_0'" in caught.value.message
 
 
 def test_the_exporter_says_nothing_on_the_screen(

@@ -96,6 +96,74 @@ def test_a_choice_beside_a_division_picks_and_does_not_multiply() -> None:
     assert rewritten(choice("Mul"))[1] == 0  # finite: left as it is
 
 
+def test_float64_inside_a_model_becomes_float32() -> None:
+    nodes = [
+        helper.make_node("Cast", ["x"], ["wide"], to=TensorProto.DOUBLE),
+        helper.make_node("Mul", ["wide", "factor"], ["product"]),
+        helper.make_node("Constant", [], ["one"], value=numpy_helper.from_array(np.float64(1))),
+        helper.make_node("Add", ["product", "one"], ["sum"]),
+        helper.make_node("Cast", ["sum"], ["y"], to=TensorProto.FLOAT),
+    ]
+    model = model_of(nodes[0], (1, 3))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0.1, 2, 3]), "factor"))
+    new, count = rewritten(model)
+    assert count == 3
+    inferred = onnx.shape_inference.infer_shapes(new).graph.value_info
+    assert {value.type.tensor_type.elem_type for value in inferred} == {TensorProto.FLOAT}
+    x = np.array([[1, -2, 0.5]], np.float32)
+    np.testing.assert_allclose(run(new, x), run(model, x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("onesided", [0, 1])
+@pytest.mark.parametrize("shape", [(2, 50), (1, 50, 1)])
+def test_a_short_time_fourier_transform_is_a_convolution(shape: tuple[int, ...], onesided: int) -> None:  # fmt: skip
+    node = helper.make_node("STFT", ["x", "step", "window", "length"], ["y"], "stft", onesided=onesided)  # fmt: skip
+    model = model_of(node, shape)
+    del model.graph.output[0].type.tensor_type.shape.dim[:]
+    for size in (shape[0], 1 + (50 - 16) // 5, 9 if onesided else 16, 2):
+        model.graph.output[0].type.tensor_type.shape.dim.add().dim_value = size
+    window = np.hanning(16).astype(np.float32)
+    model.graph.initializer.extend([
+        numpy_helper.from_array(np.array(5), "step"), numpy_helper.from_array(window, "window"), numpy_helper.from_array(np.array(16), "length"),
+    ])  # fmt: skip
+    new, count = rewritten(model)
+    assert count == 1
+    assert "Conv" in {made.op_type for made in new.graph.node}
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    frames = np.lib.stride_tricks.sliding_window_view(x.reshape(shape[:2]), 16, axis=1)[:, ::5]
+    expected = np.fft.fft(frames * window)[..., : 9 if onesided else 16]
+    np.testing.assert_allclose(run(new, x), np.stack([expected.real, expected.imag], -1), atol=1e-4)  # fmt: skip
+
+
+def test_a_flip_of_two_axes_is_two_flips() -> None:
+    x = np.random.default_rng(0).normal(size=(1, 3, 4, 5)).astype(np.float32)
+    model = model_of(helper.make_node("Slice", ["x", "starts", "ends", "axes", "steps"], ["y"], "flip"), x.shape)  # fmt: skip
+    for name, values in {"starts": [-1, 1, -1], "ends": [-(2**63), 4, -(2**63)], "axes": [1, 2, 3], "steps": [-1, 2, -1]}.items():  # fmt: skip
+        model.graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
+    new, count = rewritten(model)
+    assert (count, [made.op_type for made in new.graph.node]) == (1, ["Slice"] * 3)
+    np.testing.assert_array_equal(run(new, x), x[:, ::-1, 1::2, ::-1])
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_the_last_state_of_a_bidirectional_rnn_is_taken_from_its_output(kind: str) -> None:
+    gates = {"LSTM": 4, "GRU": 3}[kind]
+    random = np.random.default_rng(0)
+    node = helper.make_node(kind, ["x", "w", "r"], ["", "y"], kind, hidden_size=4, direction="bidirectional")  # fmt: skip
+    model = model_of(node, (5, 1, 3))
+    for name, shape in {"w": (2, 4 * gates, 3), "r": (2, 4 * gates, 4)}.items():
+        model.graph.initializer.append(
+            numpy_helper.from_array(random.normal(size=shape).astype(np.float32), name)
+        )
+    new, count = rewritten(model)
+    assert count == 1
+    assert list(new.graph.node[0].output[1:]) == [""]
+    x = random.normal(size=(5, 1, 3)).astype(np.float32)
+    np.testing.assert_allclose(run(new, x), run(model, x), rtol=1e-6)
+
+
 @pytest.mark.parametrize("axes", [None, [3, -2]])
 def test_a_circular_pad_goes_on_at_the_other_side(axes: list[int] | None) -> None:
     x = np.random.default_rng(0).normal(size=(1, 2, 4, 5)).astype(np.float32)
