@@ -284,7 +284,7 @@ def _explain(exc: BaseException, name: str, out: Output, *, debug: bool) -> int:
         where = f" {exc.filename}" if exc.filename else ""
         if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             message = f"cannot write{where}: {exc.strerror}"
-            hint = "free some space or choose another folder with --store"
+            hint = "free some space there, or choose another place (--store, --output, TMPDIR)"
             return _fail(NotReadyError(message, hint=hint, code="cannot-write"), out)
         if exc.errno in (errno.EACCES, errno.EPERM):
             message = f"no access to{where or ' a file'}: {exc.strerror}"

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import logging
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -31,6 +33,7 @@ from edgepipe.metrics import METRICS
 log = logging.getLogger(__name__)
 
 RUN_SCHEMA = 1
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def unique_name(started: datetime.datetime, name: str) -> str:
@@ -51,6 +54,11 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
+    except OSError as exc:
+        if exc.errno not in _FULL:
+            raise
+        # a copy's error names what it was made from, a write's names nothing
+        raise OSError(exc.errno, exc.strerror, str(path)) from exc
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -126,6 +134,13 @@ class Store:
                 if old:
                     old.rename(replaced)
                 work.rename(self.root / "cache" / key)
+            except OSError as exc:
+                if exc.errno not in _FULL or exc.filename is not None:
+                    raise
+                # what stages write lies in the work folder, or in a temporary one
+                places = (self.root.resolve(), Path(tempfile.gettempdir()))
+                fullest = min(places, key=lambda place: shutil.disk_usage(place).free)
+                raise OSError(exc.errno, exc.strerror, str(fullest)) from exc
             finally:
                 shutil.rmtree(work, ignore_errors=True)
                 shutil.rmtree(replaced, ignore_errors=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ import pytest
 
 from edgepipe.errors import RequestError
 from edgepipe.measurement import Measurement
-from edgepipe.store import Store, write_json
+from edgepipe.store import Store, replacing, write_json
 
 
 def test_a_finished_step_is_found_and_an_unfinished_one_is_not(tmp_path: Path) -> None:
@@ -185,3 +186,14 @@ def test_a_damaged_measurement_is_named(tmp_path: Path, content: str) -> None:
     (folder / "load.json").write_text(content)
     with pytest.raises(RequestError, match=r"load\.json is no record of a measurement"):
         run.load_measurements("pi")
+
+
+def test_a_full_disk_is_told_by_the_file_that_was_to_be_written(tmp_path: Path) -> None:
+    """The error of a copy names its source."""
+    full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "source"))
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*/model\.tflite'"),
+        replacing(tmp_path / "model.tflite"),
+    ):
+        raise full
+    assert list(tmp_path.iterdir()) == []
