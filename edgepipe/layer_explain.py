@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from edgepipe.array_ops.compare import OutputError
+    from edgepipe.array_ops.load import Samples
     from edgepipe.tflite_ops.layer_noise import LayerNoise, Repairs
 
 log = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ def explain_layers(
     where = (float_model.path.name, quantised.path.name)
     content = ops.comparable(content, int8, where=where)
     specs = source_specs(float_model.inputs)
-    samples = load_samples(at_most(data, SAMPLES), specs)
+    samples = _fit_samples(data, specs, SAMPLES)
     judged = load_samples(evaluation, specs) if evaluation is not None else samples
     labels = labels_of(judged) if evaluation is not None else None
     batches = _at_most(file_batches(with_states(samples, float_model), float_model.inputs), SAMPLES)
@@ -208,6 +209,18 @@ def explain_layers(
         sqnr_db=min(e.sqnr_db for e in errors.values()), output_noise=output_noise, score=score, made_noise=made_noise, made_score=made_score, metric=metric,
         float_score=float_score,
     )  # fmt: skip
+
+
+def _fit_samples(data: DataSource, specs: Sequence[TensorSpec], most: int) -> Samples:
+    """Samples that say something of a model in use. Raises DataError as `check_calibration`, but few do."""
+    from edgepipe.array_ops.calibration import check_calibration
+    from edgepipe.array_ops.load import load_samples
+
+    samples = load_samples(at_most(data, most), specs)
+    report = check_calibration(samples, specs, source=data, allow_random=True, min_samples=1)
+    for warning in report.warnings:
+        log.warning("%s: %s", samples.origin, warning)
+    return samples
 
 
 def _at_most(batches: Iterable[Sequence[np.ndarray]], count: int) -> list[Sequence[np.ndarray]]:
@@ -359,7 +372,6 @@ def _steps_to_0(noise: LayerNoise) -> float:
 def plain_int8(float_model: Artifact, data: DataSource, path: Path) -> Artifact:
     """Plain int8 of a float file, written to ``path``: ranges are the union of the samples', doors float32."""
     from edgepipe.array_ops.calibration import file_batches
-    from edgepipe.array_ops.load import load_samples
     from edgepipe.tflite_ops.flatbuffer import parse_model
     from edgepipe.tflite_ops.quantize import (
         check_quantizable,
@@ -372,7 +384,7 @@ def plain_int8(float_model: Artifact, data: DataSource, path: Path) -> Artifact:
     content, where = float_model.path.read_bytes(), float_model.path.name
     check_quantizable(parse_model(content, where=where), where=where)
     content, _ = rewrite(fuse_activations(content, where=where)[0], where=where)
-    samples = load_samples(at_most(data, PLAIN_SAMPLES), source_specs(float_model.inputs))
+    samples = _fit_samples(data, source_specs(float_model.inputs), PLAIN_SAMPLES)
     samples = with_states(samples, float_model)
     log.info("plain int8 by %d samples", len(samples))
     content, _ = clamp_masks(

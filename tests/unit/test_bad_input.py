@@ -329,6 +329,15 @@ def test_a_sample_that_is_no_number_judges_nothing(tmp_path, monkeypatch, capsys
     assert told in refusal(capsys, "explain", "net.tflite", *more)
 
 
+def test_nothing_is_explained_by_samples_that_are_all_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.tflite").write_bytes(small_cnn())
+    one = np.random.default_rng(0).normal(size=(1, 6, 6, 3)).astype(np.float32)
+    np.savez("same.npz", x=np.repeat(one, 9, axis=0))
+    told = refusal(capsys, "explain", "net.tflite", "--data", "same.npz")
+    assert "all 9 samples of input 'x' are the same" in told
+
+
 def test_a_nan_that_calibration_is_given_is_not_blamed_on_the_model():
     batches = [[np.full((1, 6, 6, 3), np.nan, np.float32)]]
     with pytest.raises(StageError, match="input 'x' is NaN for calibration sample 0") as caught:
