@@ -108,6 +108,38 @@ def rewrite_for_converters(model: onnx.ModelProto) -> int:
         del model.graph.node[:]
         model.graph.node.extend(nodes)
         model.graph.initializer.extend(graph.added)
+    return count + _views_of_their_own(model.graph)
+
+
+# Operators that only name or order values anew
+_VIEWS = {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"}
+
+
+def _views_of_their_own(graph: onnx.GraphProto) -> int:
+    """A view that is an output of the model and is read inside, too, made once for each; returns how many were.
+
+    Converters merge views with what reads them, and leave an output that nothing makes.
+    """
+    outputs = {value.name for value in graph.output}
+    read = {name for node in graph.node for name in node.input}
+    count = 0
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        nodes.append(node)
+        if node.op_type not in _VIEWS or node.output[0] not in outputs & read:
+            continue
+        inside = NodeProto()
+        inside.CopyFrom(node)
+        inside.name, inside.output[0] = f"{node.name}_inside", f"{node.output[0]}_inside"
+        nodes.append(inside)
+        count += 1
+        for reader in graph.node:
+            for position, name in enumerate(reader.input):
+                if name == node.output[0]:
+                    reader.input[position] = inside.output[0]
+    if count:
+        del graph.node[:]
+        graph.node.extend(nodes)
     return count
 
 
@@ -220,6 +252,43 @@ def _doubles_as_floats(graph: onnx.GraphProto) -> int:
                 attribute.i = single
                 count += 1
     return count
+
+
+def _conv_with_computed_weights(node: NodeProto, graph: _Graph) -> list[NodeProto]:
+    """A convolution whose weights another operator makes (CondConv, a tracker's correlation) as a matrix product.
+
+    A depthwise convolution with one-hot kernels lays each window out as a column: (N, C, H, W) ->
+    (N, C K, H', W'), K being the values of a window; (O, C/G, kh, kw) is then (G, O/G, C/G K) times (G, C/G K, H' W').
+    """
+    options = _attributes(node)
+    x, w = node.input[:2]
+    image, kernel, made = (graph.shapes.get(name, ()) for name in (x, w, node.output[0]))
+    if w in graph.constants or len(image) < 3 or not kernel or not made or options.get("auto_pad", b"NOTSET") != b"NOTSET":  # fmt: skip
+        return []
+    groups = options.get("group", 1)
+    window, y = int(np.prod(kernel[2:])), node.output[0]
+    rows = kernel[1] * window
+    one_hot = np.eye(window, dtype=np.float32).reshape(1, window, 1, *kernel[2:])
+    spread = np.repeat(one_hot, image[1], axis=0).reshape(-1, 1, *kernel[2:])
+    options = {key: value for key, value in options.items() if key not in ("group", "auto_pad")}
+
+    def shaped(name: str, source: str, sizes: list[int], to: str) -> NodeProto:
+        target = graph.constant(f"{y}_{name}_shape", np.array(sizes, np.int64))
+        return helper.make_node("Reshape", [source, target], [to], f"{node.name}_{name}")
+
+    nodes = [
+        helper.make_node("Conv", [x, graph.constant(f"{y}_spread", spread)], [f"{y}_windows"], f"{node.name}_windows", group=image[1], **options),
+        shaped("columns", f"{y}_windows", [image[0], groups, rows, -1], f"{y}_columns"),
+        shaped("weights", w, [1, groups, kernel[0] // groups, rows], f"{y}_weights"),
+        helper.make_node("MatMul", [f"{y}_weights", f"{y}_columns"], [f"{y}_products"], node.name),
+    ]  # fmt: skip
+    if len(node.input) < 3 or not node.input[2]:
+        return [*nodes, shaped("result", f"{y}_products", list(made), y)]
+    return [
+        *nodes, shaped("result", f"{y}_products", list(made), f"{y}_unbiased"),
+        shaped("bias", node.input[2], [1, -1, *[1] * (len(made) - 2)], f"{y}_bias"),
+        helper.make_node("Add", [f"{y}_unbiased", f"{y}_bias"], [y], f"{node.name}_add"),
+    ]  # fmt: skip
 
 
 def _stft(node: NodeProto, graph: _Graph) -> list[NodeProto]:
@@ -507,6 +576,7 @@ _REWRITES: dict[str, Callable[[NodeProto, _Graph], list[NodeProto]]] = {
     "Elu": _scaled_elu,
     "BatchNormalization": _lone_batch_norm,
     "AveragePool": _average_pool_of_ceil_mode,
+    "Conv": _conv_with_computed_weights,
     "STFT": _stft,
     "Slice": _flip,
     "LSTM": _last_steps,

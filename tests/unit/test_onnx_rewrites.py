@@ -137,6 +137,44 @@ def test_a_short_time_fourier_transform_is_a_convolution(shape: tuple[int, ...],
     np.testing.assert_allclose(run(new, x), np.stack([expected.real, expected.imag], -1), atol=1e-4)  # fmt: skip
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_convolution_with_computed_weights_is_a_matrix_product(groups: int, biased: bool) -> None:
+    nodes = [
+        helper.make_node("Abs", ["raw"], ["w"]),
+        helper.make_node("Conv", ["x", "w", *(["b"] if biased else [])], ["y"], "conv", group=groups, pads=[1, 0, 1, 2], strides=[2, 1], dilations=[1, 2]),
+    ]  # fmt: skip
+    model = model_of(nodes[0], (2, 4, 7, 9))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    random = np.random.default_rng(0)
+    for name, shape in {"raw": (6, 4 // groups, 3, 2), "b": (6,)}.items():
+        model.graph.initializer.append(
+            numpy_helper.from_array(random.normal(size=shape).astype(np.float32), name)
+        )
+    for dim, size in zip(model.graph.output[0].type.tensor_type.shape.dim, (2, 6, 4, 9), strict=True):  # fmt: skip
+        dim.dim_value = size
+    new, count = rewritten(model)
+    assert count == 1
+    assert "MatMul" in {made.op_type for made in new.graph.node}
+    x = random.normal(size=(2, 4, 7, 9)).astype(np.float32)
+    np.testing.assert_allclose(run(new, x), run(model, x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_output_that_is_a_view_and_read_inside_is_made_for_each() -> None:
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["y"], "flat"),
+        helper.make_node("Relu", ["y"], ["z"], "relu"),
+    ]
+    model = model_of(nodes[0], (1, 2, 3))
+    del model.graph.node[:], model.graph.output[0].type.tensor_type.shape.dim[-1:]
+    model.graph.node.extend(nodes)
+    model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, [1, 6]))
+    new, count = rewritten(model)
+    assert count == 1
+    assert [list(made.input) for made in new.graph.node] == [["x"], ["x"], ["y_inside"]]
+
+
 def test_a_flip_of_two_axes_is_two_flips() -> None:
     x = np.random.default_rng(0).normal(size=(1, 3, 4, 5)).astype(np.float32)
     model = model_of(helper.make_node("Slice", ["x", "starts", "ends", "axes", "steps"], ["y"], "flip"), x.shape)  # fmt: skip
