@@ -167,3 +167,23 @@ class SpeakerEmbedding(nn.Module):
 @model(spectrogram=(24, 50))
 def x_vector() -> nn.Module:
     return SpeakerEmbedding()
+
+
+class InnerSpectrogram(nn.Module):
+    """The spectrogram is made inside: windowed Fourier transforms, their power, its logarithm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("window", torch.hann_window(64))
+        self.body = nn.Sequential(conv_bn(1, 16, stride=2), conv_bn(16, 16, groups=16), conv_bn(16, 24, 1, stride=2))  # fmt: skip
+        self.head = nn.Linear(24, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = torch.view_as_real(torch.stft(x[:, 0], 64, 32, window=self.window, return_complex=True))  # fmt: skip
+        power = torch.log1p(parts.square().sum(-1))  # (N, 33, frames)
+        return self.head(self.body(power[:, None]).mean((2, 3)))
+
+
+@model(sound=(1, 1024))
+def inner_spectrogram() -> nn.Module:
+    return InnerSpectrogram()

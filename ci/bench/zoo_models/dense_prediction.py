@@ -281,3 +281,56 @@ def depth_estimation() -> nn.Module:
         conv_bn(3, 16, stride=2), inverted(16, 24, 2), inverted(24, 24), nn.ConvTranspose2d(24, 16, 3, 2, 1, output_padding=1), nn.ELU(),
         nn.ConvTranspose2d(16, 8, 3, 2, 1, output_padding=1), nn.ELU(), nn.Conv2d(8, 1, 3, padding=1), nn.Softplus(),
     )  # fmt: skip
+
+
+class DistributedBoxes(nn.Module):
+    """YOLOv8's head: each side of a box is the mean of 16 distances (arXiv 2006.04388), around a grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 16, stride=4, act=nn.SiLU)
+        self.down = conv_bn(16, 16, stride=2, act=nn.SiLU)
+        self.boxes = nn.ModuleList(nn.Conv2d(16, 64, 1) for _ in range(2))
+        self.classes = nn.ModuleList(nn.Conv2d(16, 5, 1) for _ in range(2))
+        self.register_buffer("distance", torch.arange(16.0).view(1, 1, 16, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps = [self.stem(x)]
+        maps.append(self.down(maps[0]))
+        boxes = torch.cat([head(m).flatten(2) for head, m in zip(self.boxes, maps, strict=True)], 2)
+        classes = torch.cat([head(m).flatten(2) for head, m in zip(self.classes, maps, strict=True)], 2)  # fmt: skip
+        places, strides = [], []
+        for stride, m in zip((4 / 32, 8 / 32), maps, strict=True):  # of a picture of 32
+            rows, columns = m.shape[2:]
+            y, x_ = torch.meshgrid(torch.arange(rows) + 0.5, torch.arange(columns) + 0.5, indexing="ij")  # fmt: skip
+            places.append(torch.stack([x_, y]).flatten(1))
+            strides.append(torch.full((1, rows * columns), stride))
+        place, scale = torch.cat(places, 1), torch.cat(strides, 1)
+        sides = (boxes.unflatten(1, (4, 16)).softmax(2) * self.distance).sum(2)
+        low, high = place - sides[:, :2], place + sides[:, 2:]
+        return torch.cat([(low + high) / 2 * scale, (high - low) * scale, classes.sigmoid()], 1)
+
+
+@model(image=(3, 32, 32))
+def yolo_distributed_boxes() -> nn.Module:
+    return DistributedBoxes()
+
+
+class SpatialTransformer(nn.Module):
+    """arXiv 1506.02025: the picture is turned and scaled as a small network says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.locate = nn.Sequential(conv_bn(3, 8, stride=2), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 6))  # fmt: skip
+        self.register_buffer("whole", torch.tensor([[1.0, 0, 0], [0, 1, 0]]))
+        self.body = nn.Sequential(conv_bn(3, 12, stride=2), conv_bn(12, 12), nn.Conv2d(12, 4, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        turn = 0.2 * torch.tanh(self.locate(x)).view(-1, 2, 3) + self.whole
+        grid = F.affine_grid(turn, list(x.shape), align_corners=False)
+        return self.body(F.grid_sample(x, grid, align_corners=False))
+
+
+@model(image=(3, 28, 28))
+def spatial_transformer() -> nn.Module:
+    return SpatialTransformer()

@@ -267,3 +267,53 @@ def cosine_head() -> nn.Module:
             return 12.0 * F.linear(F.normalize(x), F.normalize(self.weight))
 
     return nn.Sequential(conv_bn(3, 16, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Cosine())
+
+
+class OddResizes(nn.Module):
+    """Sizes and scales that have no common factor, with and without antialiasing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 8)
+        self.ends = nn.ModuleList(nn.Conv2d(8, 2, 1) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = self.stem(x)
+        made = (
+            F.interpolate(y, scale_factor=1.7, mode="bilinear"),
+            F.interpolate(y, scale_factor=2.3, mode="nearest"),
+            F.interpolate(y, size=(9, 7), mode="bilinear", antialias=True),
+            F.interpolate(y, size=(31, 29), mode="bicubic"),
+        )
+        return tuple(end(m) for end, m in zip(self.ends, made, strict=True))
+
+
+@model(image=(3, 24, 20))
+def odd_resizes() -> nn.Module:
+    return OddResizes()
+
+
+@model(image=(3, 24, 32))
+def panorama() -> nn.Module:
+    """Pictures without an edge: circular padding."""
+    layers: list[nn.Module] = []
+    for inputs, outputs, stride in ((3, 12, 2), (12, 16, 1), (16, 16, 2)):
+        layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, padding_mode="circular"), nn.BatchNorm2d(outputs), nn.ReLU()]  # fmt: skip
+    return nn.Sequential(*layers, head(16))
+
+
+class Prototypes(nn.Module):
+    """arXiv 1703.05175: how far an embedding is from each class's; the loss wants a log-softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Sequential(conv_bn(1, 12, stride=2), conv_bn(12, 16, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())  # fmt: skip
+        self.classes = nn.Parameter(torch.randn(7, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.log_softmax(-torch.cdist(self.embed(x), self.classes), dim=1)
+
+
+@model(image=(1, 28, 28))
+def prototypes() -> nn.Module:
+    return Prototypes()

@@ -214,3 +214,27 @@ def tabular_mlp() -> nn.Module:
     return nn.Sequential(
         nn.BatchNorm1d(21), nn.Linear(21, 48), nn.BatchNorm1d(48), nn.ReLU(), nn.Linear(48, 48), nn.SELU(), nn.Linear(48, 3), nn.Softmax(-1),
     )  # fmt: skip
+
+
+class LastStates(nn.Module):
+    """A bidirectional LSTM or GRU read only where it ends: forwards at the last step, backwards at the first."""
+
+    def __init__(self, kind: type[nn.LSTM] | type[nn.GRU]) -> None:
+        super().__init__()
+        self.rnn = kind(6, 8, 2, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        states = self.rnn(x)[1]
+        last = states[0] if isinstance(states, tuple) else states
+        return self.head(torch.cat([last[-2], last[-1]], dim=1))
+
+
+@model(series=(9, 6))
+def bilstm_last_states() -> nn.Module:
+    return LastStates(nn.LSTM)
+
+
+@model(series=(9, 6))
+def bigru_last_states() -> nn.Module:
+    return LastStates(nn.GRU)
