@@ -638,6 +638,8 @@ def _weight_ranges(
         )
         others = tuple(i for i in range(len(w.shape)) if i != axis)
         largest = np.abs(weights).max(axis=others, keepdims=True)
+        if w.name in found:  # several layers share them
+            largest = found[w.name]["max"]
         range_of = activations[x.name]
         scale = float((range_of["max"] - range_of["min"]).max()) / 255
         # half of int32's range: the rest is for the sum of products that the bias is added to

@@ -509,3 +509,24 @@ def test_a_small_sum_of_large_values_has_a_scale_that_kernels_take(kind, dtype, 
     twice = (2 * max(scales[:2])) ** (2 if kind == "SQUARED_DIFFERENCE" else 1)
     assert twice / 2**shift / scales[2] < 1
     run(int8, [data[0][None].astype(np.int8)])  # lives
+
+
+def test_a_bias_survives_where_another_layer_shares_the_weights():
+    """As the levels of a detector's head do: the range of a flat channel is that of the largest bias."""
+    rng = np.random.default_rng(0)
+    weights = rng.normal(0, 0.3, (4, 8)).astype(np.float32)
+    weights[1] = 1e-12
+    g = Graph()
+    inputs = [g.input(name, (1, 8)) for name in ("x", "z")]
+    shared = g.const("w", weights)
+    outputs = []
+    for name, x, bias in zip("ab", inputs, (5.0, 0.1), strict=True):
+        values = g.const(f"bias_{name}", np.array([0, bias, 0, 0], np.float32))
+        outputs.append(g.op("FULLY_CONNECTED", [x, shared, values], name, (1, 4), "FullyConnectedOptions"))  # fmt: skip
+    content = g.bytes(outputs)
+    samples = rng.normal(size=(20, 2, 1, 8)).astype(np.float32)
+    ranges = ops.collect_ranges(content, samples, where="m").table()
+    int8 = ops.quantize(content, ranges, input_dtype="float32", output_dtype="float32")
+    for sample in samples:
+        for found, wanted in zip(run(int8, sample), run(content, sample), strict=True):
+            np.testing.assert_allclose(found, wanted, atol=0.1)
