@@ -49,6 +49,9 @@ log = logging.getLogger(__name__)
 STAGE = "quantize_int8"
 # The square of a scale, and its product with another, must be a float32.
 _MAX_SCALE = 1e15
+# Values below are as good as 0, which layers that training let die are full of. A scale for them asks for
+# one of the weights behind that kernels cannot multiply by (from 1e-19 on XNNPACK refuses the file).
+_NOTHING = 1e-15
 IoDtype = Literal["int8", "uint8", "float32"]
 Precision = Literal["int16", "float"]
 
@@ -356,7 +359,7 @@ def quantize(
 ) -> bytes:
     """A float32 .tflite -> int8 .tflite, with the given range of every activation tensor.
 
-    A range is widened to hold zero (one of zeros only, to 1) and becomes ``scale = (max - min) / 255`` and a zero point. uint8
+    A range is widened to hold zero (one of zeros, or nearly, to 1) and becomes ``scale = (max - min) / 255`` and a zero point. uint8
     at a door is the int8 value + 128 (same scale, zero point + 128), through one QUANTIZE operator;
     float32 leaves one QUANTIZE or DEQUANTIZE there. Inputs and outputs that are integers stay.
     Operators without an integer form stay in float between DEQUANTIZE and QUANTIZE: look for them
@@ -456,10 +459,10 @@ def _quantized(
         if tensor.name in ranges and tensor.is_float and not tensor.is_constant:
             shape = (1,) * max(len(tensor.shape), 1)
             low, high = ranges[tensor.name]
-            if low == high == 0:
+            if max(-low, high) < _NOTHING:
                 # Any scale holds zeros. The quantizer would take 4e-12, in steps of which (times
                 # the weights') the bias of a layer behind it overflows its 32 bits.
-                high = 1.0
+                low, high = 0.0, 1.0
             statistics[tensor.name] = {
                 "min": np.full(shape, min(low, 0.0), np.float32),
                 "max": np.full(shape, max(high, 0.0), np.float32),

@@ -530,3 +530,19 @@ def test_a_bias_survives_where_another_layer_shares_the_weights():
     for sample in samples:
         for found, wanted in zip(run(int8, sample), run(content, sample), strict=True):
             np.testing.assert_allclose(found, wanted, atol=0.1)
+
+
+@pytest.mark.parametrize("tiny", [1e-12, 1e-18, 1e-20, 1e-30, 1e-42])
+def test_a_layer_that_died_in_training_does_not_take_those_behind_it_along(tiny):
+    rng = np.random.default_rng(0)
+    g = Graph()
+    x = g.input("x", (1, 8))
+    dying = (rng.normal(0, 0.3, (6, 8)) * tiny).astype(np.float32)
+    h = g.dense(x, dying, np.zeros(6, np.float32), "h", (1, 6))
+    bias = np.array([1, -2, 0.5, 3], np.float32)
+    y = g.dense(h, rng.normal(0, 0.3, (4, 6)).astype(np.float32), bias, "y", (1, 4))
+    content = g.bytes([y])
+    samples = rng.normal(size=(20, 1, 1, 8)).astype(np.float32)
+    ranges = ops.collect_ranges(content, samples, where="m").table()
+    int8 = ops.quantize(content, ranges, input_dtype="float32", output_dtype="float32")
+    np.testing.assert_allclose(run(int8, samples[0])[0][0], bias, atol=5 / 255)
