@@ -622,7 +622,8 @@ def _check_runs(path: Path, context: StageContext) -> int:
         open_tflite(path)
     except ArtifactError as exc:
         raise StageError(
-            f"the converter made a file that cannot run: {exc.message}",
-            stage=NAME, code="invalid-graph", log_path=str(context.log_path), hint="look at the log",
+            f"the converter made a file that cannot run: {exc.message.replace(str(path), 'it')}",
+            stage=NAME, code="invalid-graph", log_path=str(context.log_path),
+            hint="write the operator that LiteRT names with other PyTorch operators or types (int32, float32), or do it outside the model",
         ) from exc  # fmt: skip
     return sum(tensor.is_variable for graph in graphs for tensor in graph.tensors)

@@ -29,13 +29,14 @@ _OPSET = 11
 class _Graph:
     """``shapes`` and ``constants`` by name, where known; ``folding``: values that only one batch norm
     reads, and that a convolution makes, which converters merge; ``makers``: the node that makes a value;
-    ``read``: values that a node or the caller reads; ``added``: new initialisers."""
+    ``read``: values that a node or the caller reads; ``int64``: those of that type; ``added``: new initialisers."""
 
     shapes: Mapping[str, tuple[int, ...]]
     constants: Mapping[str, np.ndarray]
     folding: frozenset[str]
     makers: Mapping[str, NodeProto]
     read: frozenset[str]
+    int64: frozenset[str]
     opset: int
     added: list[onnx.TensorProto] = dataclasses.field(default_factory=list)
 
@@ -359,6 +360,17 @@ def _last_steps(node: NodeProto, graph: _Graph) -> list[NodeProto]:
     ]  # fmt: skip
 
 
+def _whole_abs(node: NodeProto, graph: _Graph) -> list[NodeProto]:
+    """``|x| = max(x, -x)`` of whole numbers, for which TFLite's kernel has no int64."""
+    if node.input[0] not in graph.int64:
+        return []
+    minus = f"{node.output[0]}_minus"
+    return [
+        helper.make_node("Neg", [node.input[0]], [minus], f"{node.name}_minus"),
+        helper.make_node("Max", [node.input[0], minus], [node.output[0]], node.name),
+    ]
+
+
 def _flip(node: NodeProto, graph: _Graph) -> list[NodeProto]:
     """A slice that walks several axes, one of them backwards (``x.flip((1, 3))``), one axis after the other."""
     names = ("starts", "ends", "axes", "steps")
@@ -578,6 +590,7 @@ _REWRITES: dict[str, Callable[[NodeProto, _Graph], list[NodeProto]]] = {
     "AveragePool": _average_pool_of_ceil_mode,
     "Conv": _conv_with_computed_weights,
     "STFT": _stft,
+    "Abs": _whole_abs,
     "Slice": _flip,
     "LSTM": _last_steps,
     "GRU": _last_steps,
@@ -601,6 +614,10 @@ def _read(model: onnx.ModelProto) -> _Graph:
         dims = value.type.tensor_type.shape.dim
         if all(d.HasField("dim_value") for d in dims):
             shapes[value.name] = tuple(d.dim_value for d in dims)
+    values = (*inferred.value_info, *inferred.input, *inferred.output)
+    int64 = frozenset(
+        v.name for v in values if v.type.tensor_type.elem_type == onnx.TensorProto.INT64
+    )
     constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     readers = Counter(name for node in model.graph.node for name in node.input)
     readers.update(value.name for value in model.graph.output)
@@ -611,4 +628,4 @@ def _read(model: onnx.ModelProto) -> _Graph:
     )
     makers = {name: node for node in model.graph.node for name in node.output}
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
-    return _Graph(shapes, constants, folding, makers, frozenset(readers), opset)
+    return _Graph(shapes, constants, folding, makers, frozenset(readers), int64, opset)

@@ -20,6 +20,8 @@ def with_known_operators(program: ExportedProgram) -> ExportedProgram:
     """The program with operators that ONNX has no counterpart of written with others; itself where it has none."""
     used = {node.target for node in program.graph.nodes if node.op == "call_function"}
     table = {operator: same for operator, same in _EQUIVALENTS.items() if operator in used}
+    if aten.adaptive_max_pool2d.default in table and _wants_places(program):
+        del table[aten.adaptive_max_pool2d.default]
     return program.run_decompositions(table) if table else program
 
 
@@ -118,12 +120,31 @@ def _median_of_all(x: torch.Tensor) -> torch.Tensor:
     return _median(x.reshape(-1), 0)[0]
 
 
+def _adaptive_max_pool(x: torch.Tensor, output_size: list[int]) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The largest of each cell, (..., H, W) -> (..., *output_size); cell i of m is from i n / m down to (i + 1) n / m up.
+
+    Where they were is not said: every place is 0.
+    """
+    for axis, count in zip((-2, -1), output_size, strict=True):
+        size = x.shape[axis]
+        cells = [(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
+        x = torch.cat([x.narrow(axis, a, b - a).amax(axis, keepdim=True) for a, b in cells], axis)
+    return x, torch.zeros_like(x, dtype=torch.int64)
+
+
+def _wants_places(program: ExportedProgram) -> bool:
+    """Whether somebody reads where the largest values were."""
+    pools = [n for n in program.graph.nodes if n.target is aten.adaptive_max_pool2d.default]
+    return any(reader.args[1] == 1 and reader.users for node in pools for reader in node.users)
+
+
 def _rrelu(x: torch.Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, generator: Any = None) -> torch.Tensor:  # fmt: skip
     """Of a model in evaluation mode, where the slope is the middle one."""
     return nn.functional.leaky_relu(x, (lower + upper) / 2)
 
 
 _EQUIVALENTS: dict[Any, Callable[..., Any]] = {
+    aten.adaptive_max_pool2d.default: _adaptive_max_pool,
     aten.cdist.default: _cdist,
     aten.hypot.default: _hypot,
     aten.kthvalue.default: _kth,

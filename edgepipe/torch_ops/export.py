@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import sysconfig
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ STAGE = "export_onnx"
 _NODE = re.compile(r"translating node %(\w+)")
 _OPERATOR = re.compile(r"OpOverload\(op='([\w.]+)', overload='(\w+)'\)")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)')
-_TORCH_FOLDER = str(Path(torch.__file__).parent)
+_TORCH_FOLDER, _PYTHON_FOLDER = str(Path(torch.__file__).parent), sysconfig.get_path("stdlib")
 
 
 def export_onnx(
@@ -137,7 +138,7 @@ def _capture(model: nn.Module | ExportedProgram, inputs: Sequence[torch.Tensor])
             f"torch.export cannot trace the model{place}: {type(exc).__name__}: {reason[:300]}",
             stage=STAGE,
             hint="write that line without control flow on tensor values "
-            "(torch.where, masks, torch.cond); https://docs.pytorch.org/docs/stable/export.html",
+            "(torch.where, masks), and sizes without tensors (no packed sequences, no .item()); https://docs.pytorch.org/docs/stable/export.html",
             code="cannot-trace",
         ) from exc
 
@@ -176,13 +177,18 @@ def _find_node(
 
 
 def _user_line(stack_trace: str) -> str:
-    """`` (line 12 of model.py: return torch.linalg.qr(y)[0])`` for the innermost line outside torch."""
-    frames = [f for f in _FRAME.findall(stack_trace) if not f[0].startswith(_TORCH_FOLDER)]
-    frames = [f for f in frames if f[0] != __file__]
+    """`` (line 12 of model.py: return torch.linalg.qr(y)[0])`` for the innermost line outside torch and Python."""
+    frames = [f for f in _FRAME.findall(stack_trace) if _is_the_users(f[0])]
     if not frames:
         return ""
     file, line, code = frames[-1]
     return f" (line {line} of {Path(file).name}: {code.strip()})"
+
+
+def _is_the_users(file: str) -> bool:
+    if file == __file__ or file.startswith(_TORCH_FOLDER):
+        return False
+    return not file.startswith(_PYTHON_FOLDER) or "site-packages" in file
 
 
 @contextlib.contextmanager

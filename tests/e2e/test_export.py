@@ -57,6 +57,11 @@ class Net(nn.Module):
             return self.encoder(x[:, 0], mask=self.mask)
         if self.kind == "half":
             return F.linear(z.mean([2, 3]).half(), self.head.weight.half()).float()
+        if self.kind == "cond":
+            return torch.cond(z.sum() > 0, lambda a: a * 2, lambda a: a - 1, (z,))
+        if self.kind == "packed":
+            packed = nn.utils.rnn.pack_padded_sequence(x[:, 0], torch.tensor([5]), batch_first=True)
+            return self.lstm(packed)[1][0]
         if self.kind == "filtered":
             return z[z > 0]  # as many values as are above 0
         if self.kind == "projected":
@@ -178,11 +183,20 @@ def test_an_operator_without_counterpart_is_named_with_its_line(root: Path) -> N
     assert list(where.work_dir.iterdir()) == []
 
 
-def test_a_branch_on_values_is_named_with_its_line(root: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("branch", "if z.sum() > 0"),
+        ("packed", "return self.lstm(packed)"),
+        ("cond", "return torch.cond("),
+    ],
+)
+def test_what_cannot_be_traced_is_named_with_its_line(root: Path, kind: str, line: str) -> None:
     with pytest.raises(StageError) as caught:
-        ExportOnnx().run(net(root, "branch"), context(root))
+        ExportOnnx().run(net(root, kind), context(root))
     assert caught.value.code == "cannot-trace"
-    assert "nets.py: if z.sum() > 0" in caught.value.message
+    assert f"nets.py: {line}" in caught.value.message
+    assert "torch.where" in caught.value.hint
 
 
 def test_a_model_that_draws_random_numbers_is_refused_before_it_is_exported(root: Path) -> None:

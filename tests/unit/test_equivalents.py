@@ -34,6 +34,7 @@ class Calls(nn.Module):
         (lambda x: x.median(2, keepdim=True), "median"),
         (lambda x: x.median(), "median"),
         (lambda x: x.kthvalue(3, dim=2), "kthvalue"),
+        (lambda x: F.adaptive_max_pool2d(x, (3, 2)), "max_pool"),
         (lambda x: F.rrelu(x, 0.1, 0.4), "rrelu"),
     ],
 )  # fmt: skip
@@ -64,6 +65,12 @@ def test_bags_of_one_size_are_embeddings(mode: str, padding: int | None) -> None
         program = torch.export.export(bag.eval(), (tokens,))
     assert not any("bag" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(tokens), bag(tokens))
+
+
+def test_a_pool_whose_places_are_read_is_left_as_it_is() -> None:
+    pool = nn.AdaptiveMaxPool2d((3, 2), return_indices=True)
+    program = torch.export.export(pool, (torch.zeros(1, 4, 5),))
+    assert with_known_operators(program) is program
 
 
 def test_bags_of_their_own_sizes_are_left_to_pytorch() -> None:

@@ -175,6 +175,17 @@ def test_an_output_that_is_a_view_and_read_inside_is_made_for_each() -> None:
     assert [list(made.input) for made in new.graph.node] == [["x"], ["x"], ["y_inside"]]
 
 
+def test_the_absolute_value_of_int64_is_the_larger_of_both_signs() -> None:
+    for kind, count in ((TensorProto.INT64, 1), (TensorProto.FLOAT, 0)):
+        model = model_of(helper.make_node("Abs", ["x"], ["y"], "abs"), (1, 4))
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.elem_type = kind
+        new, found = rewritten(model)
+        assert found == count
+        x = np.array([[-3, 0, 2, -(2**40)]], helper.tensor_dtype_to_np_dtype(kind))
+        np.testing.assert_array_equal(run(new, x), np.abs(x))
+
+
 def test_a_flip_of_two_axes_is_two_flips() -> None:
     x = np.random.default_rng(0).normal(size=(1, 3, 4, 5)).astype(np.float32)
     model = model_of(helper.make_node("Slice", ["x", "starts", "ends", "axes", "steps"], ["y"], "flip"), x.shape)  # fmt: skip
