@@ -180,7 +180,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             ),
             out,
         )
-    return _run_command(arguments[0], arguments[1:], out)
+    try:
+        return _run_command(arguments[0], arguments[1:], out)
+    except KeyboardInterrupt as exc:  # while the command was still being imported
+        return _explain(exc, arguments[0], out, debug=False)
 
 
 def _open_closed_streams() -> None:

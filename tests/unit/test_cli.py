@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -283,3 +284,14 @@ def test_a_model_that_cannot_be_meant_is_refused_in_the_words_of_the_command_lin
     assert all(words in told for words in says)
     assert "warning" not in told
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_before_a_command_has_begun_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", interrupted)
+    assert cli.main(["runs"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
