@@ -43,8 +43,12 @@ def rewrite(content: bytes, *, where: str) -> tuple[bytes, tuple[str, ...]]:
     return content, (*told, *lines)
 
 
-# What `spell_out` can write with operators that have a form with 16-bit activations.
-SPELT_OUT = frozenset({"HARD_SWISH", "SQUARED_DIFFERENCE"})
+# What `spell_out` can write with operators that compute in 16 bits, and well.
+SPELT_OUT = frozenset({"HARD_SWISH", "RSQRT", "SQUARED_DIFFERENCE"})
+# From one piece of `_pieces` to the next. LiteRT's 16-bit RSQRT goes straight between 257 points from 0 to its
+# input's end: at a 16th of that it is off by 0.75 / 8 / 16**2 of the value.
+PIECE = 16.0
+PIECES = 5
 
 
 def spell_out(
@@ -54,10 +58,11 @@ def spell_out(
     *,
     where: str,
 ) -> tuple[bytes, dict[str, tuple[float, float]]]:
-    """The float file with those of ``layers`` whose kernels know 8 bits only in operators that know 16.
+    """The float file with those of ``layers`` in operators that do well in 16 bits that have no such kernel, or a coarse one.
 
-    HARD_SWISH as ``x * (relu6(x + 3) / 6)``, SQUARED_DIFFERENCE, which layer norms take their variance
-    from, as ``(a - b) * (a - b)``. The result keeps its name. Returns the file and the ranges of the
+    HARD_SWISH as ``x * (relu6(x + 3) / 6)``; SQUARED_DIFFERENCE, which layer norms take their variance
+    from, as ``(a - b) * (a - b)``; RSQRT, which they divide by it with, in `_pieces` where its range is
+    known and wide. The result keeps its name. Returns the file and the ranges of the
     tensors that are new, by name, from those that are ``known``: a square from 0 to 9 is of a
     difference from -3 to 3.
     """
@@ -67,31 +72,98 @@ def spell_out(
         for o in draft.graph.operators:
             if o.name not in SPELT_OUT or draft.name(o) not in layers:
                 continue
-            name, shape, x = draft.name(o), draft.shape(o.outputs[0]), o.inputs[0]
+            seen = known.get(draft.name(o))
             if o.name == "SQUARED_DIFFERENCE":
-                difference = draft.tensor(shape, f"{name}/difference")
-                if name in known:
-                    most = max(known[name][1], 0.0) ** 0.5
-                    ranges[f"{name}/difference"] = (-most, most)
-                subtract = draft.pointwise("SUB", o.inputs, difference)
-                subtract.builtinOptions.potScaleInt16 = False
-                square = draft.pointwise("MUL", [difference, difference], o.outputs[0])
-                draft.replace(o, [subtract, square], "spelt out")
-                continue
-            shifted, gate = (
-                draft.tensor(shape, f"{name}/shifted"),
-                draft.tensor(shape, f"{name}/gate"),
-            )
-            ranges.update({f"{name}/shifted": (0.0, 6.0), f"{name}/gate": (0.0, 1.0)})
-            add = draft.pointwise(
-                "ADD", [x, draft.constant(3.0, f"{name}/three")], shifted, "RELU6"
-            )
-            # any scale in 16 bits, not powers of two only
-            add.builtinOptions.potScaleInt16 = False
-            sixth = draft.pointwise("MUL", [shifted, draft.constant(1 / 6, f"{name}/sixth")], gate)
-            draft.replace(o, [add, sixth, draft.pointwise("MUL", [x, gate], o.outputs[0])], "spelt out")  # fmt: skip
+                made, new = _squared_difference(draft, o, seen)
+            elif o.name == "RSQRT":
+                made, new = _pieces(draft, o, seen)
+            else:
+                made, new = _gated(draft, o)
+            if made:
+                draft.replace(o, made, "spelt out")
+                ranges.update(new)
+            for operator in made:
+                if hasattr(operator.builtinOptions, "potScaleInt16"):
+                    # any scale in 16 bits, not powers of two only
+                    operator.builtinOptions.potScaleInt16 = False
 
     return _one_pass(content, apply, where=where)[0], ranges
+
+
+Spelt = tuple[list[Any], dict[str, tuple[float, float]]]
+
+
+def _gated(draft: _Draft, o: Operator) -> Spelt:
+    name, shape, x = draft.name(o), draft.shape(o.outputs[0]), o.inputs[0]
+    shifted, gate = draft.tensor(shape, f"{name}/shifted"), draft.tensor(shape, f"{name}/gate")
+    made = [
+        draft.pointwise("ADD", [x, draft.constant(3.0, f"{name}/three")], shifted, "RELU6"),
+        draft.pointwise("MUL", [shifted, draft.constant(1 / 6, f"{name}/sixth")], gate),
+        draft.pointwise("MUL", [x, gate], o.outputs[0]),
+    ]
+    return made, {f"{name}/shifted": (0.0, 6.0), f"{name}/gate": (0.0, 1.0)}
+
+
+def _squared_difference(draft: _Draft, o: Operator, seen: tuple[float, float] | None) -> Spelt:
+    name = f"{draft.name(o)}/difference"
+    difference = draft.tensor(draft.shape(o.outputs[0]), name)
+    most = max(seen[1], 0.0) ** 0.5 if seen else 0.0
+    made = [
+        draft.pointwise("SUB", o.inputs, difference),
+        draft.pointwise("MUL", [difference, difference], o.outputs[0]),
+    ]
+    return made, {name: (-most, most)} if seen else {}
+
+
+def _pieces(draft: _Draft, o: Operator, seen: tuple[float, float] | None) -> Spelt:
+    """``rsqrt(v)`` as the sum of ``rsqrt(clip(v, a, b))`` over ranges (a, b] that follow each other, less
+    ``rsqrt`` of the ends between them: each has a table of its own.
+
+    A token with a hundred times the variance of others leaves those two points of one table. Example: results from 0.1 to 1
+    are of v from 1 to 100, in pieces up to 6.25 and beyond.
+    """
+    if not seen or not 0 < seen[0] < seen[1]:
+        return [], {}
+    name, shape, v = draft.name(o), draft.shape(o.outputs[0]), o.inputs[0]
+    top, bottom = seen[0] ** -2.0, seen[1] ** -2.0
+    ends = [top]
+    while len(ends) < PIECES and ends[-1] > bottom * PIECE:
+        ends.append(ends[-1] / PIECE)
+    ends.reverse()
+    if len(ends) == 1:
+        return [], {}
+    made: list[Any] = []
+    ranges: dict[str, tuple[float, float]] = {}
+
+    def step(kind: str, inputs: Sequence[int], label: str, most: float, activation: str = "NONE") -> int:  # fmt: skip
+        result = draft.tensor(shape, f"{name}/{label}")
+        ranges[f"{name}/{label}"] = (0.0, most)
+        made.append(draft.pointwise(kind, inputs, result, activation))
+        return result
+
+    constants = [draft.constant(end, f"{name}/end{k}") for k, end in enumerate(ends)]
+    total = None
+    for k, end in enumerate(ends):
+        clipped, least = v, ends[k - 1] if k else bottom
+        if k < len(ends) - 1:
+            below = step("SUB", [constants[k], clipped], f"below{k}", end, "RELU")
+            clipped = step("SUB", [constants[k], below], f"least{k}", end)
+        if k:
+            above = step("SUB", [clipped, constants[k - 1]], f"above{k}", end - least, "RELU")
+            clipped = step("ADD", [above, constants[k - 1]], f"clipped{k}", end)
+        part = step("RSQRT", [clipped], f"part{k}", least**-0.5)
+        if k:
+            # what this piece adds is 0 up to where it begins
+            offset = draft.constant(least**-0.5, f"{name}/offset{k}")
+            fall = step("SUB", [offset, part], f"fall{k}", least**-0.5 - end**-0.5)
+            assert total is not None
+            if k == len(ends) - 1:
+                made.append(draft.pointwise("SUB", [total, fall], o.outputs[0]))
+            else:
+                total = step("SUB", [total, fall], f"total{k}", seen[1])
+        else:
+            total = part
+    return made, ranges
 
 
 def rewritten_operators() -> frozenset[str]:

@@ -355,6 +355,33 @@ def test_squared_difference_is_spelt_out_where_it_is_to_compute_in_16_bits():
     assert noise[1] > 35
 
 
+def test_a_reciprocal_root_of_values_of_unlike_size_is_taken_in_pieces_in_16_bits():
+    g = Graph()
+    content = g.bytes([g.op("RSQRT", [g.input("v", (1, 8))], "y", (1, 8))])
+    # the variances of tokens, one of which is a thousand times the others
+    batches = [[np.geomspace(0.5 + i / 10, 800 - i, 8, dtype=np.float32)[None]] for i in range(20)]
+    table = ops.collect_ranges(content, batches, where="m").table()
+    made, new = spell_out(content, ["y"], table, where="m")
+    check_unchanged(content, made, batches, where="m")
+    # also beyond what calibration saw
+    check_unchanged(content, made, [[np.geomspace(0.01, 1e5, 8, dtype=np.float32)[None]]], where="m")  # fmt: skip
+    seen = ops.collect_ranges(made, batches, where="m").table()
+    for name, (low, high) in new.items():
+        assert low <= seen[name][0] + 1e-6
+        assert seen[name][1] <= high * 1.001
+    found = []
+    for file in (content, made):
+        wide = dict.fromkeys([*new, "y"], "int16")
+        int8 = ops.quantize(file, {**table, **new}, precision=wide, input_dtype="float32", output_dtype="float32")  # fmt: skip
+        expected = np.concatenate([run(content, b)[0] for b in batches])
+        found.append(sqnr(expected, np.concatenate([run(int8, b)[0] for b in batches])))
+    assert found[0] < 20
+    assert found[1] > 35
+    # results that are alike need no pieces
+    assert spell_out(content, ["y"], {"y": (0.5, 1.0)}, where="m") == (content, {})
+    assert spell_out(content, ["y"], {}, where="m") == (content, {})
+
+
 def test_a_condition_is_repeated_along_two_axes():
     g = Graph()
     x = g.input("x", (1, 1, 4))
