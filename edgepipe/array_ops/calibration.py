@@ -195,12 +195,12 @@ def settle(
     maxima: np.ndarray,
     names: Sequence[str],
     *,
-    batches: int = 0,
+    samples: int = 0,
     seed: int = 0,
 ) -> Settling:
     """How the ranges of T tensors widen over N samples: ``minima``, ``maxima`` are (N, T).
 
-    Where each row stands for several batches, ``batches`` is how many there were in all; the curve
+    Where each row stands for several of them, ``samples`` is how many there were in all; the curve
     then counts those.
 
     Worked example: one tensor, maxima 1, 1, 1, 2 and minima 0. In stored order the range after half
@@ -226,7 +226,7 @@ def settle(
     mean_growth = float(growth.mean())
     return Settling(
         curve=tuple(
-            (size * (batches or count) // count, round(float(share.mean()), 4))
+            (size * (samples or count) // count, round(float(share.mean()), 4))
             for size, share in zip(sizes, shares, strict=True)
         ),
         growth=round(mean_growth, 4),

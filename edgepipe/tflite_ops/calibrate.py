@@ -83,8 +83,10 @@ def settled_ranges(
         report = check(chosen) if taken else first
         log.info("calibrating on %d samples", count)
         more = available if count - taken == len(available) else available.subset(order[taken:count])  # fmt: skip
-        ranges = collect_ranges(content, file_batches(more, specs), where=where, total=0 if is_stateful(specs) else count, so_far=ranges)  # fmt: skip
-        settling = settle(ranges.minima, ranges.maxima, ranges.names, batches=ranges.batches, seed=seed)  # fmt: skip
+        # of a sequence every step is an inference
+        total = 0 if is_stateful(specs) else count
+        ranges = collect_ranges(content, file_batches(more, specs), where=where, total=total, so_far=ranges)  # fmt: skip
+        settling = settle(ranges.minima, ranges.maxima, ranges.names, samples=total or ranges.batches, seed=seed)  # fmt: skip
         taken = count
         if settling.is_settled:
             break

@@ -21,6 +21,8 @@ from edgepipe.tflite_ops.inspect import tensor_specs
 from edgepipe.tflite_ops.quantize import MAX_ROWS, collect_ranges
 from edgepipe.tflite_ops.tiny import tiny_tflite
 
+from .tflite_builder import Graph
+
 COUNT = 3000
 # no sample is wider than any other, in practice
 EVEN = np.random.default_rng(0).uniform(-1, 1, (COUNT, 4)).astype(np.float32)
@@ -132,3 +134,16 @@ def test_the_command_line_takes_auto_or_a_number(
     assert "'few' is neither auto nor a number" in capsys.readouterr().err
     assert cli.main(["quantize", "m.tflite", "--data", "x.npz", "--samples", "100"]) == 0
     assert "calibrating on 100 samples" in capsys.readouterr().err
+
+
+def test_the_curve_counts_samples_where_an_inference_takes_several(tmp_path: Path) -> None:
+    graph = Graph()
+    x = graph.input("x", (4, 2))
+    (tmp_path / "m.tflite").write_bytes(graph.bytes([graph.op("RELU", [x], "y", (4, 2))]))
+    np.save(tmp_path / "x.npy", EVEN[:100, :2])
+    inputs, outputs = tensor_specs(tmp_path / "m.tflite")
+    model = make_artifact("tflite", tmp_path / "m.tflite", inputs=inputs, outputs=outputs)
+    source = DataSource(kind="npy", path=tmp_path / "x.npy")
+    context = StageContext(tmp_path, {"calibration": source}, 0, tmp_path / "log")
+    settling = QuantizeInt8().run(model, context).facts["calibration"]["settling"]
+    assert [count for count, _ in settling["curve"]] == [12, 24, 48, 100]
