@@ -360,6 +360,27 @@ def _last_steps(node: NodeProto, graph: _Graph) -> list[NodeProto]:
     ]  # fmt: skip
 
 
+# A bound nearer to 0 is 0 to onnx2tf 2.6.9 (build_clip_op), and the clip a RELU
+_NEARLY_ZERO = 1e-6
+
+
+def _tiny_bound(node: NodeProto, graph: _Graph) -> list[NodeProto]:
+    """A clip at a tiny positive value as Max: a converter makes it a RELU, whose 0 then is divided by or put into a
+    logarithm (``F.normalize`` has 1e-12, ``torch.log(mel.clamp(min=1e-10))``), NaN or -inf on black pictures and silence.
+    """
+    bounds = [name for name in node.input[1:] if name]
+    low = graph.constants.get(node.input[1]) if len(node.input) > 1 else None
+    if low is None or low.size != 1 or not 0 < abs(float(low.reshape(()))) <= _NEARLY_ZERO:
+        return []
+    if len(bounds) == 1:
+        return [helper.make_node("Max", [node.input[0], bounds[0]], [node.output[0]], node.name)]
+    low_enough = f"{node.output[0]}_least"
+    return [
+        helper.make_node("Max", [node.input[0], bounds[0]], [low_enough], f"{node.name}_least"),
+        helper.make_node("Min", [low_enough, bounds[1]], [node.output[0]], node.name),
+    ]
+
+
 def _whole_abs(node: NodeProto, graph: _Graph) -> list[NodeProto]:
     """``|x| = max(x, -x)`` of whole numbers, for which TFLite's kernel has no int64."""
     if node.input[0] not in graph.int64:
@@ -591,6 +612,7 @@ _REWRITES: dict[str, Callable[[NodeProto, _Graph], list[NodeProto]]] = {
     "Conv": _conv_with_computed_weights,
     "STFT": _stft,
     "Abs": _whole_abs,
+    "Clip": _tiny_bound,
     "Slice": _flip,
     "LSTM": _last_steps,
     "GRU": _last_steps,

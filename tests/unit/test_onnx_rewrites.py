@@ -186,6 +186,19 @@ def test_the_absolute_value_of_int64_is_the_larger_of_both_signs() -> None:
         np.testing.assert_array_equal(run(new, x), np.abs(x))
 
 
+@pytest.mark.parametrize(("low", "high", "kinds"), [(1e-12, None, ["Max"]), (1e-8, 2.0, ["Max", "Min"]), (0.0, None, ["Clip"]), (1e-3, None, ["Clip"])])  # fmt: skip
+def test_a_clip_at_a_tiny_value_is_no_relu(low: float, high: float | None, kinds: list[str]) -> None:  # fmt: skip
+    node = helper.make_node("Clip", ["x", "low", *(["high"] if high else [])], ["y"], "clip")
+    model = model_of(node, (1, 4))
+    for name, value in (("low", low), ("high", high)):
+        if value is not None:
+            model.graph.initializer.append(numpy_helper.from_array(np.float32(value), name))
+    new, _ = rewritten(model)
+    assert [made.op_type for made in new.graph.node] == kinds
+    x = np.array([[0, -1, 3, 1e-13]], np.float32)
+    np.testing.assert_array_equal(run(new, x), np.clip(x, np.float32(low), high))
+
+
 def test_a_flip_of_two_axes_is_two_flips() -> None:
     x = np.random.default_rng(0).normal(size=(1, 3, 4, 5)).astype(np.float32)
     model = model_of(helper.make_node("Slice", ["x", "starts", "ends", "axes", "steps"], ["y"], "flip"), x.shape)  # fmt: skip
