@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from edgepipe import cli
 from edgepipe.errors import StageError
+from edgepipe.tflite_ops import sparse
 from edgepipe.tflite_ops.flatbuffer import parse_model
 from edgepipe.tflite_ops.quantize import check_quantizable
 from edgepipe.tflite_ops.run import invoke_once, open_tflite
@@ -214,3 +215,11 @@ def test_a_file_that_is_stored_sparse_has_no_int8_form() -> None:
     stored = parse_model(store_sparse(sparse_cnn(), where="m"), where="m")
     with pytest.raises(StageError, match="m stores its weights sparse"):
         check_quantizable(stored, where="m")
+
+
+def test_a_file_with_few_zeros_is_not_compressed_to_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compressed(content: bytes) -> None:
+        raise AssertionError("compressed")
+
+    monkeypatch.setattr(sparse, "_compressed", compressed)
+    assert sparse.sparsity_facts(conv_tflite(layers=1), where="m") == {}
