@@ -617,7 +617,11 @@ def _check_runs(path: Path, context: StageContext) -> int:
                 hint="write them with other PyTorch operators, or do them outside the model",
             )  # fmt: skip
         if lost := unmade_outputs(graphs[0]):
-            raise ArtifactError(f"no operator makes its output {lost[0]!r}")
+            raise StageError(
+                f"the converter lost output {lost[0]!r}: no operator makes it",
+                stage=NAME, code="invalid-graph", log_path=str(context.log_path),
+                hint="is it another output once more, or a view of one? Return each tensor once",
+            )  # fmt: skip
         refuse_crashing(path)
         open_tflite(path)
     except ArtifactError as exc:

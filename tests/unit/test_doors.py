@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 
+from edgepipe.errors import StageError
+from edgepipe.stage import StageContext
+from edgepipe.stages.to_tflite import _check_runs
 from edgepipe.tflite_ops.doors import move_axes, own_outputs, unmade_outputs
 from edgepipe.tflite_ops.flatbuffer import parse_model
 from edgepipe.tflite_ops.run import open_tflite
@@ -67,7 +70,7 @@ def test_an_output_that_is_an_input_or_another_output_gets_a_tensor_of_its_own()
     assert own_outputs(made, where="made") is made
 
 
-def test_an_output_that_nothing_makes_is_named():
+def test_an_output_that_nothing_makes_is_named(tmp_path):
     graph = Graph()
     a = graph.input("a", (1, 3))
     made = graph.op("ADD", [a, a], "sum", (1, 3), "AddOptions")
@@ -75,3 +78,9 @@ def test_an_output_that_nothing_makes_is_named():
     assert graph.inputs.pop() == lost
     content = graph.bytes([made, a, lost, graph.const("k", np.zeros(3, np.float32))])
     assert unmade_outputs(parse_model(content, where="x").subgraphs[0]) == ["lost"]
+    path = tmp_path / "m.tflite"
+    path.write_bytes(content)
+    context = StageContext(work_dir=tmp_path, data={}, seed=0, log_path=tmp_path / "log.txt")
+    with pytest.raises(StageError, match="lost output 'lost'") as caught:
+        _check_runs(path, context)
+    assert (caught.value.code, "once" in caught.value.hint) == ("invalid-graph", True)
