@@ -23,13 +23,18 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
+import dataclasses
+import gc
 import json
 import random
+import socket
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -40,12 +45,15 @@ from onnx import numpy_helper
 from onnx.backend.test.case.node import collect_testcases
 from onnx.backend.test.case.test_case import TestCase
 
+from edgepipe import toolchain
 from edgepipe.artifact import Artifact, make_artifact
 from edgepipe.data import DataSource
 from edgepipe.errors import EdgepipeError
+from edgepipe.routes import ROUTES as CONVERTERS
 from edgepipe.stage import StageContext
 from edgepipe.stages.to_tflite import ToTflite
 from edgepipe.store import write_json
+from edgepipe.tflite_ops import bisect, candidates, convert, doors, sparse  # noqa: F401  not in every child
 from edgepipe.tflite_ops.onnx_model import onnx_specs
 from edgepipe.tflite_ops.run import open_onnx, run_tflite
 
@@ -83,9 +91,17 @@ def as_exported(case: TestCase) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]
     return model, fed
 
 
+def arrays_of(case: TestCase) -> TestCase:
+    """The case with arrays for the tensors that casts have."""
+    sides = [[numpy_helper.to_array(a) if isinstance(a, onnx.TensorProto) else a for a in side] for side in case.data_sets[0]]  # fmt: skip
+    return dataclasses.replace(case, data_sets=[(sides[0], sides[1])])
+
+
 def make_row(case: TestCase, route: str, folder: Path) -> Row:
     """Convert one case and judge what came of it."""
     row: Row = {"case": case.name, "op": case.model.graph.node[0].op_type}
+    if any(isinstance(a, onnx.TensorProto) for side in case.data_sets[0] for a in side):
+        case = arrays_of(case)
     if any(not isinstance(a, (np.ndarray, np.generic)) for side in case.data_sets[0] for a in side):
         return row | {"verdict": "refused", "code": "no-tensor", "message": "a sequence or nothing"}
     model, fed = as_exported(case)
@@ -94,7 +110,7 @@ def make_row(case: TestCase, route: str, folder: Path) -> Row:
     try:
         inputs, outputs = onnx_specs(path)
         source = make_artifact("onnx", path, inputs=inputs, outputs=outputs)
-        made = convert(source, fed, route, folder)
+        made = converted(source, fed, route, folder)
         arrays = [moved(fed[s.name], s.source_layout, s.layout) for s in made.inputs]
         results = run_tflite(made.path, arrays, made.inputs, made.outputs)
     except EdgepipeError as exc:
@@ -117,7 +133,7 @@ def onnxruntime_says(path: Path, fed: dict[str, np.ndarray]) -> dict[str, np.nda
     return dict(zip((v.name for v in session.get_outputs()), session.run(None, fed), strict=True))
 
 
-def convert(source: Artifact, fed: dict[str, np.ndarray], route: str, folder: Path) -> Artifact:
+def converted(source: Artifact, fed: dict[str, np.ndarray], route: str, folder: Path) -> Artifact:
     """Through the stage, with the case's own inputs as its data.
 
     A case's first axis is whatever it is; the stage takes it for a batch. So it is given exactly one
@@ -165,6 +181,56 @@ def child(case: TestCase, route: str, target: Path) -> None:
         except Exception as exc:  # noqa: BLE001  any other exception is what we look for
             row = {"case": case.name, "op": case.model.graph.node[0].op_type, "verdict": "bug", "code": type(exc).__name__, "message": str(exc)}  # fmt: skip
     write_json(target, row | {"seconds": round(time.monotonic() - began, 1)})
+
+
+class WarmProcess:
+    """What `toolchain` needs of a Popen, of a process that a warm converter forks."""
+
+    def __init__(self, path: str, *, cwd: Path, env: dict[str, str], stdout: Any, **_: Any) -> None:
+        self.connection = socket.socket(socket.AF_UNIX)
+        self.connection.connect(path)
+        request = {"cwd": str(cwd), "env": env, "log": str(Path(stdout.name).resolve())}
+        self.connection.sendall((json.dumps(request) + "\n").encode())
+        self.answer = self.connection.makefile()
+        self.pid = int(self.answer.readline())
+        self.returncode: int | None = None
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            self.connection.settimeout(timeout)
+            try:
+                self.returncode = int(self.answer.readline())
+            except TimeoutError:
+                # a file that timed out is not read again
+                self.answer = self.connection.makefile()
+                raise subprocess.TimeoutExpired("warm converter", timeout or 0) from None
+        return self.returncode
+
+
+@contextlib.contextmanager
+def warm_converter() -> Iterator[None]:
+    """Meanwhile onnx2tf runs in forks of a process that has imported it (`warm_converter.py`)."""
+    name, script = CONVERTERS["onnx2tf"]
+    python = toolchain.ensure(name) / "bin" / "python"
+    path, start = toolchain.LOCKS / script, subprocess.Popen
+    with tempfile.TemporaryDirectory(prefix="edgepipe-warm-") as folder:
+        door = f"{folder}/door"
+        argv = [str(python), str(Path(__file__).with_name("warm_converter.py")), door, str(path)]
+        env = toolchain._child_environment(python.parent.parent, Path(folder))
+        server = start(argv, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+
+        def popen(argv: list[str], **options: Any) -> Any:
+            return WarmProcess(door, **options) if argv[1:2] == [str(path)] else start(argv, **options)  # fmt: skip
+
+        try:
+            if b"ready\n" not in (server.stdout or ()):
+                raise SystemExit("the warm converter does not start")
+            toolchain.subprocess.Popen = popen  # type: ignore[misc,assignment]
+            yield
+        finally:
+            toolchain.subprocess.Popen = start  # type: ignore[misc]
+            server.kill()
+            server.wait()
 
 
 def row_of(case: TestCase, route: str, work: Path) -> Row:
@@ -223,10 +289,12 @@ def main() -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     wanted = [c for c in cases() if not args.only or c.model.graph.node[0].op_type in args.only]
     rows = []
-    for case in wanted[:: args.every]:
-        row = row_of(case, args.route, args.work.resolve())
-        rows.append(row)
-        print(f"{row['verdict']:8} {row['op']:20} {row['case']} {row['code']}", flush=True)
+    gc.freeze()  # lest a child that collects garbage copies all of this
+    with warm_converter():
+        for case in wanted[:: args.every]:
+            row = row_of(case, args.route, args.work.resolve())
+            rows.append(row)
+            print(f"{row['verdict']:8} {row['op']:20} {row['case']} {row['code']}", flush=True)
     text = "\n".join(table(rows)) + "\n"
     print("\n" + text)
     write_json(args.work / "node_cases.json", rows)
