@@ -107,7 +107,7 @@ class ToTflite:
     produces: ClassVar[str] = "tflite"
     ops: ClassVar[tuple[str, ...]] = (
         "edgepipe.tflite_ops.convert", "edgepipe.tflite_ops.doors", "edgepipe.tflite_ops.run", "edgepipe.tflite_ops.bisect",
-        "edgepipe.tflite_ops.onnx_model", "edgepipe.tflite_ops.onnx_rewrites", "edgepipe.tflite_ops.sparse", "edgepipe.parity", "edgepipe.predict", "edgepipe.state", "edgepipe.array_ops",
+        "edgepipe.tflite_ops.onnx_model", "edgepipe.tflite_ops.onnx_rewrites", "edgepipe.tflite_ops.onnx_graph", "edgepipe.tflite_ops.onnx_linear", "edgepipe.tflite_ops.onnx_pools", "edgepipe.tflite_ops.onnx_recurrent", "edgepipe.tflite_ops.onnx_types", "edgepipe.tflite_ops.sparse", "edgepipe.parity", "edgepipe.predict", "edgepipe.state", "edgepipe.array_ops",
         "edgepipe.tflite_ops.flatbuffer", "edgepipe.tflite_ops.inspect", "edgepipe.tflite_ops.quantize", "edgepipe.tflite_ops.scalar_functions", "edgepipe.toolchain", "edgepipe.toolchains", "edgepipe.routes",
         "edgepipe.tflite_ops.candidates", "edgepipe.tflite_ops.stand_in", "edgepipe.tflite_ops.rewrite", "edgepipe.torch_ops.export", "edgepipe.torch_ops.equivalents", "edgepipe.torch_ops.pt2",
     )  # fmt: skip
@@ -164,6 +164,7 @@ class ToTflite:
             artifact.inputs,
             batch=self.batch,
             where=str(artifact.facts.get("file", "")),
+            streaming=self.streaming,
         )
         source = context.data[self.data] if self.data_names() else None
         inputs = parity_inputs(source, artifact.inputs, self.parity_samples, self.parity_seeds)
@@ -375,7 +376,7 @@ class _Job:
                     input_names=[s.name for s in self.artifact.inputs], output_names=[s.name for s in self.artifact.outputs],
                 )  # fmt: skip
                 graph = read_onnx(path)
-                if rewrite_for_converters(graph):
+                if rewrite_for_converters(graph, streaming=self.options.streaming):
                     save_onnx(graph, path)
                 self._torchscript = path
             except StageError as exc:

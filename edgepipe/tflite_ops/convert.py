@@ -34,12 +34,18 @@ MAX_ASSIGNMENTS = 120
 
 
 def prepare_onnx(
-    path: Path, specs: Sequence[TensorSpec], *, batch: int | None, where: str = ""
+    path: Path,
+    specs: Sequence[TensorSpec],
+    *,
+    batch: int | None,
+    where: str = "",
+    streaming: bool = False,
 ) -> bytes:
     """The bytes of a model a converter can take: one file, every input dimension fixed, and what
     converters are known to get wrong rewritten (`onnx_rewrites`). ``where`` is what the user calls it.
 
-    A free batch becomes ``batch`` (1 if None), other free dimensions what ``specs`` say. Raises
+    A free batch becomes ``batch`` (1 if None), other free dimensions what ``specs`` say; a ``streaming``
+    model's LSTM is left to keep its state. Raises
     ArtifactError for a broken file and for quantised ONNX (``qdq-onnx``), StageOptionError where
     the batch is fixed and another one is asked for.
     """
@@ -83,7 +89,7 @@ def prepare_onnx(
             if any(not d.HasField("dim_value") for d in value.type.tensor_type.shape.dim):
                 value.type.tensor_type.ClearField("shape")
     expanded = expand_functions(model)
-    if rewrite_for_converters(expanded) or changed or expanded is not model:
+    if rewrite_for_converters(expanded, streaming=streaming) or changed or expanded is not model:
         return bytes(expanded.SerializeToString())
     return path.read_bytes()
 

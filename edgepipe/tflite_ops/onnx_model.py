@@ -116,7 +116,8 @@ def onnx_specs(
     layouts: Mapping[str, str] | None = None,
     where: Path | None = None,
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Specs of the inputs and outputs, found by running the model once on zeros.
+    """Specs of the inputs and outputs, found by running the model once on zeros, or on ones where it
+    divides by them.
 
     A free batch dimension (axis 0) is 1 in the spec. Other free dimensions need a shape in
     ``shapes``; ``layouts`` names axes where PyTorch's usual ones (NCHW, ...) are wrong. ``where`` is the
@@ -150,7 +151,12 @@ def onnx_specs(
         inputs.append(TensorSpec(value.name, shape, dtype, layouts.get(value.name, "")))
         feeds[value.name] = np.zeros(shape, dtype)
     try:
-        results = session.run(None, feeds)
+        try:
+            results = session.run(None, feeds)
+        except Exception as exc:
+            if "by zero" not in str(exc):
+                raise
+            results = session.run(None, {name: np.ones_like(zeros) for name, zeros in feeds.items()})  # fmt: skip
     except Exception as exc:
         raise ArtifactError(
             f"{where} does not run in onnxruntime on inputs of shape "

@@ -1,63 +1,31 @@
 """The same values in operators that converters get right: what is known to go wrong, rewritten.
 
-Each was found by ``ci/bench/zoo.py`` with onnx2tf 2.6.9, whose file computed something else. A rewrite
-that does not help does no harm: what is converted is compared with the model as it was.
+Each was found by ``ci/bench/zoo.py`` or ``ci/bench/node_cases.py`` with onnx2tf 2.6.9, which refused it or
+whose file computed something else. A rewrite that does not help does no harm: what is converted is
+compared with the model as it was. Pools, constant matrices and types are in the ``onnx_*`` beside this.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any
+import string
+from collections.abc import Callable
 
 import numpy as np
 import onnx
-import onnxruntime
-from onnx import NodeProto, helper, inliner, numpy_helper
+from onnx import NodeProto, TensorProto, helper, inliner
 
+from edgepipe.tflite_ops.onnx_graph import Graph, Writing, attributes, read_graph
+from edgepipe.tflite_ops.onnx_linear import fourier, resize, short_fourier
 from edgepipe.tflite_ops.onnx_model import keep_pooled_axes
+from edgepipe.tflite_ops.onnx_pools import pool
+from edgepipe.tflite_ops.onnx_recurrent import unroll
+from edgepipe.tflite_ops.onnx_types import bitwise, through_wider, to_float32
 
 log = logging.getLogger(__name__)
 
 # from which on the pads of Pad are an input
 _OPSET = 11
-
-
-@dataclasses.dataclass(frozen=True)
-class _Graph:
-    """``shapes`` and ``constants`` by name, where known; ``folding``: values that only one batch norm
-    reads, and that a convolution makes, which converters merge; ``makers``: the node that makes a value;
-    ``read``: values that a node or the caller reads; ``int64``: those of that type; ``added``: new initialisers."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    constants: Mapping[str, np.ndarray]
-    folding: frozenset[str]
-    makers: Mapping[str, NodeProto]
-    read: frozenset[str]
-    int64: frozenset[str]
-    opset: int
-    added: list[onnx.TensorProto] = dataclasses.field(default_factory=list)
-
-    def constant(self, name: str, value: np.ndarray) -> str:
-        self.added.append(numpy_helper.from_array(value, name))
-        return name
-
-    def may_overflow(self, name: str) -> bool:
-        """Whether a value may be infinite or NaN while the model's inputs are not."""
-        waiting, seen = [name], set()
-        while waiting:
-            value = waiting.pop()
-            node = self.makers.get(value)
-            if node is None or value in seen or node.op_type in _MIXING:
-                continue
-            if node.op_type in _UNSAFE:
-                return True
-            seen.add(value)
-            waiting += node.input
-        return False
-
 
 # Functions of the ONNX standard that no converter knows, and what their bodies are written with
 FUNCTIONS = ("Attention", "CausalConvWithState", "RMSNormalization", "RotaryEmbedding", "Swish", "CastLike")  # fmt: skip
@@ -87,21 +55,25 @@ def expand_functions(model: onnx.ModelProto) -> onnx.ModelProto:
     return expanded
 
 
-def rewrite_for_converters(model: onnx.ModelProto) -> int:
+def rewrite_for_converters(model: onnx.ModelProto, *, streaming: bool = False) -> int:
     """Rewrite in place what converters get wrong; returns how many operators were rewritten.
 
+    With ``streaming`` an RNN or LSTM stays what it is, which a converter makes one that keeps its state.
     Names of inputs, outputs and of all other values stay. Operators inside loops and branches, and
     in models of an opset before 11, are left as they are.
     """
-    count = keep_pooled_axes(model) + _doubles_as_floats(model.graph)
+    count = to_float32(model) + keep_pooled_axes(model)
     if any(o.domain in ("", "ai.onnx") and o.version < _OPSET for o in model.opset_import):
         return count
-    graph = _read(model)
+    graph = read_graph(model)
     nodes: list[NodeProto] = []
     for node in model.graph.node:
         rewrite = _REWRITES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        if streaming and rewrite is _step_by_step:
+            rewrite = _last_steps
         made = rewrite(node, graph) if rewrite else []
         for new in made:
+            del new.metadata_props[:]
             new.metadata_props.extend(node.metadata_props)
         count += bool(made)
         nodes += made or [node]
@@ -144,9 +116,9 @@ def _views_of_their_own(graph: onnx.GraphProto) -> int:
     return count
 
 
-def _scaled_elu(node: NodeProto, graph: _Graph) -> list[NodeProto]:
+def _scaled_elu(node: NodeProto, graph: Graph) -> list[NodeProto]:
     """``Elu(x; a) = LeakyRelu(Elu(x; 1); a)``: TFLite's ELU has no alpha, and a converter drops it."""
-    alpha = _attributes(node).get("alpha", 1.0)
+    alpha = attributes(node).get("alpha", 1.0)
     if alpha == 1.0:
         return []
     whole = f"{node.output[0]}_elu"
@@ -156,53 +128,14 @@ def _scaled_elu(node: NodeProto, graph: _Graph) -> list[NodeProto]:
     ]
 
 
-def _average_pool_of_ceil_mode(node: NodeProto, graph: _Graph) -> list[NodeProto]:  # fmt: skip
-    """An average pool whose last windows reach over the edge: zeros around, and the counts mended.
-
-    TFLite's pools either stop before the edge or pad as it suits them. With k values in a window of
-    which n count, ``mean = (sum / k) * (k / n)``: over zeros a pool without padding gives sum / k,
-    and k / n is a constant of shape (1, 1, *spatial).
-    """
-    options = _attributes(node)
-    shape = graph.shapes.get(node.input[0], ())
-    kernel = list(options["kernel_shape"])
-    rank = len(kernel)
-    pads = list(options.get("pads", [0] * 2 * rank))
-    strides = list(options.get("strides", [1] * rank))
-    plain = options.get("auto_pad", b"NOTSET") == b"NOTSET" and set(options.get("dilations", [1])) == {1}  # fmt: skip
-    if not options.get("ceil_mode") or not plain or len(shape) != rank + 2:
-        return []
-    axes = [
-        _windows(size, kernel[i], strides[i], pads[i], pads[rank + i], bool(options.get("count_include_pad")))
-        for i, size in enumerate(shape[2:])
-    ]  # fmt: skip
-    if all(extra == 0 for extra, _ in axes):
-        return []  # nothing reaches over: ceil_mode makes no difference
-    after = [pads[rank + i] + extra for i, (extra, _) in enumerate(axes)]
-    padded, pooled = f"{node.output[0]}_padded", f"{node.output[0]}_pooled"
-    counts = np.ones([1] * (rank + 2))
-    for i, (_, counted) in enumerate(axes):
-        along = [1] * (rank + 2)
-        along[i + 2] = len(counted)
-        counts = counts * counted.reshape(along)
-    factors = (np.prod(kernel) / counts).astype(np.float32)
-    widths = np.array([0, 0, *pads[:rank], 0, 0, *after], dtype=np.int64)
-    made = [
-        helper.make_node("Pad", [node.input[0], graph.constant(f"{padded}_widths", widths)], [padded], f"{node.name}_pad"),
-        helper.make_node("AveragePool", [padded], [pooled], node.name, kernel_shape=kernel, strides=strides),
-        helper.make_node("Mul", [pooled, graph.constant(f"{pooled}_factors", factors)], [node.output[0]], f"{node.name}_counts"),
-    ]  # fmt: skip
-    return made
-
-
-def _lone_batch_norm(node: NodeProto, graph: _Graph) -> list[NodeProto]:
+def _lone_batch_norm(node: NodeProto, graph: Graph) -> list[NodeProto]:
     """A batch norm that no convolution takes in becomes a depthwise one of 1x1, one operator for two.
 
     ``y = x * s + (bias - mean * s)`` with ``s = scale / sqrt(variance + epsilon)``, each (C,). As MUL
     and ADD converters leave transposes around it, and take the wrong axis where C is H or W; int8
     has one scale for all channels there, and one for each in a convolution.
     """
-    options = _attributes(node)
+    options = attributes(node)
     shape = graph.shapes.get(node.input[0], ())
     known = [graph.constants.get(name) for name in node.input[1:5]]
     values = [v.astype(np.float64) for v in known if v is not None and v.dtype == np.float32]
@@ -221,47 +154,13 @@ def _lone_batch_norm(node: NodeProto, graph: _Graph) -> list[NodeProto]:
     ]  # fmt: skip
 
 
-def _doubles_as_floats(graph: onnx.GraphProto) -> int:
-    """Every float64 value of a graph as float32, which TFLite's kernels take; returns how many were named.
-
-    A NumPy constant makes float64 of all that it touches. Whether float32 is enough, parity says.
-    """
-    double, single = onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT
-    count = 0
-
-    def as_single(tensor: onnx.TensorProto) -> None:
-        nonlocal count
-        if tensor.data_type == double:
-            with np.errstate(over="ignore"):  # infinite then, as in float32
-                values = numpy_helper.to_array(tensor).astype(np.float32)
-            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-            count += 1
-
-    for tensor in graph.initializer:
-        as_single(tensor)
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        if value.type.tensor_type.elem_type == double:
-            value.type.tensor_type.elem_type = single
-            count += 1
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.TENSOR:
-                as_single(attribute.t)
-            elif attribute.type == onnx.AttributeProto.GRAPH:
-                count += _doubles_as_floats(attribute.g)
-            elif attribute.name in ("to", "dtype") and attribute.i == double:
-                attribute.i = single
-                count += 1
-    return count
-
-
-def _conv_with_computed_weights(node: NodeProto, graph: _Graph) -> list[NodeProto]:
+def _conv_with_computed_weights(node: NodeProto, graph: Graph) -> list[NodeProto]:
     """A convolution whose weights another operator makes (CondConv, a tracker's correlation) as a matrix product.
 
     A depthwise convolution with one-hot kernels lays each window out as a column: (N, C, H, W) ->
     (N, C K, H', W'), K being the values of a window; (O, C/G, kh, kw) is then (G, O/G, C/G K) times (G, C/G K, H' W').
     """
-    options = _attributes(node)
+    options = attributes(node)
     x, w = node.input[:2]
     image, kernel, made = (graph.shapes.get(name, ()) for name in (x, w, node.output[0]))
     if w in graph.constants or len(image) < 3 or not kernel or not made or options.get("auto_pad", b"NOTSET") != b"NOTSET":  # fmt: skip
@@ -292,40 +191,12 @@ def _conv_with_computed_weights(node: NodeProto, graph: _Graph) -> list[NodeProt
     ]  # fmt: skip
 
 
-def _stft(node: NodeProto, graph: _Graph) -> list[NodeProto]:
-    """A short-time Fourier transform of a real signal as a convolution with windowed cosines and sines.
-
-    ``Y[m, k] = sum over n of w[n] x[m s + n] e^(-2 pi i k n / L)`` (ONNX, STFT-17): (N, T[, 1]) -> (N, frames,
-    L/2 + 1, 2), the last axis being the real and the imaginary part.
-    """
-    shape, made = graph.shapes.get(node.input[0], ()), graph.shapes.get(node.output[0], ())
-    step, window, length = ([graph.constants.get(n) for n in node.input[1:]] + [None] * 3)[:3]
-    if window is None and length is not None and not node.input[2]:
-        window = np.ones(int(length))
-    bins = made[2] if len(made) == 4 else 0
-    real = len(shape) == 2 or (len(shape) == 3 and shape[2] == 1)
-    if not real or step is None or window is None or not bins:
-        return []
-    size = len(window)
-    angles = 2 * np.pi * (np.outer(np.arange(bins), np.arange(size)) % size) / size
-    waves = np.concatenate([np.cos(angles), -np.sin(angles)]) * window  # (2 bins, L)
-    y = node.output[0]
-    batch, frames = made[:2]
-    return [
-        helper.make_node("Reshape", [node.input[0], graph.constant(f"{y}_row", np.array([batch, 1, shape[1]], np.int64))], [f"{y}_signal"], f"{node.name}_signal"),
-        helper.make_node("Conv", [f"{y}_signal", graph.constant(f"{y}_waves", waves[:, None].astype(np.float32))], [f"{y}_parts"], node.name, kernel_shape=[size], strides=[int(step)]),
-        # (N, 2 bins, frames) -> (N, 2, bins, frames) -> (N, frames, bins, 2)
-        helper.make_node("Reshape", [f"{y}_parts", graph.constant(f"{y}_split", np.array([batch, 2, bins, frames], np.int64))], [f"{y}_two"], f"{node.name}_two"),
-        helper.make_node("Transpose", [f"{y}_two"], [y], f"{node.name}_last", perm=[0, 3, 2, 1]),
-    ]  # fmt: skip
-
-
-def _last_steps(node: NodeProto, graph: _Graph) -> list[NodeProto]:
+def _last_steps(node: NodeProto, graph: Graph) -> list[NodeProto]:
     """The last state of a bidirectional RNN as its output's last step forwards and first step backwards.
 
     Y is (steps, 2, N, H), Y_h (2, N, H): a converter gives others for Y_h.
     """
-    options = _attributes(node)
+    options = attributes(node)
     lengths = node.input[4] if len(node.input) > 4 else ""
     read = len(node.output) > 1 and node.output[1] in graph.read
     if (
@@ -364,7 +235,7 @@ def _last_steps(node: NodeProto, graph: _Graph) -> list[NodeProto]:
 _NEARLY_ZERO = 1e-6
 
 
-def _tiny_bound(node: NodeProto, graph: _Graph) -> list[NodeProto]:
+def _tiny_bound(node: NodeProto, graph: Graph) -> list[NodeProto]:
     """A clip at a tiny positive value as Max: a converter makes it a RELU, whose 0 then is divided by or put into a
     logarithm (``F.normalize`` has 1e-12, ``torch.log(mel.clamp(min=1e-10))``), NaN or -inf on black pictures and silence.
     """
@@ -381,9 +252,9 @@ def _tiny_bound(node: NodeProto, graph: _Graph) -> list[NodeProto]:
     ]
 
 
-def _whole_abs(node: NodeProto, graph: _Graph) -> list[NodeProto]:
+def _whole_abs(node: NodeProto, graph: Graph) -> list[NodeProto]:
     """``|x| = max(x, -x)`` of whole numbers, for which TFLite's kernel has no int64."""
-    if node.input[0] not in graph.int64:
+    if graph.types.get(node.input[0]) != TensorProto.INT64:
         return []
     minus = f"{node.output[0]}_minus"
     return [
@@ -392,46 +263,7 @@ def _whole_abs(node: NodeProto, graph: _Graph) -> list[NodeProto]:
     ]
 
 
-def _flip(node: NodeProto, graph: _Graph) -> list[NodeProto]:
-    """A slice that walks several axes, one of them backwards (``x.flip((1, 3))``), one axis after the other."""
-    names = ("starts", "ends", "axes", "steps")
-    known = [graph.constants[name] for name in node.input[1:] if name in graph.constants]
-    if len(known) != len(names) or len(known[0]) < 2 or min(known[3]) > 0:
-        return []
-    nodes: list[NodeProto] = []
-    current = node.input[0]
-    for i in range(len(known[0])):
-        made = node.output[0] if i == len(known[0]) - 1 else f"{node.output[0]}_{i}"
-        along = [
-            graph.constant(f"{node.output[0]}_{i}_{n}", v[i : i + 1])
-            for n, v in zip(names, known, strict=True)
-        ]
-        nodes.append(helper.make_node("Slice", [current, *along], [made], f"{node.name}_{i}"))
-        current = made
-    return nodes
-
-
-# What may make infinity or NaN of finite values
-_UNSAFE = {
-    "Div",
-    "Log",
-    "Reciprocal",
-    "Sqrt",
-    "Pow",
-    "Exp",
-    "Tan",
-    "Asin",
-    "Acos",
-    "Acosh",
-    "Atanh",
-    "Sinh",
-    "Cosh",
-}
-# What a value is no more simply passed on by: sums of products, and what is bounded
-_MIXING = {"Conv", "ConvTranspose", "MatMul", "Gemm", "Softmax", "Sigmoid", "Tanh", "LayerNormalization", "LSTM", "GRU", "RNN"}  # fmt: skip
-
-
-def _where_that_picks(node: NodeProto, graph: _Graph) -> list[NodeProto]:
+def _where_that_picks(node: NodeProto, graph: Graph) -> list[NodeProto]:
     """A choice beside values that may be infinite or NaN, its three inputs of one shape.
 
     A converter computes one of unlike shapes as ``c * x + (1 - c) * y``, which is NaN wherever the value
@@ -455,13 +287,13 @@ def _where_that_picks(node: NodeProto, graph: _Graph) -> list[NodeProto]:
     return [*nodes, helper.make_node("Where", whole, [node.output[0]], node.name)]
 
 
-def _log_sum_exp(node: NodeProto, graph: _Graph) -> list[NodeProto]:
+def _log_sum_exp(node: NodeProto, graph: Graph) -> list[NodeProto]:
     """``log(sum(exp(x)))`` as ``m + log(sum(exp(x - m)))``, m being the largest x; log-softmax, ``x`` less that.
 
     Converters write the first without m, which is infinite for x above 88, and the second as the logarithm of
     the softmax, which is that of 0 for values 104 below the largest (float32).
     """
-    options = _attributes(node)
+    options = attributes(node)
     is_softmax = node.op_type == "LogSoftmax"
     if graph.opset < 18:
         return []  # axes were an attribute, and LogSoftmax before 13 of another shape
@@ -492,162 +324,226 @@ def _log_sum_exp(node: NodeProto, graph: _Graph) -> list[NodeProto]:
     ]  # fmt: skip
 
 
-def _circular_pad(node: NodeProto, graph: _Graph) -> list[NodeProto]:
-    """A pad that goes on at the other side (``padding_mode="circular"``): every axis picked by index.
+def _last_of_equals(node: NodeProto, graph: Graph) -> list[NodeProto]:
+    """ArgMax and ArgMin that want the last of equals: the first from behind, counted from the front."""
+    options = attributes(node)
+    shape = graph.shapes.get(node.input[0], ())
+    if not options.pop("select_last_index", 0) or not shape:
+        return []
+    axis = options.get("axis", 0) % len(shape)
+    write = Writing(node, graph)
+    behind = np.arange(shape[axis] - 1, -1, -1)
+    turned = write.op("Gather", node.input[0], behind, axis=axis)
+    return write.end("Sub", np.int64(shape[axis] - 1), write.op(node.op_type, turned, **options))
 
-    Three values padded by 1 and 2: 2, 0, 1, 2, 0, 1.
+
+def _lp_normalization(node: NodeProto, graph: Graph) -> list[NodeProto]:
+    """``x / |x|_p``, 0 where that is 0: converters have it for the last axis and p = 2.
+
+    A bound that is almost 0 would be taken for one, and Max for a ReLU.
+    """
+    options = attributes(node)
+    rank = len(graph.shapes.get(node.input[0], ()))
+    axis, p = options.get("axis", -1), options.get("p", 2)
+    if not rank or p not in (1, 2) or graph.types.get(node.input[0]) != TensorProto.FLOAT:
+        return []
+    write = Writing(node, graph)
+    norm = write.reduce(f"ReduceL{p}", node.input[0], [axis % rank])
+    return write.end("Div", node.input[0], write.op("Max", norm, np.float32(1e-20)))
+
+
+def _prelu_of_any_slope(node: NodeProto, graph: Graph) -> list[NodeProto]:
+    """``relu(x) - slope * relu(-x)``, where the slope is not a constant for each channel."""
+    x, slope = node.input
+    shape = graph.shapes.get(x, ())
+    known = graph.constants.get(slope)
+    per_channel = known is not None and len(shape) > 1 and known.size in (1, shape[1]) and known.size == max((1, *known.shape[-len(shape) + 1 :][:1]))  # fmt: skip
+    if per_channel or graph.types.get(x) != TensorProto.FLOAT:
+        return []
+    write = Writing(node, graph)
+    below = write.op("Relu", write.op("Neg", x))
+    return write.end("Sub", write.op("Relu", x), write.op("Mul", slope, below))
+
+
+def _remainder(node: NodeProto, graph: Graph) -> list[NodeProto]:
+    """``fmod(x, y) = sign(x) * mod(|x|, |y|)`` of floats, for which ONNX has no mod before opset 28, and LiteRT has."""
+    floats = (TensorProto.FLOAT, TensorProto.FLOAT16)
+    if not attributes(node).get("fmod") or graph.types.get(node.input[0]) not in floats:
+        return through_wider(node, graph)
+    x, y = node.input
+    write = Writing(node, graph)
+    rest = write.op("Mod", write.op("Abs", x), write.op("Abs", y), fmod=0)
+    return write.end("Mul", write.op("Sign", x), rest)
+
+
+def _uneven_split(node: NodeProto, graph: Graph) -> list[NodeProto]:
+    """Into parts of which the last is smaller: their sizes written out."""
+    options = attributes(node)
+    shape, parts = graph.shapes.get(node.input[0], ()), options.get("num_outputs", 1)
+    axis = options.get("axis", 0)
+    if not shape or shape[axis] % parts == 0:
+        return []
+    size = -(-shape[axis] // parts)
+    sizes = np.array([size] * (parts - 1) + [shape[axis] - size * (parts - 1)], np.int64)
+    named = graph.constant(f"{node.output[0]}_sizes", sizes)
+    return [helper.make_node("Split", [node.input[0], named], node.output, node.name, axis=axis)]
+
+
+def _pad_of_axes(node: NodeProto, graph: Graph) -> list[NodeProto]:
+    """A Pad of some axes as one of all; one that wraps around as a choice of values along each axis."""
+    rank = len(graph.shapes.get(node.input[0], ()))
+    pads, axes = graph.given(node, 1), graph.given(node, 3)
+    mode = attributes(node).get("mode", b"constant").decode()
+    if not rank or pads is None or (len(node.input) < 4 and mode != "wrap"):
+        return []
+    where = [int(a) % rank for a in (np.arange(rank) if axes is None else axes)]
+    widths = np.zeros((2, rank), np.int64)
+    widths[:, where] = pads.reshape(2, -1)
+    write = Writing(node, graph)
+    if mode != "wrap":
+        around = [node.input[2]] if len(node.input) > 2 and node.input[2] else []
+        return write.end("Pad", node.input[0], widths.reshape(-1), *around, mode=mode)
+    value = node.input[0]
+    for axis in np.flatnonzero(widths.any(0)):
+        size = graph.shapes[node.input[0]][axis]
+        chosen = np.arange(-widths[0, axis], size + widths[1, axis]) % size
+        value = write.op("Gather", value, chosen, axis=int(axis))
+    return write.done(value)
+
+
+def _backward_slice(node: NodeProto, graph: Graph) -> list[NodeProto]:
+    """A slice that walks backwards along some axes, one axis after the other: whole ones are flipped, others picked.
+
+    ``x.flip((1, 3))``, ``x[::-2]``: TFLite reverses, and steps backwards along no axis.
     """
     shape = graph.shapes.get(node.input[0], ())
-    widths = graph.constants.get(node.input[1]) if len(node.input) > 1 else None
-    given = graph.constants.get(node.input[3]) if len(node.input) > 3 and node.input[3] else range(len(shape))  # fmt: skip
-    if _attributes(node).get("mode") != b"wrap" or not shape or widths is None or given is None:
+    known = [v for v in (graph.given(node, k) for k in (1, 2, 3, 4)) if v is not None]
+    if not shape or len(known) < 4 or known[3].min(initial=1) > 0:
         return []
-    axes = [int(axis) % len(shape) for axis in given]
-    nodes: list[NodeProto] = []
-    current = node.input[0]
-    for axis, before, after in zip(axes, widths[: len(axes)], widths[len(axes) :], strict=True):
-        if not before and not after:
-            continue
-        name = f"{node.output[0]}_axis{axis}"
-        index = graph.constant(f"{name}_index", np.arange(-before, shape[axis] + after) % shape[axis])  # fmt: skip
-        nodes.append(helper.make_node("Gather", [current, index], [name], name, axis=axis))
-        current = name
-    if nodes:
-        nodes[-1].output[0] = node.output[0]
-    return nodes
-
-
-def _resize_of_another_scale(node: NodeProto, graph: _Graph) -> list[NodeProto]:
-    """A resize that TFLite has no operator for, one axis after the other: with an antialiasing filter,
-    or by a scale that is not the output's size over the input's (5 by 1.7 is 8: of TFLite's operators it is 1.6).
-
-    Each output along an axis is a sum of inputs with fixed weights, so the axis is multiplied with their
-    matrix (in, out), and picked by index where they are 0 and 1 (nearest). The weights are those
-    of onnxruntime, of the identity.
-    """
-    options = _attributes(node)
-    shape, made = graph.shapes.get(node.input[0], ()), graph.shapes.get(node.output[0], ())
-    scales = graph.constants.get(node.input[2]) if len(node.input) > 2 else None
-    whole = range(len(shape))
-    if not shape or len(made) != len(shape) or options.get("axes") or options.get("keep_aspect_ratio_policy", b"stretch") != b"stretch":  # fmt: skip
-        return []
-    if scales is None or len(scales) != len(shape):
-        scales = np.array([made[i] / shape[i] for i in whole], dtype=np.float32)
-    mode = options.get("coordinate_transformation_mode", b"half_pixel")
-    inexact = mode != b"align_corners" and any(
-        abs(shape[i] * scales[i] - made[i]) > 1e-3 for i in whole
-    )
-    if mode == b"tf_crop_and_resize" or not (inexact or options.get("antialias")):
-        return []
-    nodes: list[NodeProto] = []
-    current = node.input[0]
-    for axis in [i for i in whole if scales[i] != 1]:
-        weights = _resize_weights(node, shape[axis], float(scales[axis]))
-        if weights.shape != (shape[axis], made[axis]):
-            return []
-        last = axis == len(shape) - 1
-        name = f"{node.output[0]}_axis{axis}"
-        if options.get("mode", b"nearest") == b"nearest":
-            picked = graph.constant(f"{name}_index", weights.argmax(0).astype(np.int64))
-            nodes.append(helper.make_node("Gather", [current, picked], [name], name, axis=axis))
-        elif last:
-            nodes.append(
-                helper.make_node(
-                    "MatMul", [current, graph.constant(f"{name}_weights", weights)], [name], name
-                )
-            )
+    write = Writing(node, graph)
+    value, picked = node.input[0], False
+    for start, end, axis, step in zip(*known, strict=True):
+        size = shape[axis % len(shape)]
+        # ends before the first value are the smallest numbers there are
+        stop = None if step < 0 and end < -size else int(end)
+        chosen = np.arange(size)[slice(int(start), stop, int(step))]
+        if step > 0 or (step == -1 and len(chosen) == size):
+            value = write.op("Slice", value, *(np.array([n], np.int64) for n in (start, end, axis, step)))  # fmt: skip
         else:
-            order = [i for i in whole if i != axis] + [axis]
-            back = [order.index(i) for i in whole]
-            nodes += [
-                helper.make_node("Transpose", [current], [f"{name}_last"], f"{name}_last", perm=order),
-                helper.make_node("MatMul", [f"{name}_last", graph.constant(f"{name}_weights", weights)], [f"{name}_made"], name),
-                helper.make_node("Transpose", [f"{name}_made"], [name], f"{name}_back", perm=back),
-            ]  # fmt: skip
-        current = name
-    if nodes:
-        nodes[-1].output[0] = node.output[0]
-    return nodes
+            value, picked = write.op("Gather", value, chosen, axis=int(axis)), True
+    if not picked and len(known[0]) == 1:
+        return []
+    return write.done(value)
 
 
-def _resize_weights(node: NodeProto, size: int, scale: float) -> np.ndarray:
-    """What onnxruntime's resize of one axis multiplies with: (size, size * scale), float32."""
-    one = helper.make_node("Resize", ["x", "", "scales"], ["y"])
-    one.attribute.extend(node.attribute)
-    tensor = onnx.TensorProto.FLOAT
-    model = helper.make_model(
-        helper.make_graph(
-            [one], "one_axis",
-            [helper.make_tensor_value_info("x", tensor, [1, size, 1, size])],
-            [helper.make_tensor_value_info("y", tensor, [1, size, 2, None])],
-            # one row becomes two equal ones: onnxruntime copies what keeps its size, 3 by 1.3, instead of resizing it
-            [numpy_helper.from_array(np.array([1, 1, 2, scale], np.float32), "scales")],
-        ),
-        opset_imports=[helper.make_opsetid("", 18)], ir_version=8,
-    )  # fmt: skip
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])  # fmt: skip
-    weights = session.run(["y"], {"x": np.eye(size, dtype=np.float32)[None, :, None]})[0]
-    return np.asarray(weights)[0, :, 0]
+def _step_by_step(node: NodeProto, graph: Graph) -> list[NodeProto]:
+    return unroll(node, graph) or _last_steps(node, graph)
 
 
-def _windows(size: int, kernel: int, stride: int, before: int, after: int, include_pad: bool) -> tuple[int, np.ndarray]:  # fmt: skip
-    """How far the windows reach beyond the padding, and how many values count in each.
+def _one_operand(node: NodeProto, graph: Graph) -> list[NodeProto]:
+    """The sum, or the largest, of one tensor is that tensor."""
+    if len(node.input) == 1:
+        return Writing(node, graph).end("Identity", node.input[0])
+    return through_wider(node, graph) if node.op_type in ("Max", "Min") else []
 
-    A size of 11, kernel 2, stride 2: six windows, the last of them over values 10 and 11, of which
-    one exists: (1, [2, 2, 2, 2, 2, 1]).
+
+def _gelu_by_tanh(node: NodeProto, graph: Graph) -> list[NodeProto]:
+    """``0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``: a converter writes the other GELU.
+
+    As ONNX defines Gelu (opset 20) with ``approximate = "tanh"``.
     """
-    count = -(-(size + before + after - kernel) // stride) + 1
-    if (count - 1) * stride >= size + before:
-        count -= 1  # PyTorch and ONNX: no window begins beyond the values
-    low, high = (-before, size + after) if include_pad else (0, size)
-    starts = range(-before, -before + count * stride, stride)
-    counted = np.array([min(s + kernel, high) - max(s, low) for s in starts], dtype=np.float64)
-    return max(0, (count - 1) * stride + kernel - (size + before + after)), counted
+    if attributes(node).get("approximate", b"none") != b"tanh":
+        return []
+    x = node.input[0]
+    write = Writing(node, graph)
+    cube = write.op("Mul", write.op("Mul", x, x), x)
+    inner = write.op("Add", x, write.op("Mul", cube, np.float32(0.044715)))
+    gate = write.op("Tanh", write.op("Mul", inner, np.float32(np.sqrt(2 / np.pi))))
+    return write.end(
+        "Mul", write.op("Mul", x, np.float32(0.5)), write.op("Add", gate, np.float32(1))
+    )
 
 
-_REWRITES: dict[str, Callable[[NodeProto, _Graph], list[NodeProto]]] = {
-    "Elu": _scaled_elu,
+def _axis_of_hardmax(node: NodeProto, graph: Graph) -> list[NodeProto]:
+    """The axis that it has where none is named, which a converter takes for another."""
+    if graph.opset < 13 or "axis" in attributes(node):
+        return []
+    return Writing(node, graph).end("Hardmax", node.input[0], axis=-1)
+
+
+def _indices_from_the_front(node: NodeProto, graph: Graph) -> list[NodeProto]:
+    """Constant indices that count from the end, which LiteRT refuses."""
+    indices, shape = graph.given(node, 1), graph.shapes.get(node.input[0], ())
+    if indices is None or not shape or (indices >= 0).all():
+        return []
+    size = shape[attributes(node).get("axis", 0)]
+    chosen = np.where(indices < 0, indices + size, indices)
+    return Writing(node, graph).end("GatherElements", node.input[0], chosen, **attributes(node))
+
+
+def _plain_einsum(node: NodeProto, graph: Graph) -> list[NodeProto]:
+    """An Einsum of one tensor, or of two to a number, as sums and a Transpose; another without an ellipsis."""
+    equation = attributes(node)["equation"].decode().replace(" ", "")
+    left, _, right = equation.partition("->")
+    shapes = [graph.shapes.get(name, ()) for name in node.input]
+    dots = max((len(s) - len(t) + 3 for t, s in zip(left.split(","), shapes, strict=True) if "..." in t), default=0)  # fmt: skip
+    ellipsis = "".join(c for c in string.ascii_lowercase if c not in equation)[:dots]
+    terms = left.replace("...", ellipsis).split(",")
+    if any(len(set(term)) != len(shape) or not term for term, shape in zip(terms, shapes, strict=True)):  # fmt: skip
+        return []  # a diagonal, or a shape that is not known
+    letters = "".join(terms)
+    once = "".join(sorted(c for c in letters if letters.count(c) == 1 and c not in ellipsis))
+    made = right.replace("...", ellipsis) if "->" in equation else ellipsis + once
+    write = Writing(node, graph)
+    value, term = node.input[0], terms[0]
+    if len(terms) == 2 and not made and set(terms[0]) == set(terms[1]):
+        order = [terms[1].index(c) for c in term]
+        value = write.op("Mul", value, write.op("Transpose", node.input[1], perm=order))
+    elif len(terms) > 1:
+        plain = f"{','.join(terms)}->{made}"
+        return [] if plain == equation else write.end("Einsum", *node.input, equation=plain)
+    gone = [k for k, c in enumerate(term) if c not in made]
+    if gone:
+        value = write.reduce("ReduceSum", value, gone)
+        value = write.reshape(value, [n for k, n in enumerate(shapes[0]) if k not in gone])
+    rest = [c for c in term if c in made]
+    if not rest:
+        return write.done(value)
+    return write.end("Transpose", value, perm=[rest.index(c) for c in made])
+
+
+_REWRITES: dict[str, Callable[[NodeProto, Graph], list[NodeProto]]] = {
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"), through_wider),
+    **dict.fromkeys(("BitwiseNot", "ReduceMax", "ReduceMin"), through_wider),
+    **dict.fromkeys(("BitwiseAnd", "BitwiseOr"), bitwise),
+    **dict.fromkeys(("ArgMax", "ArgMin"), _last_of_equals),
+    **dict.fromkeys(("AveragePool", "MaxPool", "LpPool"), pool),
+    **dict.fromkeys(("Max", "Min", "Sum", "Mean"), _one_operand),
     "BatchNormalization": _lone_batch_norm,
-    "AveragePool": _average_pool_of_ceil_mode,
-    "Conv": _conv_with_computed_weights,
-    "STFT": _stft,
+    "DFT": fourier,
+    "Einsum": _plain_einsum,
+    "Elu": _scaled_elu,
+    "GatherElements": _indices_from_the_front,
+    "Gelu": _gelu_by_tanh,
+    "Hardmax": _axis_of_hardmax,
     "Abs": _whole_abs,
     "Clip": _tiny_bound,
     "Slice": _flip,
     "LSTM": _last_steps,
+=======
+    "Conv": _conv_with_computed_weights,
     "GRU": _last_steps,
-    "RNN": _last_steps,
+    "LSTM": _step_by_step,
     "LogSoftmax": _log_sum_exp,
+    "LpNormalization": _lp_normalization,
+    "Mod": _remainder,
+    "PRelu": _prelu_of_any_slope,
+    "Pad": _pad_of_axes,
+    "RNN": _step_by_step,
     "ReduceLogSumExp": _log_sum_exp,
-    "Pad": _circular_pad,
-    "Resize": _resize_of_another_scale,
+    "Resize": resize,
+    "STFT": short_fourier,
+    "Slice": _backward_slice,
+    "Split": _uneven_split,
     "Where": _where_that_picks,
-}
-
-
-def _attributes(node: NodeProto) -> dict[str, Any]:
-    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
-
-
-def _read(model: onnx.ModelProto) -> _Graph:
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    shapes = {}
-    for value in (*inferred.value_info, *inferred.input, *inferred.output):
-        dims = value.type.tensor_type.shape.dim
-        if all(d.HasField("dim_value") for d in dims):
-            shapes[value.name] = tuple(d.dim_value for d in dims)
-    values = (*inferred.value_info, *inferred.input, *inferred.output)
-    int64 = frozenset(
-        v.name for v in values if v.type.tensor_type.elem_type == onnx.TensorProto.INT64
-    )
-    constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-    readers = Counter(name for node in model.graph.node for name in node.input)
-    readers.update(value.name for value in model.graph.output)
-    folding = frozenset(
-        node.output[0]
-        for node in model.graph.node
-        if node.op_type in ("Conv", "ConvTranspose") and readers[node.output[0]] == 1
-    )
-    makers = {name: node for node in model.graph.node for name in node.output}
-    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
-    return _Graph(shapes, constants, folding, makers, frozenset(readers), int64, opset)
+}  # fmt: skip

@@ -20,6 +20,7 @@ from edgepipe.stage import StageContext
 from edgepipe.stages import to_tflite
 from edgepipe.stages.quantize_int8 import QuantizeInt8
 from edgepipe.stages.to_tflite import ConversionError, ToTflite
+from edgepipe.tflite_ops import onnx_recurrent
 from edgepipe.tflite_ops.inspect import describe
 from edgepipe.tflite_ops.onnx_model import onnx_specs
 from edgepipe.torch_ops.export import export_onnx
@@ -172,7 +173,17 @@ def test_int8_takes_the_transpose_at_a_door(tmp_path: Path, context: StageContex
     assert np.abs(actual - expected).max() < 0.05 * np.abs(expected).max()
 
 
-def test_an_lstm_goes_on_to_the_converter_whose_file_keeps_no_state(tmp_path: Path, context: StageContext) -> None:  # fmt: skip
+def test_an_lstm_of_few_steps_keeps_no_state_through_onnx(tmp_path: Path, context: StageContext) -> None:  # fmt: skip
+    source = dataclasses.replace(exported(Lstm, tmp_path), facts={})
+    made = ToTflite(route="onnx2tf").run(source, context)
+    assert made.facts["variable_tensors"] == 0
+    assert_computes_the_same(made, Lstm)
+
+
+def test_a_long_lstm_goes_on_to_the_converter_whose_file_keeps_no_state(
+    tmp_path: Path, context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_recurrent, "MAX_STEPS", 4)
     made = ToTflite().run(exported(Lstm, tmp_path), context)
     first, second = made.facts["attempts"]
     assert (first["route"], first["ok"], first["code"]) == ("onnx2tf", False, "keeps-state")
@@ -182,7 +193,10 @@ def test_an_lstm_goes_on_to_the_converter_whose_file_keeps_no_state(tmp_path: Pa
     assert_computes_the_same(made, Lstm)
 
 
-def test_a_fused_lstm_that_keeps_state_is_refused(tmp_path: Path, context: StageContext) -> None:
+def test_a_fused_lstm_that_keeps_state_is_refused(
+    tmp_path: Path, context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_recurrent, "MAX_STEPS", 4)
     source = dataclasses.replace(exported(Lstm, tmp_path), facts={})
     with pytest.raises(ConversionError) as caught:
         ToTflite(route="onnx2tf").run(source, context)

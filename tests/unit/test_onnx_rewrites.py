@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from edgepipe.tflite_ops import onnx_recurrent
 from edgepipe.tflite_ops.onnx_rewrites import expand_functions, rewrite_for_converters
 
 
@@ -210,7 +211,8 @@ def test_a_flip_of_two_axes_is_two_flips() -> None:
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_the_last_state_of_a_bidirectional_rnn_is_taken_from_its_output(kind: str) -> None:
+def test_the_last_state_of_a_bidirectional_rnn_is_taken_from_its_output(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(onnx_recurrent, "MAX_STEPS", 4)
     gates = {"LSTM": 4, "GRU": 3}[kind]
     random = np.random.default_rng(0)
     node = helper.make_node(kind, ["x", "w", "r"], ["", "y"], kind, hidden_size=4, direction="bidirectional")  # fmt: skip
@@ -272,7 +274,8 @@ def test_a_resize_of_another_scale_or_antialiased_is_sums_of_inputs(data: st.Dat
         for n, s, out in zip(shape, scales, sizes, strict=True)
     )
     assert count == ((antialias and scales.max() != scales.min()) or not exact)
-    assert "Resize" not in {made.op_type for made in new.graph.node} or not count
+    # nearest may pick what another scale picks
+    assert mode == "nearest" or ("Resize" in {made.op_type for made in new.graph.node}) != count
     x = np.random.default_rng(1).normal(size=shape).astype(np.float32)
     np.testing.assert_allclose(run(new, x), run(model, x), rtol=1e-5, atol=1e-5)
 
