@@ -528,9 +528,6 @@ _REWRITES: dict[str, Callable[[NodeProto, Graph], list[NodeProto]]] = {
     "Hardmax": _axis_of_hardmax,
     "Abs": _whole_abs,
     "Clip": _tiny_bound,
-    "Slice": _flip,
-    "LSTM": _last_steps,
-=======
     "Conv": _conv_with_computed_weights,
     "GRU": _last_steps,
     "LSTM": _step_by_step,
