@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import heapq
+import json
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgepipe.data import DataSource
@@ -18,6 +19,7 @@ from edgepipe.units import format_bytes, format_seconds, format_value
 if TYPE_CHECKING:
     from edgepipe.array_ops.load import Samples, SampleStream
     from edgepipe.tflite_ops.ladder import Rescue, Rung
+    from edgepipe.tflite_ops.sensitivity import Sensitivity
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,11 @@ KEPT_HASHES = 4096
 # CPU time of one sample of a QAT step (64 at once) over that of an inference of the float file, both on
 # one thread: 68 for the keyword spotter (ci/bench/int8_rescue.py --qat)
 QAT_INFERENCES = 70
+# QAT can train what comes before such an output, but not its steps.
+FLOAT_OUTPUT = (
+    'output_dtype = "float32", so that 16-bit layers can answer in full; or let the model predict what is left'
+    " once a mean is taken off and a spread divided by, and have the application put them back"
+)
 
 
 def check_evaluation_data(
@@ -153,6 +160,28 @@ def _latency(seconds: float | None) -> str:
     return "" if seconds is None else format_seconds(seconds)
 
 
+def advice(rescue: Rescue, *, steps: int = 1) -> str:
+    """What may mend a model that no rung does; ``steps`` as for `qat_advice`."""
+    if rescue.at_output:
+        return FLOAT_OUTPUT
+    named = worst_operators(rescue.culprits)
+    in_float = f"allow_float = {json.dumps(named)}" if named else "allow_float"
+    if rescue.at_door:
+        # QAT trains what comes behind such an input, but not its steps
+        return (
+            f'input_dtype = "float32", so that 16-bit layers are given the input before it is rounded; with {in_float}'
+            " where 16 bits are too few, too; or do in the application what the model begins with"
+            " (each column by its own mean and spread, a logarithm)"
+        )
+    return f"{qat_advice(rescue.float_latency_s, steps=steps)}, or leave the worst layers in float with {in_float}"
+
+
+def worst_operators(culprits: Sequence[Sensitivity]) -> list[str]:
+    """Operators of the layers that spoil most: those with at least half the noise of the worst."""
+    most = max((c.noise for c in culprits), default=0.0)
+    return sorted({c.operator for c in culprits if c.noise >= most / 2})
+
+
 def qat_advice(float_latency_s: float | None, *, steps: int = 1) -> str:
     """The last rung: what quantisation-aware training would take, by this host's float latency of an
     inference, of which a sample takes ``steps``."""
@@ -160,7 +189,4 @@ def qat_advice(float_latency_s: float | None, *, steps: int = 1) -> str:
     if float_latency_s is not None:
         seconds = 1000 * QAT_INFERENCES * steps * float_latency_s
         cost = f" (about {format_seconds(seconds)} for each 1000 training samples and epoch on one thread of this host)"  # fmt: skip
-    return (
-        f"train it for int8: a qat stage before quantize_int8{cost}, or leave the worst layers in"
-        " float with allow_float"
-    )
+    return f"train it for int8: a qat stage before quantize_int8{cost}"

@@ -21,9 +21,10 @@ from edgepipe.predict import predict, with_states
 from edgepipe.range_table import RangeTable, read_table, table_text
 from edgepipe.rescue import (
     ENOUGH_SAMPLES,
+    FLOAT_OUTPUT,
+    advice,
     check_evaluation_data,
     kept_hashes,
-    qat_advice,
     rescue_facts,
     rung_lines,
 )
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
     from edgepipe.array_ops.calibration import CalibrationReport
     from edgepipe.array_ops.load import Samples, SampleStream
-    from edgepipe.tflite_ops.ladder import Rescue, RoundWeights
+    from edgepipe.tflite_ops.ladder import RoundWeights
 
 log = logging.getLogger(__name__)
 
@@ -60,15 +61,6 @@ DEFAULT_METRIC = "top1"
 PREPARE_ALIKE = (
     "give calibration and evaluation data the same scale, mean and std: no rung mends ranges that were"
     " taken from other values"
-)
-
-FLOAT_DOOR = (
-    'input_dtype = "float32", so that 16-bit layers are given the input before it is rounded; or '
-)
-# QAT can train what comes before such an output, but not its steps
-FLOAT_OUTPUT = (
-    'output_dtype = "float32", so that 16-bit layers can answer in full; or let the model predict what is left'
-    " once a mean is taken off and a spread divided by, and have the application put them back"
 )
 
 
@@ -440,7 +432,9 @@ class QuantizeInt8:
                 f" {evaluation.origin}){at_fault}\n"
                 + "\n".join((*lines, *rescue.causes, *judged.doubts)),
                 stage=self.name,
-                hint=self._advice(rescue, judged, steps=_steps(evaluation, artifact)),
+                hint=PREPARE_ALIKE
+                if judged.doubts
+                else advice(rescue, steps=_steps(evaluation, artifact)),
                 code="accuracy",
             )
         for line in (*lines, *rescue.causes):
@@ -453,14 +447,6 @@ class QuantizeInt8:
             )  # fmt: skip
         last = RangeTable(rescue.ranges, rescue.method, table.samples, table.data)
         return rescue.float_content, last, rescue.content, {"rescue": facts}
-
-    def _advice(self, rescue: Rescue, judged: _Judged, *, steps: int) -> str:
-        """What may mend a model that no rung does."""
-        if judged.doubts:
-            return PREPARE_ALIKE
-        if rescue.at_output:
-            return FLOAT_OUTPUT
-        return (FLOAT_DOOR if rescue.at_door else "") + qat_advice(rescue.float_latency_s, steps=steps)  # fmt: skip
 
     def _given_ranges(self, artifact: Artifact, context: StageContext) -> RangeTable | None:
         """Ranges that need no calibration: those of ``ranges``, else those that training found."""

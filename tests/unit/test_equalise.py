@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgepipe.errors import StageError
+from edgepipe.rescue import advice
 from edgepipe.tflite_ops.bias import correct_biases
 from edgepipe.tflite_ops.channels import channel_statistics
 from edgepipe.tflite_ops.equalise import check_unchanged, equalise, repair_dead_channels
@@ -16,6 +17,7 @@ from edgepipe.tflite_ops.flatbuffer import constants, parse_model, with_constant
 from edgepipe.tflite_ops.ladder import (
     NEAR,
     Judgement,
+    Rescue,
     Rung,
     climb,
     is_better,
@@ -28,6 +30,7 @@ from edgepipe.tflite_ops.run import dequantize as to_real
 from edgepipe.tflite_ops.run import open_tflite
 from edgepipe.tflite_ops.run import quantize as to_stored
 from edgepipe.tflite_ops.sensitivity import (
+    Sensitivity,
     door_noise,
     layer_sensitivity,
     noise_share,
@@ -481,6 +484,21 @@ def test_an_int8_output_whose_steps_are_wider_than_what_it_varies_by_is_named(of
     rescue = spoilt(far_from_zero(offset), data, "int8", output=door)
     found = [cause for cause in rescue.causes if "int8 at the output ('y', 299." in cause]
     assert (len(found), rescue.at_output > NEAR) == (named, bool(named))
+
+
+def unmended(**found):
+    culprits = [Sensitivity("a", "LOG", 1.0), Sensitivity("b", "ADD", 0.9), Sensitivity("c", "MEAN", 0.2)]  # fmt: skip
+    return Rescue(b"", b"", {}, "min_max", {}, (), (), tuple(culprits), float_latency_s=1e-5, **found)  # fmt: skip
+
+
+def test_what_may_mend_a_model_that_no_rung_does_can_be_pasted():
+    assert advice(unmended()).endswith('allow_float = ["ADD", "LOG"]')
+    assert "qat stage" in advice(unmended())
+    # training mends no door
+    assert "qat" not in advice(unmended(at_door=0.5)) + advice(unmended(at_output=0.5))
+    assert 'input_dtype = "float32"' in advice(unmended(at_door=0.5))
+    assert 'allow_float = ["ADD", "LOG"]' in advice(unmended(at_door=0.5))
+    assert advice(unmended(at_output=0.5)).startswith('output_dtype = "float32"')
 
 
 @pytest.mark.slow
