@@ -32,6 +32,7 @@ TABLES = ("schema", "name", "seed", "buckets", "devices", "baselines", "model", 
 NEEDS_EVALUATION = (
     "accuracy_drop", "task_metric", "parity", "device_agreement", "device_task_metric", "device_accuracy_drop",
 )  # fmt: skip
+PROVING = ("export_onnx", "to_tflite")  # stages whose data decides nothing about the model
 SOURCE_KINDS = {".onnx": "onnx", ".tflite": "tflite", ".pt2": "pt2"}
 
 
@@ -473,11 +474,22 @@ def _check_evaluation(
             problems.append(f"[evaluate]: is missing; gate {needed[0]} needs data and metric")
         return
     for number, stage in enumerate(stages, 1):
-        calibrates = stage is not None and stage.name.startswith("quantize")
-        if calibrates and getattr(stage, "data", "") == evaluate.data:
+        if stage is None or stage.name in PROVING or evaluate.data not in stage.data_names():
+            continue
+        which = f"[[stages]] {number} ({stage.name})"
+        calibrates, used = f"the calibration set of {which}", ""
+        if getattr(stage, "calibration", "") == evaluate.data:
+            used = calibrates
+        elif getattr(stage, "data", "") == evaluate.data:
+            used = calibrates if stage.name.startswith("quantize") else f"what {which} learns from"
+        elif getattr(stage, "validation", "") == evaluate.data and (
+            getattr(stage, "early_stop", 0) or getattr(stage, "max_drop", 0)
+        ):
+            used = f"what {which} chooses by"
+        if used:
             problems.append(
-                f"[evaluate] data = {evaluate.data!r} is the calibration set of [[stages]] {number}: a"
-                " model fits the data that its ranges were taken from; name a set of its own"
+                f"[evaluate] data = {evaluate.data!r} is {used}: a model fits the data that it was made by;"
+                " name a set of its own"
             )
     if streaming:
         problems.append(

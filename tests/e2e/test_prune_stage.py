@@ -57,7 +57,7 @@ importance = "taylor"
 ratios = { "block.linear1" = 0.5 }
 steps = 2
 finetune = { epochs = 1 }
-validation = "test"
+validation = "calibration"
 max_drop = "50 points"
 [[stages]]
 stage = "finetune"

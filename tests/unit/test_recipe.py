@@ -119,6 +119,9 @@ def test_a_good_recipe_is_read(folder: Path) -> None:
         ('gate = "latency"\nmax = "20 ms"', 'gate = "device_agreement"\nmax_mismatch = -1.0', "max_mismatch = -1 should be a share"),
         ('gate = "latency"\nmax = "20 ms"', 'gate = "accuracy_drop"\nmax = "2 points"\nhard_max = "1 point"', "hard_max = 1 should be max or more"),
         ('[evaluate]\ndata = "test"', '[evaluate]\ndata = "calibration"', "is the calibration set of [[stages]]"),
+        ('[[stages]]\nstage = "export_onnx"', '[[stages]]\nstage = "finetune"\ndata = "test"\n[[stages]]\nstage = "export_onnx"', "[evaluate] data = 'test' is what [[stages]] 1 (finetune) learns from"),
+        ('[[stages]]\nstage = "export_onnx"', '[[stages]]\nstage = "finetune"\ndata = "calibration"\nvalidation = "test"\nearly_stop = 2\n[[stages]]\nstage = "export_onnx"', "[evaluate] data = 'test' is what [[stages]] 1 (finetune) chooses by"),
+        ('[[stages]]\nstage = "quantize_int8"', '[[stages]]\nstage = "qat"\ndata = "calibration"\ncalibration = "test"\n[[stages]]\nstage = "quantize_int8"', "[evaluate] data = 'test' is the calibration set of [[stages]] 3 (qat)"),
         ('[evaluate]\ndata = "test"\nmetric = "top1"\n', '[[gates]]\ngate = "device_agreement"\n', "gate device_agreement needs data"),
     ],
 )  # fmt: skip
