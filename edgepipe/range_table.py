@@ -47,7 +47,7 @@ def read_table(path: Path) -> RangeTable:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as exc:
         raise StageOptionError(f"cannot read {path}: {exc}", hint="check ranges = ...") from exc
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise StageOptionError(f"{path} is not JSON: {exc}", hint="write it as quantize_int8 writes ranges.json") from exc  # fmt: skip
     if not isinstance(data, dict) or not isinstance(data.get("tensors"), dict):
         raise StageOptionError(f'{path} has no "tensors"', hint='{"schema": 2, "tensors": {"NAME": {"min": -1.0, "max": 1.0}}}')  # fmt: skip
@@ -59,10 +59,13 @@ def read_table(path: Path) -> RangeTable:
         if not math.isfinite(low) or not math.isfinite(high) or low > high:
             raise StageOptionError(f"{path}: tensor {name!r} has no range: {entry!r}", hint='{"min": -1.0, "max": 1.0}')  # fmt: skip
         found[name] = (low, high)
+    samples = data.get("samples", 0)
+    if not isinstance(samples, int):
+        raise StageOptionError(f"{path}: samples is {samples!r}, not a number of them", hint='"samples": 500')  # fmt: skip
     return RangeTable(
         ranges=found,
         method=str(data.get("method", "min_max")),
-        samples=int(data.get("samples", 0)),
+        samples=samples,
         data=str(data.get("data", "")),
     )
 
@@ -70,5 +73,8 @@ def read_table(path: Path) -> RangeTable:
 def _ends(entry: object) -> Range:
     """(min, max) of one tensor's entry; NaN for what is no number."""
     given = [entry.get("min"), entry.get("max")] if isinstance(entry, dict) else [None, None]
-    low, high = (float(v) if isinstance(v, int | float) else math.nan for v in given)
+    try:
+        low, high = (float(v) if isinstance(v, int | float) else math.nan for v in given)
+    except OverflowError:
+        return math.nan, math.nan
     return low, high

@@ -198,6 +198,9 @@ def test_a_table_is_read_as_it_was_written(tmp_path_factory, ranges, method):
         ('{"tensors": {"x": {"min": NaN, "max": 0}}}', "tensor 'x' has no range"),
         ('{"tensors": {"x": 5}}', "tensor 'x' has no range"),
         ('{"schema": 9, "tensors": {}}', "has schema 9"),
+        ('{"samples": "many", "tensors": {}}', "samples is 'many'"),
+        ('{"tensors": {"x": {"min": 0, "max": 1' + 400 * "0" + "}}}", "tensor 'x' has no range"),
+        (100_000 * "[", "is not JSON"),
     ],
 )
 def test_a_broken_table_is_refused_with_its_file(tmp_path, text, said):
