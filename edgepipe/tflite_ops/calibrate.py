@@ -18,7 +18,7 @@ from edgepipe.artifact import TensorSpec
 from edgepipe.errors import StageError
 from edgepipe.state import is_stateful
 from edgepipe.tflite_ops.flatbuffer import parse_model
-from edgepipe.tflite_ops.quantize import STAGE, Ranges, activations, collect_ranges
+from edgepipe.tflite_ops.quantize import HUGE, STAGE, Ranges, activations, collect_ranges
 from edgepipe.tflite_ops.run import invoke_once, open_tflite
 
 log = logging.getLogger(__name__)
@@ -159,9 +159,10 @@ def collect_histograms(
             interpreter.set_tensor(detail["index"], array)
         invoke_once(interpreter, where=where)
         for tensor in tensors:
-            found[tensor.name] = add_values(
-                found[tensor.name], interpreter.get_tensor(tensor.index)
-            )
+            values = interpreter.get_tensor(tensor.index)
+            if not -HUGE <= values.min(initial=0) <= values.max(initial=0) <= HUGE:
+                values = values[np.abs(values) <= HUGE]  # as `collect_ranges` leaves them out
+            found[tensor.name] = add_values(found[tensor.name], values)
         seen += 1
         if total and time.monotonic() - shown > _PROGRESS_S:
             shown = time.monotonic()

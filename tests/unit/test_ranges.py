@@ -22,6 +22,8 @@ from edgepipe.tflite_ops.calibrate import collect_histograms, find_ranges
 from edgepipe.tflite_ops.quantize import MAX_ROWS, check_ranges, collect_ranges
 from edgepipe.tflite_ops.tiny import tiny_tflite
 
+from .tflite_builder import Graph
+
 KINDS = {
     "normal": lambda g, n: g.normal(0, 3, n),
     "relu": lambda g, n: np.maximum(g.normal(-1, 2, n), 0),
@@ -230,3 +232,18 @@ def test_values_far_outside_count_at_their_own_end():
 def test_a_range_of_denormal_numbers_stays_what_it_is(choose):
     histogram = add_values(new_histogram(0.0, 1e-39), np.float32([1e-40, 1e-39]))
     assert choose(histogram) == (0.0, 1e-39)
+
+
+@pytest.mark.parametrize("method", ["percentile", "mse", "kl"])
+def test_the_infinities_of_padding_are_no_values(method):
+    """What a max pool's padding of -inf brings in leaves the range what it was before."""
+    rng = np.random.default_rng(0)
+    g = Graph()
+    x = g.input("x", (1, 8, 8, 2))
+    same = g.op("MUL", [x, g.const("one", np.array(1, np.float32))], "same", (1, 8, 8, 2), "MulOptions")  # fmt: skip
+    edges = g.const("edges", np.array([[0, 0], [1, 1], [1, 1], [0, 0]], np.int32))
+    lowest = g.const("lowest", np.array([-np.inf], np.float32))
+    padded = g.op("PADV2", [same, edges, lowest], "padded", (1, 10, 10, 2), "PadV2Options")
+    batches = [[a[None]] for a in rng.standard_t(3, (20, 8, 8, 2)).astype(np.float32)]
+    found, _ = find_ranges(g.bytes([padded]), lambda: batches, method=method, where="m")
+    assert found["padded"] == found["same"]
