@@ -231,25 +231,33 @@ def _last_steps(node: NodeProto, graph: Graph) -> list[NodeProto]:
     ]  # fmt: skip
 
 
-# A bound nearer to 0 is 0 to onnx2tf 2.6.9 (build_clip_op), and the clip a RELU
+# A bound nearer to 0 is 0 to onnx2tf 2.6.9 (build_clip_op, passes/graph_cleanup.py), and its clip or maximum a RELU
 _NEARLY_ZERO = 1e-6
 
 
 def _tiny_bound(node: NodeProto, graph: Graph) -> list[NodeProto]:
-    """A clip at a tiny positive value as Max: a converter makes it a RELU, whose 0 then is divided by or put into a
-    logarithm (``F.normalize`` has 1e-12, ``torch.log(mel.clamp(min=1e-10))``), NaN or -inf on black pictures and silence.
+    """A clip, or a maximum, with a tiny value as ``-min(-x, -low)``: a converter makes it a RELU, whose 0 then is
+    divided by or put into a logarithm (``F.normalize`` has 1e-12, ``torch.log(mel.clamp(min=1e-10))``), NaN or -inf on
+    black pictures and silence.
     """
-    bounds = [name for name in node.input[1:] if name]
-    low = graph.constants.get(node.input[1]) if len(node.input) > 1 else None
-    if low is None or low.size != 1 or not 0 < abs(float(low.reshape(()))) <= _NEARLY_ZERO:
+    tiny = [name for name in node.input[1 : 2 if node.op_type == "Clip" else None] if _is_tiny(graph.constants.get(name))]  # fmt: skip
+    if not tiny or (node.op_type == "Max" and len(node.input) != 2):
         return []
-    if len(bounds) == 1:
-        return [helper.make_node("Max", [node.input[0], bounds[0]], [node.output[0]], node.name)]
-    low_enough = f"{node.output[0]}_least"
+    x, y, low = node.input[0], node.output[0], graph.constants[tiny[0]]
+    made = []
+    if len(node.input) > 2 and node.input[2]:
+        made.append(helper.make_node("Min", [x, node.input[2]], [f"{y}_most"], f"{node.name}_most"))
+        x = f"{y}_most"
     return [
-        helper.make_node("Max", [node.input[0], bounds[0]], [low_enough], f"{node.name}_least"),
-        helper.make_node("Min", [low_enough, bounds[1]], [node.output[0]], node.name),
-    ]
+        *made,
+        helper.make_node("Neg", [x], [f"{y}_minus"], f"{node.name}_minus"),
+        helper.make_node("Min", [f"{y}_minus", graph.constant(f"{y}_least", -low)], [f"{y}_limited"], f"{node.name}_least"),
+        helper.make_node("Neg", [f"{y}_limited"], [y], node.name),
+    ]  # fmt: skip
+
+
+def _is_tiny(bound: np.ndarray | None) -> bool:
+    return bound is not None and bound.size == 1 and 0 < abs(float(bound.reshape(()))) <= _NEARLY_ZERO  # fmt: skip
 
 
 def _whole_abs(node: NodeProto, graph: Graph) -> list[NodeProto]:
@@ -340,7 +348,7 @@ def _last_of_equals(node: NodeProto, graph: Graph) -> list[NodeProto]:
 def _lp_normalization(node: NodeProto, graph: Graph) -> list[NodeProto]:
     """``x / |x|_p``, 0 where that is 0: converters have it for the last axis and p = 2.
 
-    A bound that is almost 0 would be taken for one, and Max for a ReLU.
+    A bound that is almost 0 would be taken for one, and Max for a ReLU: it is that of `_tiny_bound`.
     """
     options = attributes(node)
     rank = len(graph.shapes.get(node.input[0], ()))
@@ -349,7 +357,8 @@ def _lp_normalization(node: NodeProto, graph: Graph) -> list[NodeProto]:
         return []
     write = Writing(node, graph)
     norm = write.reduce(f"ReduceL{p}", node.input[0], [axis % rank])
-    return write.end("Div", node.input[0], write.op("Max", norm, np.float32(1e-20)))
+    kept = write.op("Neg", write.op("Min", write.op("Neg", norm), np.float32(-1e-20)))
+    return write.end("Div", node.input[0], kept)
 
 
 def _prelu_of_any_slope(node: NodeProto, graph: Graph) -> list[NodeProto]:
@@ -518,7 +527,7 @@ _REWRITES: dict[str, Callable[[NodeProto, Graph], list[NodeProto]]] = {
     **dict.fromkeys(("BitwiseAnd", "BitwiseOr"), bitwise),
     **dict.fromkeys(("ArgMax", "ArgMin"), _last_of_equals),
     **dict.fromkeys(("AveragePool", "MaxPool", "LpPool"), pool),
-    **dict.fromkeys(("Max", "Min", "Sum", "Mean"), _one_operand),
+    **dict.fromkeys(("Min", "Sum", "Mean"), _one_operand),
     "BatchNormalization": _lone_batch_norm,
     "DFT": fourier,
     "Einsum": _plain_einsum,
@@ -533,6 +542,7 @@ _REWRITES: dict[str, Callable[[NodeProto, Graph], list[NodeProto]]] = {
     "LSTM": _step_by_step,
     "LogSoftmax": _log_sum_exp,
     "LpNormalization": _lp_normalization,
+    "Max": lambda node, graph: _tiny_bound(node, graph) or _one_operand(node, graph),
     "Mod": _remainder,
     "PRelu": _prelu_of_any_slope,
     "Pad": _pad_of_axes,

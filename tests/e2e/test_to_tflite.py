@@ -29,6 +29,7 @@ from edgepipe.stage import StageContext
 from edgepipe.stages import to_tflite
 from edgepipe.stages.to_tflite import ToTflite
 from edgepipe.tflite_ops.onnx_model import onnx_specs
+from edgepipe.tflite_ops.run import open_tflite
 
 pytestmark = pytest.mark.slow
 
@@ -102,12 +103,26 @@ class Spectrum(nn.Module):
         return torch.fft.fft(y).real
 
 
+class Guarded(nn.Module):
+    """What is guarded against zeros and overflow, as people write it."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (
+            nn.functional.normalize(x, dim=1),
+            torch.log(x.clamp(min=1e-10)),
+            nn.functional.log_softmax(x, dim=1),
+            torch.where(x > 0, 1 / x, 0.0),
+            torch.logsumexp(x, 1),
+        )
+
+
 MODELS: dict[str, tuple[type[nn.Module], dict[str, tuple[int, ...]], list[str]]] = {
     "conv": (Conv, {"image": (1, 3, 16, 12)}, ["logits"]),
     "two": (TwoByTwo, {"left": (1, 3, 10, 8), "right": (1, 3, 10, 8)}, ["map", "mean"]),
     "cube": (Cube, {"x": (1, 8, 8, 8)}, ["y"]),
     "tcn": (Tcn, {"x": (1, 6, 20)}, ["y"]),
     "lstm": (Lstm, {"x": (1, 12, 6)}, ["y"]),
+    "guarded": (Guarded, {"x": (1, 4, 6)}, ["unit", "log", "score", "inverse", "sum"]),
     "spectrum": (Spectrum, {"x": (1, 8)}, ["y"]),
 }
 
@@ -209,6 +224,19 @@ def test_the_layout_asked_for_is_made_even_where_shapes_cannot_tell(export: Expo
 def test_a_signal_of_rank_three_keeps_its_axes(export: Exporter, context: StageContext) -> None:
     made = ToTflite().run(export("tcn"), context)
     assert layouts(made)["x"] == ("NCL", (1, 6, 20))
+
+
+def test_guards_hold_where_no_sample_of_the_proof_was(export: Exporter, context: StageContext) -> None:  # fmt: skip
+    made = ToTflite(route="onnx2tf").run(export("guarded"), context)
+    interpreter = open_tflite(made.path)
+    for scale in (0.0, 200.0):
+        x = scale * torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(1))
+        expected = dict(zip(MODELS["guarded"][2], Guarded()(x), strict=True))
+        interpreter.set_tensor(interpreter.get_input_details()[0]["index"], x.numpy())
+        interpreter.invoke()
+        for detail, spec in zip(interpreter.get_output_details(), made.outputs, strict=True):
+            found = interpreter.get_tensor(detail["index"])
+            np.testing.assert_allclose(found, expected[spec.name], rtol=1e-4, atol=1e-5, err_msg=f"{spec.name} at {scale}")  # fmt: skip
 
 
 def test_an_lstm_is_proven_sample_by_sample_and_its_state_is_recorded(export: Exporter, context: StageContext) -> None:  # fmt: skip

@@ -187,9 +187,15 @@ def test_the_absolute_value_of_int64_is_the_larger_of_both_signs() -> None:
         np.testing.assert_array_equal(run(new, x), np.abs(x))
 
 
-@pytest.mark.parametrize(("low", "high", "kinds"), [(1e-12, None, ["Max"]), (1e-8, 2.0, ["Max", "Min"]), (0.0, None, ["Clip"]), (1e-3, None, ["Clip"])])  # fmt: skip
-def test_a_clip_at_a_tiny_value_is_no_relu(low: float, high: float | None, kinds: list[str]) -> None:  # fmt: skip
-    node = helper.make_node("Clip", ["x", "low", *(["high"] if high else [])], ["y"], "clip")
+@pytest.mark.parametrize(
+    ("kind", "low", "high", "kinds"),
+    [
+        ("Clip", 1e-12, None, ["Neg", "Min", "Neg"]), ("Clip", 1e-8, 2.0, ["Min", "Neg", "Min", "Neg"]),
+        ("Max", 1e-7, None, ["Neg", "Min", "Neg"]), ("Clip", 0.0, None, ["Clip"]), ("Clip", 1e-3, None, ["Clip"]),
+    ],
+)  # fmt: skip
+def test_a_bound_of_nearly_zero_is_no_relu(kind: str, low: float, high: float | None, kinds: list[str]) -> None:  # fmt: skip
+    node = helper.make_node(kind, ["x", "low", *(["high"] if high else [])], ["y"], "clip")
     model = model_of(node, (1, 4))
     for name, value in (("low", low), ("high", high)):
         if value is not None:
