@@ -105,9 +105,14 @@ def comparable(float_content: bytes, quantised: bytes, *, where: tuple[str, str]
     check_quantizable(parse_model(float_content, where=where[0]), where=where[0])
     graph = parse_model(quantised, where=where[1]).subgraphs[0]
     if not any(t.scales and not t.is_constant for t in graph.tensors):
+        only_weights = any(
+            t.is_constant and (t.scales or t.dtype == "float16") for t in graph.tensors
+        )
         raise ArtifactError(
-            f"no activation of {where[1]} is quantised: there is no range to explain",
-            hint="give the float file first and the int8 file second",
+            f"no activation of {where[1]} is quantised{', only weights' * only_weights}: there is no range to explain",
+            hint="`edgepipe quantize --all` tells what each precision keeps"
+            if only_weights
+            else "give the float file first and the int8 file second",
             code="not-quantised",
         )
     fused, _ = fuse_activations(float_content, where=where[0])

@@ -39,6 +39,7 @@ from edgepipe.tflite_ops.layer_noise import (
     layer_noise,
     noise_alone,
 )
+from edgepipe.tflite_ops.precisions import make_precision
 from edgepipe.tflite_ops.quantize import collect_ranges, departures, quantize
 from edgepipe.tflite_ops.rewrite import rewrite
 from edgepipe.tflite_ops.sensitivity import noise_share, outputs_of
@@ -253,6 +254,10 @@ def test_files_that_cannot_be_compared_are_refused_by_name():
         comparable(int8, net.content, where=("a.tflite", "b.tflite"))
     with pytest.raises(ArtifactError, match=r"no activation of b\.tflite is quantised"):
         comparable(net.content, net.content, where=("a.tflite", "b.tflite"))
+    weights = make_precision(net.content, "weight_int8", where="b.tflite")
+    with pytest.raises(ArtifactError, match=r"b\.tflite is quantised, only weights") as caught:
+        comparable(net.content, weights, where=("a.tflite", "b.tflite"))
+    assert "edgepipe quantize --all" in caught.value.hint
     graph = parse_model(net.content, where="f").subgraphs[0]
     others = {
         index: np.random.default_rng(0).normal(size=values.shape).astype(np.float32)
