@@ -90,7 +90,7 @@ class DataSource:
     limit: int = 0
     seed: int = 0
     # folder that "file.py:name" is relative to; filled in by the recipe loader
-    root: Path | None = None
+    root: Path | None = dataclasses.field(default=None, metadata={"internal": True})
 
     def __post_init__(self) -> None:
         for name in ("seed", "limit"):

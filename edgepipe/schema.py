@@ -117,7 +117,9 @@ def _field_names(cls: Any, location: tuple[Any, ...]) -> list[str]:
         inner = [a for a in typing.get_args(cls) if dataclasses.is_dataclass(a)]
         if inner and not dataclasses.is_dataclass(cls):
             cls = inner[0]
-    return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+    if not dataclasses.is_dataclass(cls):
+        return []
+    return [f.name for f in dataclasses.fields(cls) if not f.metadata.get("internal")]
 
 
 def build(
@@ -139,6 +141,13 @@ def build(
     def refuse(value: object) -> str:
         raise error(f"{where}: {value} is a date or a time, which no key takes", hint="write it as text, in quotes")  # fmt: skip
 
+    if isinstance(data, dict) and dataclasses.is_dataclass(cls):
+        inside = [f.name for f in dataclasses.fields(cls) if f.metadata.get("internal")]
+        if taken := [name for name in inside if name in data]:
+            raise error(
+                f"{where}: {taken[0]}: unknown key (legal: {', '.join(legal or _field_names(cls, ()))})",
+                hint="mend these keys and run again",
+            )
     try:
         # JSON mode: arrays become tuples and strings paths, yet "5" is no number and 1 no bool.
         return _adapter(cls).validate_json(json.dumps(data, default=refuse))  # type: ignore[arg-type]

@@ -55,7 +55,7 @@ class ModelSource:
     outputs: tuple[str, ...] = ()
     state: dict[str, str] = dataclasses.field(default_factory=dict)
     # folder that relative paths are relative to; filled in by the recipe loader
-    root: Path | None = None
+    root: Path | None = dataclasses.field(default=None, metadata={"internal": True})
 
     def resolve(self, path: Path) -> Path:
         return user_path(path, self.root)

@@ -67,6 +67,7 @@ def test_a_good_recipe_is_read(folder: Path) -> None:
     [
         ('name = "tiny"', 'nmae = "tiny"', "nmae: unknown key; did you mean 'name'?"),
         ("schema = 1", "", '"schema = 1" is missing'),
+        ('[data.test]', '[data.test]\nroot = "/"', "[data.test]: root: unknown key (legal: kind, path,"),
         ('stage = "to_tflite"', 'stage = "to_tflit"', "unknown stage 'to_tflit'; did you mean 'to_tflite'?"),
         ('stage = "export_onnx"', 'stage = "quantize_int8"', "[[stages]] 1 (quantize_int8): needs tflite, but the model gives torch; put to_tflite"),
         ('stage = "quantize_int8"', 'stage = "quantize_int8"\ninput_dtyp = "int8"', "input_dtyp: unknown key; did you mean 'input_dtype'?"),
