@@ -27,7 +27,9 @@ import contextlib
 import dataclasses
 import gc
 import json
+import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -48,12 +50,12 @@ from onnx.backend.test.case.test_case import TestCase
 from edgepipe import toolchain
 from edgepipe.artifact import Artifact, make_artifact
 from edgepipe.data import DataSource
-from edgepipe.errors import EdgepipeError
+from edgepipe.errors import ArtifactError, EdgepipeError
 from edgepipe.routes import ROUTES as CONVERTERS
 from edgepipe.stage import StageContext
 from edgepipe.stages.to_tflite import ToTflite
 from edgepipe.store import write_json
-from edgepipe.tflite_ops import bisect, candidates, convert, doors, sparse  # noqa: F401  not in every child
+from edgepipe.tflite_ops import bisect, candidates, convert, doors, run, sparse  # noqa: F401  not in every child
 from edgepipe.tflite_ops.onnx_model import onnx_specs
 from edgepipe.tflite_ops.run import open_onnx, run_tflite
 
@@ -207,6 +209,21 @@ class WarmProcess:
         return self.returncode
 
 
+def refuse_crashing(path: Path) -> None:
+    """`edgepipe.tflite_ops.run.refuse_crashing` in a fork, which has imported LiteRT."""
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        signal.alarm(int(run.TRIAL_TIMEOUT_S))
+        sys.argv = ["", str(path)]
+        with contextlib.suppress(Exception):
+            exec(run._TRIAL, {})
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code < 0:
+        raise ArtifactError(f"{path} crashes LiteRT ({signal.Signals(-code).name}) when it is loaded or run", code="crashes")  # fmt: skip
+
+
 @contextlib.contextmanager
 def warm_converter() -> Iterator[None]:
     """Meanwhile onnx2tf runs in forks of a process that has imported it (`warm_converter.py`)."""
@@ -226,6 +243,7 @@ def warm_converter() -> Iterator[None]:
             if b"ready\n" not in (server.stdout or ()):
                 raise SystemExit("the warm converter does not start")
             toolchain.subprocess.Popen = popen  # type: ignore[misc,assignment]
+            run.refuse_crashing = refuse_crashing
             yield
         finally:
             toolchain.subprocess.Popen = start  # type: ignore[misc]

@@ -74,6 +74,7 @@ def compile_schema(folder):
 
 def check_output(argv, **options):
     """`subprocess.check_output`, with onnxsim in a fork."""
+    global simplified
     if argv[0] != "onnxsim":
         return real_check_output(argv, **options)
 
@@ -83,12 +84,19 @@ def check_output(argv, **options):
         sys.argv = argv
         main()
 
+    before = Path(argv[1]).read_bytes()
+    if before == simplified:  # by the last run: this one changes nothing either
+        Path(argv[2]).write_bytes(before)
+        return b""
     code = forked(simplify)
     if code:
         raise subprocess.CalledProcessError(code, argv)
+    after = Path(argv[2]).read_bytes()
+    simplified = before if after == before else b""
     return b""
 
 
+simplified = b""
 real_check_output = subprocess.check_output
 
 
