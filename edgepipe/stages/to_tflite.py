@@ -151,6 +151,12 @@ class ToTflite:
         from edgepipe.tflite_ops.convert import prepare_onnx
         from edgepipe.tflite_ops.sparse import sparsity_facts
 
+        if not artifact.inputs:
+            raise ArtifactError(
+                f"{artifact.path} has no inputs: its outputs are always the same",
+                hint="keep these values as data beside the model",
+                code="no-input",
+            )
         for spec in artifact.outputs:
             if 0 in spec.shape:
                 raise ArtifactError(

@@ -404,6 +404,11 @@ def test_an_output_without_elements_is_refused_before_anything_is_converted(expo
     assert caught.value.code == "empty-output"
 
 
+def test_a_model_without_inputs_is_refused(export: Exporter, context: StageContext) -> None:
+    with pytest.raises(ArtifactError, match="has no inputs: its outputs are always the same"):
+        ToTflite().run(dataclasses.replace(export("conv"), inputs=()), context)
+
+
 def test_a_truncated_onnx_is_refused(export: Exporter, context: StageContext, tmp_path: Path) -> None:  # fmt: skip
     source = export("conv")
     path = tmp_path / "cut.onnx"
