@@ -7,6 +7,7 @@ import hashlib
 import heapq
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -180,6 +181,20 @@ def worst_operators(culprits: Sequence[Sensitivity]) -> list[str]:
     """Operators of the layers that spoil most: those with at least half the noise of the worst."""
     most = max((c.noise for c in culprits), default=0.0)
     return sorted({c.operator for c in culprits if c.noise >= most / 2})
+
+
+def doubt(samples: int, interval_points: tuple[float, float], max_drop: float) -> str:
+    """That so many samples do not tell whether a loss is allowed, and how many would tell a file that
+    loses nothing: an interval is as wide as the root of their number is small.
+
+    450 samples with -1.9 to 1.7 points, of which 1 is allowed: half of it is 1.8, 1.8^2 * 450 = 1,458.
+    """
+    low, high = interval_points
+    needed = math.ceil(samples * ((high - low) / 2 / max_drop) ** 2)
+    return (
+        f"{samples:,} samples cannot tell a loss of {format_value(max_drop, 'points')} from one of {high:.1f}:"
+        f" judge the file on more, by [evaluate]; it takes some {max(needed, samples + 1):,} to tell it from none"
+    )
 
 
 def qat_advice(float_latency_s: float | None, *, steps: int = 1) -> str:

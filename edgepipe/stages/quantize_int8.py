@@ -24,7 +24,9 @@ from edgepipe.rescue import (
     FLOAT_OUTPUT,
     advice,
     check_evaluation_data,
+    doubt,
     kept_hashes,
+    qat_advice,
     rescue_facts,
     rung_lines,
 )
@@ -360,8 +362,8 @@ class QuantizeInt8:
         log.info("float model: %s %.4f on %d samples of %s", metric, base, len(evaluation), evaluation.origin)  # fmt: skip
         check_input_range(artifact, evaluation, metric=metric, score=base, root=root, steps=self.steps)  # fmt: skip
         doubts = tuple(compare_inputs(report.inputs, evaluation, specs))
-        for doubt in doubts:
-            log.warning("calibration: %s", doubt)
+        for line in doubts:
+            log.warning("calibration: %s", line)
         return _Judged(evaluation, metric, answered, base, was_right, doubts)
 
     def _check_evaluation(
@@ -441,10 +443,9 @@ class QuantizeInt8:
             log.info("%s", line)
         interval = rescue.result.judgement.interval_points
         if interval is not None and interval[1] > self.max_drop:
-            log.warning(
-                "%d samples cannot tell a loss of %s from one of %.1f: judge the file on more, by [evaluate]",
-                len(evaluation), format_value(self.max_drop, "points"), interval[1],
-            )  # fmt: skip
+            log.warning("%s", doubt(rescue.result.judgement.samples, interval, self.max_drop))
+        if not rescue.result.sure:
+            log.info("for a file nearer to float %s", qat_advice(rescue.float_latency_s, steps=_steps(evaluation, artifact)))  # fmt: skip
         last = RangeTable(rescue.ranges, rescue.method, table.samples, table.data)
         return rescue.float_content, last, rescue.content, {"rescue": facts}
 

@@ -50,6 +50,7 @@ from edgepipe.tflite_ops.sensitivity import (
     layers_of,
     noise_share,
     outputs_of,
+    weight_noise,
 )
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ ALIKE = 0.02
 BY_TENSOR = "by tensor"
 # A door of int8 is a cause where it alone leaves more noise than `NEAR`, and this share of all that is left
 DOOR_SHARE = 0.25
+# Weights are learned to be rounded where they alone leave this share of all noise; it is the most to be won
+WEIGHT_SHARE = 0.1
 # Layers whose result has the size of what they are given, so that 8 bits there undo 16 around them
 BRIDGES = frozenset(
     {"HARD_SWISH", "MAX_POOL_2D", "PAD", "PADV2", "RELU", "RESHAPE", "SLICE", "SPLIT", "STRIDED_SLICE", "TRANSPOSE"}
@@ -266,6 +269,7 @@ class _Ladder:
                 dataclasses.replace(rung, latency_s=latency)
                 for rung, latency in zip(rungs, latencies, strict=True)
             )
+        self._tell_what_is_left(plan, made)
         at_door, at_output = self._noise_at_door(plan), self._noise_at_output(made)
         return Rescue(
             content=made, at_door=at_door, at_output=at_output, float_content=plan.content, ranges=plan.ranges, method=plan.method,
@@ -315,6 +319,28 @@ class _Ladder:
             )
             worst = max(worst, noise)
         return worst
+
+    def _tell_what_is_left(self, plan: Plan, made: bytes) -> None:
+        """Of an int8 file whose loss is allowed, perhaps by luck: where its noise comes from, and what
+        the rung that would cost latency would leave of it."""
+        last = _last_kept(self.rungs)
+        if not last.held or last.sure or plan.precision:
+            return
+        graph = parse_model(plan.content, where=self.where).subgraphs[0]
+        doors = {n: plan.ranges[n] for n in _inputs(graph)}
+        parts = [f"int8 weights alone leave {weight_noise(plan.content, made, self.few, where=self.where):.2g}"]  # fmt: skip
+        if self.doors["input_dtype"] != "float32":
+            parts.append(f"the int8 input {door_noise(plan.content, doors, self.few, where=self.where):.2g}")  # fmt: skip
+        legal = wide_operators() | SPELT_OUT
+        first = [n for n, operator in layers_of(graph).items() if operator in legal][:TENSORS]
+        wide = self._widened(plan, "int16", first, self._range_tables(plan)) if first else None
+        if wide is not None:
+            narrow_s, wide_s = host_latencies([made, wide[1]])
+            parts.append(
+                f"with 16-bit activations in the first {len(first)} layers {self._noise(wide[1]):.2g} would be left"
+                f" ({wide_s / narrow_s:.1f} times the latency on this host)"
+            )
+        self.causes.append(f"noise {last.noise:.2g} is left: " + ", ".join(parts))
 
     # --- rungs ---
 
@@ -424,6 +450,11 @@ class _Ladder:
             log.info("rung rounding: left out (no PyTorch, or not asked for)")
             return plan, made
         bare = self._make(dataclasses.replace(plan, corrected=False))
+        left = _last_kept(self.rungs).noise
+        alone = weight_noise(plan.content, bare, self.few, where=self.where)
+        if alone <= WEIGHT_SHARE * left:
+            log.info("rung rounding: left out, int8 weights alone leave noise %.2g of %.2g", alone, left)  # fmt: skip
+            return plan, made
         content, did = self.round_weights(plan.content, bare, self.many)
         # these weights are no longer the float model's: they are made to be rounded
         new = dataclasses.replace(plan, content=content, unrounded=plan.content)

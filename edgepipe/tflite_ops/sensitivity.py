@@ -9,7 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from edgepipe.tflite_ops.flatbuffer import CONVERSIONS, Subgraph, parse_model
+from edgepipe.tflite_ops.flatbuffer import (
+    CONVERSIONS,
+    Subgraph,
+    constants,
+    parse_model,
+    with_constants,
+)
 from edgepipe.tflite_ops.quantize import Precision, noisiest_layers, quantize
 from edgepipe.tflite_ops.run import dequantize, invoke_once, open_tflite
 from edgepipe.tflite_ops.run import quantize as stored
@@ -87,6 +93,27 @@ def door_noise(
         doors.append({"quantization": (scale, zero_point), "dtype": dtype, "name": tensor.name})
     rounded = [[dequantize(stored(a, d), d) for a, d in zip(batch, doors, strict=True)] for batch in batches]  # fmt: skip
     return noise_share(outputs_of(content, batches, where=where), outputs_of(content, rounded, where=where))  # fmt: skip
+
+
+def weight_noise(
+    content: bytes, int8: bytes, batches: Sequence[Sequence[np.ndarray]], *, where: str
+) -> float:
+    """`noise_share` of a float file's outputs if its weights were as ``int8`` holds them, and nothing else.
+
+    A weight 0.37 in steps of 0.25 counts as 0.25. Tensors are matched by name.
+    """
+    graph, integer = (parse_model(c, where=where).subgraphs[0] for c in (content, int8))
+    held = {t.name: t for t in integer.tensors if t.is_constant and t.dtype == "int8" and t.scales}
+    numbers, rounded = constants(int8, integer), dict[int, np.ndarray]()
+    for tensor in graph.tensors:
+        twin = held.get(tensor.name)
+        if tensor.is_constant and tensor.is_float and twin is not None and twin.shape == tensor.shape:  # fmt: skip
+            # (C,) -> (1, ..., C, ..., 1), or one for all
+            shape = [-1 if i == twin.quantized_axis and len(twin.scales) > 1 else 1 for i in range(len(twin.shape))]  # fmt: skip
+            scale, zero = (np.reshape(v, shape) for v in (twin.scales, twin.zero_points))
+            rounded[tensor.index] = (numbers[twin.index] - zero) * scale
+    alone = with_constants(content, rounded)
+    return noise_share(outputs_of(content, batches, where=where), outputs_of(alone, batches, where=where))  # fmt: skip
 
 
 def layers_of(graph: Subgraph) -> dict[str, str]:
