@@ -470,7 +470,12 @@ class _Ladder:
         # those that were not looked at come last
         order = {s.layer: s.operator for s in ranked} | layers_of(parse_model(plan.content, where=self.where).subgraphs[0])  # fmt: skip
         kinds: tuple[Precision, ...] = ("int16", "float")
+        result = plan, made
         for kind, weights in itertools.product(kinds, self._weights(plan)):
+            last = _last_kept(self.rungs)
+            # a doubt is worth the other weights, but not float
+            if last.held and (last.sure or kind == "float"):
+                break
             legal = wide_operators() | SPELT_OUT if kind == "int16" else self.allow_float
             usable = [layer for layer, operator in order.items() if operator in legal]
             found = self._fewest(weights, kind, usable, tables) if usable else None
@@ -482,10 +487,8 @@ class _Ladder:
             did = f"{count} of {len(order)} layers {widened}"
             if weights is not plan:
                 did += ", weights rounded to nearest"
-            plan_now, made_now = self._accept("mixed", did, new, plan, made, content=content)
-            if self.rungs[-1].kept and self.rungs[-1].held:
-                return plan_now, made_now
-        return plan, made
+            result = self._accept("mixed", did, new, *result, content=content)
+        return result
 
     def _weights(self, plan: Plan) -> list[Plan]:
         """The plan, and the same with weights that were not made for what 8 bits make of activations:

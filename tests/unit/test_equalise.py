@@ -526,6 +526,25 @@ def test_an_int8_output_whose_steps_are_wider_than_what_it_varies_by_is_named(of
     assert (len(found), rescue.at_output > NEAR) == (named, bool(named))
 
 
+@pytest.mark.slow
+def test_weights_rounded_for_8_bit_activations_are_tried_nearest_where_those_have_16():
+    net = wide_swish()
+
+    def rounded(content, int8, data):
+        graph = parse_model(content, where="m").subgraphs[0]
+        values = {i: v * 1.05 for i, v in constants(content, graph).items() if v.dtype == np.float32 and v.ndim == 4}  # fmt: skip
+        return with_constants(content, values), "all weights larger"
+
+    scores = iter(range(1000))
+    # each file is judged better than the one before, so that the rounded weights are kept; none holds
+    rescue = climbed(net, lambda content: Judgement(0.5, 90.0 - 0.1 * next(scores), 10), round_weights=rounded)  # fmt: skip
+    mixed = [r for r in rescue.rungs if r.name == "mixed"]
+    assert [r.did.endswith("rounded to nearest") for r in mixed] == [False, True]
+    assert mixed[1].noise < 0.5 * mixed[0].noise
+    assert rescue.made[-1][0].unrounded == b""
+    assert rescue.content == rescue.made[-1][1]
+
+
 def unmended(**found):
     culprits = [Sensitivity("a", "LOG", 1.0), Sensitivity("b", "ADD", 0.9), Sensitivity("c", "MEAN", 0.2)]  # fmt: skip
     return Rescue(b"", b"", {}, "min_max", {}, (), (), tuple(culprits), float_latency_s=1e-5, **found)  # fmt: skip
