@@ -527,8 +527,9 @@ def test_an_int8_output_whose_steps_are_wider_than_what_it_varies_by_is_named(of
 
 
 @pytest.mark.slow
-def test_weights_rounded_for_8_bit_activations_are_tried_nearest_where_those_have_16():
+def test_weights_rounded_for_8_bit_activations_are_tried_nearest_where_those_have_16(monkeypatch):
     net = wide_swish()
+    monkeypatch.setattr("edgepipe.tflite_ops.ladder.WEIGHT_SHARE", 0)  # its weights do little harm
 
     def rounded(content, int8, data):
         graph = parse_model(content, where="m").subgraphs[0]
