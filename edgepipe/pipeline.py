@@ -30,7 +30,7 @@ from edgepipe.baseline import DEFAULT_FOLDER, Baseline, baseline_path, model_inp
 from edgepipe.calibration import quote_noise
 from edgepipe.data import at_most, fingerprint, named_files, source_hash, user_path
 from edgepipe.device import open_device
-from edgepipe.errors import ConnectError, EdgepipeError, NotReadyError, StageError
+from edgepipe.errors import ConnectError, DataError, EdgepipeError, NotReadyError, StageError
 from edgepipe.evaluate import DeviceEvaluation, choose_evaluation, evaluate
 from edgepipe.gate import Evidence, Gate, SlowdownGate, Status, Verdict, overall
 from edgepipe.inventory import Target
@@ -44,6 +44,7 @@ from edgepipe.measurement import (
 )
 from edgepipe.merge import as_signature, merge_models, proof_data
 from edgepipe.op_table import estimate_change, gain_note, load_op_table
+from edgepipe.predict import predict
 from edgepipe.profile import find_profile
 from edgepipe.recipe import Recipe, bucket_key, bucket_text
 from edgepipe.rescue import KEPT_HASHES, check_evaluation_data
@@ -64,6 +65,8 @@ T = TypeVar("T")
 
 # Below it no number of sessions decides, and they would all be measured.
 MIN_TOLERANCE = 0.001
+# Labels that are looked at before anything is made; wrong ones are seldom few
+LABELS_CHECKED = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -413,6 +416,7 @@ def run_stages(recipe: Recipe, steps: _Steps) -> list[Artifact]:
         [str(recipe.seed), *_source_hashes(recipe)],
     )
     models = [_build(steps, "load", key, (), source, recipe)]
+    _check_labels(recipe, models[0], steps.store)
     _check_evaluation_data(recipe, models[0].inputs, steps.store)
     for stage in recipe.stages:
         parent = models[-1]
@@ -435,6 +439,38 @@ def run_stages(recipe: Recipe, steps: _Steps) -> list[Artifact]:
         models.append(_build(steps, stage.name, key, models, stage, recipe))
         _predict_gain(models[-1], recipe, steps)
     return models
+
+
+def _check_labels(recipe: Recipe, model: Artifact, store: Store) -> None:
+    """DataError where labels of ``[evaluate]`` do not fit the model's answers, before long work.
+
+    Told from `LABELS_CHECKED` samples and one answer, whose shape is that of all. A function of the
+    user's own is left alone: such answers would be none that it was written for.
+    """
+    if recipe.evaluate is None or ":" in recipe.evaluate.metric:
+        return
+    metric, judged_steps = recipe.evaluate.metric, recipe.evaluate.steps
+    source = at_most(recipe.data[recipe.evaluate.data], LABELS_CHECKED)
+    found_by = ("edgepipe.pipeline", "edgepipe.array_ops")
+    identity = _identity(recipe, model)
+    key = step_key("check_labels", {}, found_by, ("numpy",), [fingerprint(source), metric, judged_steps, *identity])  # fmt: skip
+    if store.entry(key):
+        return
+    from edgepipe.array_ops.load import labels_of, load_samples
+    from edgepipe.array_ops.task_metrics import check_labels
+
+    with store.building(key) as work_dir:
+        if work_dir is None:
+            return
+        samples = load_samples(source, model.inputs)
+        labels = labels_of(samples)
+        first = predict(model, samples.take([0]).inputs, steps=judged_steps)
+        try:
+            check_labels(metric, first, labels, steps=judged_steps)
+        except DataError as exc:
+            where = f"[data.{recipe.evaluate.data}] ({samples.origin})"
+            raise DataError(f"{where}: {exc.message}", hint=exc.hint, code=exc.code) from exc
+        write_json(work_dir / "result.json", {})
 
 
 def _check_evaluation_data(recipe: Recipe, inputs: Sequence[TensorSpec], store: Store) -> None:

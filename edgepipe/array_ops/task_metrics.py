@@ -204,6 +204,15 @@ def as_judged(
     return {n: _flat(array) for n, array in outputs.items()}, _flat(labels)
 
 
+def check_labels(
+    name: str, answer: Mapping[str, np.ndarray], labels: np.ndarray, *, steps: Steps
+) -> None:
+    """DataError where N labels do not fit answers like this one, (1, ...), by a built-in metric."""
+    answers = {n: np.broadcast_to(a, (len(labels), *a.shape[1:])) for n, a in answer.items()}
+    judged, known = as_judged(name, answers, labels, steps=steps)
+    task_metric(name, judged, known)
+
+
 def _flat(array: np.ndarray) -> np.ndarray:
     """(N, T, ...) -> (N * T, ...)"""
     return array.reshape(-1, *array.shape[2:])

@@ -253,6 +253,32 @@ def test_an_evaluation_set_that_is_the_calibration_set_under_another_name_is_ref
     assert [step["step"] for step in store.runs()[-1].read()["steps"]] == ["load"]
 
 
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (
+            lambda y: y + 100,
+            r"\[data\.test\] \(npz test\.npz: 200 samples\): labels go from 100 to",
+        ),
+        (lambda y: y + 0.5, r"\[data\.test\] .* need class numbers as labels, got float64"),
+        (lambda y: None, "no labels to judge by"),
+    ],
+)
+def test_labels_that_do_not_fit_the_model_are_told_before_long_work(tmp_path, labels, said):
+    classifier(tmp_path)
+    values, known = pixels(400)
+    values = values / 127.5 - 1
+    np.savez(tmp_path / "calibration.npz", x=values[:200])
+    given = labels(known[200:])
+    np.savez(tmp_path / "test.npz", x=values[200:], **({} if given is None else {"labels": given}))
+    (tmp_path / "r.toml").write_text(SEEN_RECIPE)
+    recipe, store = load_recipe(tmp_path / "r.toml"), Store(tmp_path / "store")
+    for _ in range(2):
+        with pytest.raises(DataError, match=said):
+            run(recipe, store)
+    assert [step["step"] for step in store.runs()[-1].read()["steps"]] == ["load"]
+
+
 def test_one_file_with_two_choices_of_samples_is_one_source(tmp_path):
     classifier(tmp_path)
     values, labels = pixels(400)
