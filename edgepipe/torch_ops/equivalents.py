@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import math
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -84,6 +86,24 @@ def whole_bags() -> Iterator[None]:
         yield
     finally:
         functional.embedding_bag = original
+
+
+@contextlib.contextmanager
+def tiny_constants_kept() -> Iterator[None]:
+    """PyTorch's exporter takes a constant below 1e-8 for 0, and leaves out the ``+ 1e-10`` that guards a logarithm or a
+    division (onnxscript 0.x, rewriter/_matcher.py, ``abs_tol``): only 0 is 0 meanwhile.
+    """
+    matcher: Any = importlib.import_module("onnxscript.rewriter._matcher")
+
+    def isclose(a: float, b: float, *, rel_tol: float = 1e-9, abs_tol: float = 0.0) -> bool:
+        return math.isclose(a, b, rel_tol=rel_tol)
+
+    original = matcher.math
+    matcher.math = types.SimpleNamespace(**{**vars(math), "isclose": isclose})
+    try:
+        yield
+    finally:
+        matcher.math = original
 
 
 def _cdist(

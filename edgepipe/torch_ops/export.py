@@ -20,6 +20,7 @@ from edgepipe.errors import StageError
 from edgepipe.torch_ops.equivalents import (
     bake_parametrizations,
     masks_as_given,
+    tiny_constants_kept,
     whole_bags,
     with_known_operators,
 )
@@ -49,7 +50,7 @@ def export_onnx(
     meanwhile goes to ``log_path``. Raises StageError naming the operator and the source line where
     torch gives them.
     """
-    with log_path.open("a", encoding="utf-8") as log, _output_to(log):
+    with log_path.open("a", encoding="utf-8") as log, _output_to(log), tiny_constants_kept():
         program = _capture(model, inputs)
         try:
             exported = torch.onnx.export(

@@ -55,6 +55,8 @@ class Net(nn.Module):
             return self.attention(x[:, 0], x[:, 1], x[:, 0])[0]
         if self.kind == "masked":
             return self.encoder(x[:, 0], mask=self.mask)
+        if self.kind == "guarded":
+            return torch.log(x.abs() + 1e-10), x / (x.abs() + 1e-9)
         if self.kind == "half":
             return F.linear(z.mean([2, 3]).half(), self.head.weight.half()).float()
         if self.kind == "cond":
@@ -123,6 +125,13 @@ def test_the_exported_model_computes_the_same_on_real_inputs_and_noise(
     parity = exported.facts["parity"]
     assert parity["samples"] == 6 + 3
     assert parity["outputs"]["output_0"]["sqnr_db"] > 100
+
+
+def test_a_tiny_number_that_guards_a_logarithm_is_kept(root: Path) -> None:
+    exported = ExportOnnx().run(net(root, "guarded"), context(root))
+    found = predict(exported, {"image": np.zeros((1, 2, 8, 8), np.float32)})
+    np.testing.assert_allclose(found["output_0"], np.log(1e-10), rtol=1e-6)
+    np.testing.assert_array_equal(found["output_1"], 0)
 
 
 def test_names_and_order_of_several_inputs_and_outputs_are_kept(root: Path) -> None:
