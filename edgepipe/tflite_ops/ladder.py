@@ -469,7 +469,8 @@ class _Ladder:
         ranked = layer_sensitivity(plan.content, plan.ranges, self.few, where=self.where)
         self.culprits = [s for s in ranked if s.noise > CULPRIT][:CULPRITS_NAMED] or ranked[:1]
         # those that were not looked at come last
-        order = {s.layer: s.operator for s in ranked} | layers_of(parse_model(plan.content, where=self.where).subgraphs[0])  # fmt: skip
+        in_order = layers_of(parse_model(plan.content, where=self.where).subgraphs[0])
+        order = {s.layer: s.operator for s in ranked} | in_order
         kinds: tuple[Precision, ...] = ("int16", "float")
         result = plan, made
         for kind, weights in itertools.product(kinds, self._weights(plan)):
@@ -479,7 +480,9 @@ class _Ladder:
                 break
             legal = wide_operators() | SPELT_OUT if kind == "int16" else self.allow_float
             usable = [layer for layer, operator in order.items() if operator in legal]
-            found = self._fewest(weights, kind, usable, tables) if usable else None
+            # what the first layers lose goes through all others, though none of them may be the worst alone
+            first = [layer for layer in in_order if layer in usable]
+            found = self._fewest(weights, kind, (usable, first), tables) if usable else None
             if found is None:
                 continue
             new, content = found
@@ -511,54 +514,55 @@ class _Ladder:
         self,
         plan: Plan,
         kind: Precision,
-        ranked: Sequence[str],
+        orders: Sequence[Sequence[str]],
         tables: Mapping[str, Mapping[str, Range]],
     ) -> tuple[Plan, bytes] | None:
-        """The fewest of the worst layers that hold, or that are as near to float as all of them would
-        be (`NO_BETTER`), found by doubling and halving. None where no such file can be made."""
-        bare: dict[int, tuple[Plan, bytes] | None] = {}
-        corrected: dict[int, bytes] = {}
+        """The fewest layers, the first of any of the ``orders``, that hold or are as near to float as all
+        of them would be (`NO_BETTER`). None where no such file can be made."""
+        bare: dict[tuple[str, ...], tuple[Plan, bytes] | None] = {}
+        corrected: dict[tuple[str, ...], bytes] = {}
 
-        def near(count: int) -> float:
-            if count not in bare:
-                bare[count] = self._widened(plan, kind, ranked[:count], tables)
-            found = bare[count]
+        def near(layers: tuple[str, ...]) -> float:
+            if layers not in bare:
+                bare[layers] = self._widened(plan, kind, layers, tables)
+            found = bare[layers]
             return self._noise(found[1]) if found else float("inf")
 
-        def content(count: int) -> bytes:
-            if count not in corrected:
-                found = bare[count]
+        def content(layers: tuple[str, ...]) -> bytes:
+            if layers not in corrected:
+                found = bare[layers]
                 assert found is not None
-                corrected[count] = self._corrected(*found)
-            return corrected[count]
+                corrected[layers] = self._corrected(*found)
+            return corrected[layers]
 
-        all_left = near(len(ranked))
+        every = tuple(orders[0])
+        all_left = near(every)
         enough = NO_BETTER * all_left if all_left < float("inf") else 0.0
 
-        def is_enough(count: int) -> bool:
-            left = near(count)
+        def is_enough(layers: tuple[str, ...]) -> bool:
+            left = near(layers)
             if left == float("inf"):
                 return False
-            log.debug("%d layers in %s: noise %.4f, all leave %.4f", count, kind, left, all_left)
-            return left <= enough or self._holds(content(count))
+            log.debug(
+                "%d layers in %s: noise %.4f, all leave %.4f", len(layers), kind, left, all_left
+            )
+            return left <= enough or self._holds(content(layers))
 
-        count = 1
-        while not is_enough(count):
-            if count == len(ranked):
-                return None
-            count = min(2 * count, len(ranked))
-        low, high = count // 2, count  # low is not enough
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if is_enough(middle) else (middle, high)
-        found = bare[high]
+        best: tuple[str, ...] | None = None
+        for order in orders:
+            most = len(every) if best is None else len(best) - 1
+            count = least(lambda n, order=order: is_enough(tuple(order[:n])), most)  # type: ignore[misc]
+            best = best if count is None else tuple(order[:count])
+        if best is None:
+            return None
+        found = bare[best]
         assert found is not None
-        if not self._holds(content(high)) and high < len(ranked):
+        if not self._holds(content(best)) and len(best) < len(every):
             self.causes.append(
-                f"noise is {near(high):.2g} with {high} layer(s) in {kind} and {all_left:.2g} with all {len(ranked)}:"
+                f"noise is {near(best):.2g} with {len(best)} layer(s) in {kind} and {all_left:.2g} with all {len(every)}:"
                 " more would only cost latency"
             )
-        return found[0], content(high)
+        return found[0], content(best)
 
     def _widened(
         self,
@@ -670,6 +674,21 @@ class _Ladder:
                 f"{layers[name]} {name!r}: its largest channel is {spread:.0f} times the median one,"
                 f" which is left {255 / spread:.1f} of 255 steps"
             )
+
+
+def least(is_enough: Callable[[int], bool], most: int) -> int | None:
+    """The least of 1 to ``most`` that is enough, by doubling and halving, where all above it are; None
+    where none is."""
+    count = 1
+    while count > most or not is_enough(count):
+        if count >= most:
+            return None
+        count = min(2 * count, most)
+    low, high = count // 2, count  # low is not enough
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
+    return high
 
 
 def _inputs(graph: Subgraph) -> list[str]:

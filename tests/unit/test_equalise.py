@@ -22,6 +22,7 @@ from edgepipe.tflite_ops.ladder import (
     Rung,
     climb,
     is_better,
+    least,
     tensors_between,
     unlike,
     with_bridges,
@@ -34,6 +35,7 @@ from edgepipe.tflite_ops.sensitivity import (
     Sensitivity,
     door_noise,
     layer_sensitivity,
+    layers_of,
     noise_share,
     outputs_of,
     weight_noise,
@@ -569,6 +571,33 @@ def test_16_bits_stop_where_more_layers_leave_no_less_noise():
     # what the input's rounding leaves, no layer mends
     assert len(rescue.made[-1][0].precision) < 3
     assert any("with all 3: more would" in cause for cause in rescue.causes)
+
+
+@pytest.mark.slow
+def test_16_bits_go_to_the_first_layers_where_these_are_fewer_than_the_worst_alone(monkeypatch):
+    ranked = []
+
+    def the_last_are_the_worst(content, *given, **options):
+        layers = layers_of(parse_model(content, where="m").subgraphs[0])
+        ranked[:] = [Sensitivity(name, layers[name], 0.5) for name in reversed(layers)]
+        return ranked
+
+    monkeypatch.setattr("edgepipe.tflite_ops.ladder.layer_sensitivity", the_last_are_the_worst)
+    # not all three layers for the last tenth
+    monkeypatch.setattr("edgepipe.tflite_ops.ladder.NO_BETTER", 2.0)
+    rescue = spoilt(chain(spread=1, between="sigmoid", activation=RELU6), heavy_tailed(), "float32")
+    widened = rescue.made[-1][0].precision
+    assert ranked[-1].layer in widened
+    assert ranked[0].layer not in widened
+
+
+@given(st.integers(1, 200), st.integers(0, 200))
+def test_the_least_that_is_enough_is_found_in_few_looks(enough, most):
+    looks = []
+    found = least(lambda n: bool(looks.append(n)) or n >= enough, most)
+    assert found == (enough if enough <= most else None)
+    assert all(1 <= n <= most for n in looks)
+    assert len(looks) <= 2 * most.bit_length() + 1
 
 
 def two_tails():
