@@ -64,13 +64,21 @@ def verify(
     ``inputs`` are as `parity_inputs` makes them. The evidence (``Artifact.facts["parity"]``) holds
     per output max abs error, that relative to max|reference|, SQNR and cosine. Raises StageError
     (``parity``) where an output is off by more than ``max_relative_error`` of the largest absolute
-    value of its reference, has another shape, or is NaN.
+    value of its reference, has another shape, or is NaN; so is one that is NaN or infinite where all real
+    inputs are 0 and the reference is not, as on a black picture and in silence: samples seldom are, and
+    what guards a division or a logarithm there is what exporters and converters fold away.
     """
     from edgepipe.array_ops.compare import compare
+    from edgepipe.array_ops.noise import with_zeros
 
     try:
         found = [predict(m, inputs, steps="each", states=True) for m in (reference, candidate)]
         errors = compare(*found)
+        batch = (
+            candidate.inputs[0].shape[0] if candidate.inputs and candidate.inputs[0].shape else 1
+        )
+        zeros = with_zeros(inputs, rows=max(batch, 1))
+        lost = _no_longer_finite(reference, candidate, zeros) if zeros else []
     except ArtifactError as exc:
         raise StageError(
             f"cannot show that the {candidate.kind} model computes the same as the "
@@ -91,6 +99,13 @@ def verify(
             stage=stage, code="parity",
             hint="if the model is random or unstable by nature, raise max_relative_error; else report it",
         )  # fmt: skip
+    if lost:
+        raise StageError(
+            f"the {candidate.kind} model does not compute the same as the {reference.kind} model: output {lost[0]!r} "
+            "is NaN or infinite where its inputs are all 0, which it was not",
+            stage=stage, code="parity",
+            hint="look for a division, a square root or a logarithm whose guard (+ 1e-10, clamp) was lost, and write a larger one",
+        )  # fmt: skip
     worst = min(error.sqnr_db for error in errors.values())
     samples = len(next(iter(inputs.values()))) if inputs else 0
     log.info("%s = %s on %d inputs: SQNR at least %.1f dB", candidate.kind, reference.kind, samples, worst)  # fmt: skip
@@ -103,6 +118,20 @@ def verify(
         "max_relative_error": max_relative_error,
         "outputs": outputs,
     }
+
+
+def _no_longer_finite(
+    reference: Artifact, candidate: Artifact, inputs: Mapping[str, np.ndarray]
+) -> list[str]:
+    """Outputs that hold NaN or infinity only in the candidate. Values are not compared: at 0, ties and
+    vanishing variances make models differ that are the same."""
+    from edgepipe.array_ops.compare import is_finite
+
+    expected = predict(reference, inputs, steps="each", states=True)
+    if not all(map(is_finite, expected.values())):
+        return []
+    found = predict(candidate, inputs, steps="each", states=True)
+    return [name for name, values in found.items() if not is_finite(values)]
 
 
 def compare_to_float(

@@ -89,6 +89,11 @@ def _compare_one(name: str, reference: np.ndarray, candidate: np.ndarray) -> Out
     )
 
 
+def is_finite(values: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite."""
+    return bool(np.isfinite(values).all())
+
+
 def sqnr_db(signal: float, noise: float) -> float:
     """10 log10(signal / noise) of two powers, clamped to +-200 dB: +200 without noise, zeros included."""
     if noise == 0.0:

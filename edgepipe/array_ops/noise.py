@@ -35,6 +35,15 @@ def with_noise(
     return made
 
 
+def with_zeros(inputs: Mapping[str, np.ndarray], *, rows: int) -> dict[str, np.ndarray]:
+    """The first ``rows`` samples with 0 for every real value; {} where all inputs are whole numbers,
+    which count or name something and so stay."""
+    few = {name: array[:rows] for name, array in inputs.items()}
+    if not any(np.issubdtype(array.dtype, np.floating) for array in few.values()):
+        return {}
+    return {n: np.zeros_like(a) if np.issubdtype(a.dtype, np.floating) else a for n, a in few.items()}  # fmt: skip
+
+
 def _noise(generator: np.random.Generator, spec: TensorSpec, real: np.ndarray | None) -> np.ndarray:
     """One sample, (1, ...)."""
     shape, dtype = (1, *spec.shape[1:]), np.dtype(spec.dtype)

@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from edgepipe.array_ops.noise import with_zeros
 from edgepipe.artifact import Artifact, TensorSpec, make_artifact
 from edgepipe.data import DataSource
 from edgepipe.errors import DataError, StageError
@@ -106,3 +107,30 @@ def test_another_shape_is_no_parity(tmp_path: Path) -> None:
     onnx.save(graph, candidate.path)
     with pytest.raises(StageError, match="has shape"):
         verify(reference, candidate, {"x": np.ones((2, 3), np.float32)}, max_relative_error=1e-4, stage="s")  # fmt: skip
+
+
+def test_a_guard_that_was_lost_is_found_though_no_sample_is_zero(tmp_path: Path) -> None:
+    def reciprocal_of(guard: float, path: Path) -> Artifact:
+        model = scaling_model(path, guard, operator="Add")
+        graph = onnx.load(path)
+        graph.graph.node[0].output[0] = "guarded"
+        graph.graph.node.append(helper.make_node("Reciprocal", ["guarded"], ["y"]))
+        onnx.save(graph, path)
+        return make_artifact("onnx", path, inputs=model.inputs, outputs=model.outputs)
+
+    guarded = reciprocal_of(1e-10, tmp_path / "a.onnx")
+    bare = reciprocal_of(0.0, tmp_path / "b.onnx")
+    inputs = {"x": np.full((5, 3), 2.0, np.float32)}
+    with pytest.raises(StageError, match="output 'y' is NaN or infinite where its inputs are all 0") as caught:  # fmt: skip
+        verify(guarded, bare, inputs, max_relative_error=1e-4, stage="s")
+    assert caught.value.code == "parity"
+    # what the reference does not hold either is nothing to ask for
+    verify(bare, bare, inputs, max_relative_error=1e-4, stage="s")
+
+
+def test_whole_numbers_stay_what_they_are_where_real_values_are_zero() -> None:
+    inputs = {"x": np.ones((3, 2), np.float32), "ids": np.full((3, 4), 7)}
+    made = with_zeros(inputs, rows=2)
+    np.testing.assert_array_equal(made["x"], np.zeros((2, 2), np.float32))
+    np.testing.assert_array_equal(made["ids"], np.full((2, 4), 7))
+    assert with_zeros({"ids": inputs["ids"]}, rows=1) == {}
