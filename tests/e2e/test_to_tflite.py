@@ -91,7 +91,7 @@ class Lstm(nn.Module):
         return self.head(self.lstm(x)[0][:, -1])
 
 
-class Spectrum(nn.Module):
+class Bicubic(nn.Module):
     """An operator that exports to ONNX but has no TFLite form here."""
 
     def __init__(self) -> None:
@@ -99,8 +99,8 @@ class Spectrum(nn.Module):
         self.dense = nn.Linear(8, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.dense(x)
-        return torch.fft.fft(y).real
+        grid = torch.tanh(self.dense(x)).reshape(1, 2, 2, 2)
+        return nn.functional.grid_sample(x.reshape(1, 1, 2, 4), grid, mode="bicubic", align_corners=True)  # fmt: skip
 
 
 class Guarded(nn.Module):
@@ -123,7 +123,7 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, tuple[int, ...]], list[str]]]
     "tcn": (Tcn, {"x": (1, 6, 20)}, ["y"]),
     "lstm": (Lstm, {"x": (1, 12, 6)}, ["y"]),
     "guarded": (Guarded, {"x": (1, 4, 6)}, ["unit", "log", "score", "inverse", "sum"]),
-    "spectrum": (Spectrum, {"x": (1, 8)}, ["y"]),
+    "bicubic": (Bicubic, {"x": (1, 8)}, ["y"]),
 }
 
 Exporter = Callable[..., Artifact]
@@ -271,11 +271,11 @@ def test_the_tensorflow_route_makes_the_same_model(export: Exporter, context: St
 
 def test_an_operator_that_does_not_convert_is_named_with_its_pytorch_line(export: Exporter, context: StageContext) -> None:  # fmt: skip
     with pytest.raises(StageError) as caught:
-        ToTflite(route="onnx2tf").run(export("spectrum"), context)
+        ToTflite(route="onnx2tf").run(export("bicubic"), context)
     assert caught.value.code == "unsupported-op"
-    assert "operator DFT" in caught.value.message
+    assert "operator GridSample" in caught.value.message
     assert "test_to_tflite.py:" in caught.value.message
-    assert "torch.fft.fft(y).real" in caught.value.message
+    assert "nn.functional.grid_sample(" in caught.value.message
     assert caught.value.log_path == str(context.log_path)
     assert list(context.work_dir.iterdir()) == []
 
