@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=_sample_count, default="auto", metavar="auto|N", help="how many of --data to take ranges from: as many as it takes for them to settle, or at most N (0: all; default: auto)")  # fmt: skip
     parser.add_argument("--method", choices=("min_max", "moving_average", "percentile", "mse", "kl"), default="min_max", help="how activation ranges follow from the samples (default: min_max)")  # fmt: skip
     parser.add_argument("--max-drop", metavar="'1 point'", help="climb the rescue ladder until the file loses no more than this; needs --evaluate")  # fmt: skip
+    parser.add_argument("--until", choices=("held", "sure"), default="held", help="with --max-drop: end at a file that holds perhaps by luck, or give layers 16 bits for certainty (default: held)")  # fmt: skip
     parser.add_argument("--evaluate", metavar="SAMPLES", help="inputs with labels to judge by, with --max-drop or --all; not those of --data")  # fmt: skip
     parser.add_argument("--metric", default="top1", help="the task metric of --evaluate: top1, ... or file.py:function (default: top1)")  # fmt: skip
     add_steps_argument(parser)
@@ -61,6 +62,10 @@ def run(args: argparse.Namespace, out: Output) -> int:
             "--max-drop and --evaluate go together",
             hint="--max-drop '1 point' --evaluate labelled.npz",
         )
+    if args.until == "sure" and not args.max_drop:
+        raise RequestError(
+            "--until sure goes with --max-drop", hint="--max-drop '1 point' --until sure"
+        )
     adhoc.check_steps(args)
     options: dict[str, Any] = {
         "input_dtype": args.input_dtype,
@@ -76,6 +81,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if args.max_drop:
         options |= {
             "max_drop": args.max_drop,
+            "until": args.until,
             "evaluate": "validation",
             "metric": args.metric,
             "steps": args.steps,

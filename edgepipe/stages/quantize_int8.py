@@ -100,7 +100,8 @@ class QuantizeInt8:
     With ``max_drop``, like ``"1 point"``, the stage climbs a ladder (`tflite_ops.ladder`) until the
     int8 file loses no more of ``metric`` on the data set ``evaluate``: plain, other ranges,
     equalisation, ranges tensor by tensor, bias correction, learned rounding, 16 bits (or float, where ``allow_float`` lets it)
-    for the fewest layers. If no rung holds it is an error that names the layers at fault.
+    for the fewest layers. If no rung holds it is an error that names the layers at fault. A file that holds
+    perhaps by luck ends the climb where the next rung would cost latency; not with ``until = "sure"``.
     """
 
     name: ClassVar[str] = "quantize_int8"
@@ -157,6 +158,7 @@ class QuantizeInt8:
     min_sqnr: Annotated[float, Unit("level")] = 10.0
     max_drop: Annotated[float, Unit("points")] = 0.0
     evaluate: str = ""
+    until: Literal["held", "sure"] = "held"
     # the recipe's [evaluate] metric unless given; of a model with state its steps are judged
     metric: str = ""
     steps: Steps = "last"
@@ -166,6 +168,11 @@ class QuantizeInt8:
         if self.max_drop < 0 or bool(self.max_drop) != bool(self.evaluate):
             raise StageOptionError(
                 "quantize_int8: max_drop is above 0 points and goes with evaluate, data to judge by",
+                hint='max_drop = "1 point", evaluate = "NAME of a [data] table"',
+            )
+        if self.until == "sure" and not self.max_drop:
+            raise StageOptionError(
+                'quantize_int8: until = "sure" is for the ladder that max_drop climbs',
                 hint='max_drop = "1 point", evaluate = "NAME of a [data] table"',
             )
         if self.evaluate and self.evaluate == self.data:
@@ -409,6 +416,7 @@ class QuantizeInt8:
             batches=lambda: file_batches(samples, artifact.inputs),
             judge=judge,
             max_drop=self.max_drop,
+            until=self.until,
             input_dtype=self.input_dtype,
             output_dtype=self.output_dtype,
             allow_float=self.allow_float,
@@ -445,7 +453,8 @@ class QuantizeInt8:
         if interval is not None and interval[1] > self.max_drop:
             log.warning("%s", doubt(rescue.result.judgement.samples, interval, self.max_drop))
         if not rescue.result.sure:
-            log.info("for a file nearer to float %s", qat_advice(rescue.float_latency_s, steps=_steps(evaluation, artifact)))  # fmt: skip
+            certain = 'until = "sure" gives layers 16 bits, or ' if self.until == "held" else ""
+            log.info("for a file nearer to float %s%s", certain, qat_advice(rescue.float_latency_s, steps=_steps(evaluation, artifact)))  # fmt: skip
         last = RangeTable(rescue.ranges, rescue.method, table.samples, table.data)
         return rescue.float_content, last, rescue.content, {"rescue": facts}
 

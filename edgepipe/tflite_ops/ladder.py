@@ -18,7 +18,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -166,6 +166,7 @@ class Rescue:
 
 
 Judge = Callable[[bytes], Judgement]
+Until = Literal["held", "sure"]
 # (float file, int8 file, calibration batches) -> (float file with weights to be rounded so, what was done)
 RoundWeights = Callable[[bytes, bytes, Sequence[Sequence[np.ndarray]]], tuple[bytes, str]]
 
@@ -183,6 +184,7 @@ def climb(
     allow_float: Sequence[str],
     round_weights: RoundWeights | None,
     where: str,
+    until: Until = "held",
     precision: Mapping[str, Precision] | None = None,
     states: Sequence[tuple[int, int]] = (),
 ) -> Rescue:
@@ -190,14 +192,15 @@ def climb(
 
     ``content`` is the float file with activations fused, ``ranges`` those of plain calibration by
     ``method``. ``batches`` gives the calibration data, (1, ...) for each input, as often as it is
-    called. Layers are put into float only if their operator is in ``allow_float``, into 16 bits
+    called. ``until`` it is "sure" layers are given 16 bits, too, where a file that costs no latency holds
+    perhaps by luck. Layers are put into float only if their operator is in ``allow_float``, into 16 bits
     wherever the quantiser can. ``precision`` are those that are not int8 from the start,
     ``states`` as for `quantize.quantize`.
     """
     return _Ladder(
         batches=batches, judge=judge, max_drop=max_drop, input_dtype=input_dtype,
         output_dtype=output_dtype, allow_float=tuple(allow_float), round_weights=round_weights,
-        where=where, original=content, states=states,
+        where=where, original=content, until=until, states=states,
     ).climb(Plan(content, ranges, method, precision=precision or {}))  # fmt: skip
 
 
@@ -207,9 +210,9 @@ class _Ladder:
     def __init__(
         self, *, batches: Batches, judge: Judge, max_drop: float, input_dtype: IoDtype,
         output_dtype: IoDtype, allow_float: tuple[str, ...], round_weights: RoundWeights | None,
-        where: str, original: bytes, states: Sequence[tuple[int, int]],
+        where: str, original: bytes, until: Until, states: Sequence[tuple[int, int]],
     ) -> None:  # fmt: skip
-        self.batches, self.judge, self.max_drop = batches, judge, max_drop
+        self.batches, self.judge, self.max_drop, self.until = batches, judge, max_drop, until
         self.doors: dict[str, Any] = {"input_dtype": input_dtype, "output_dtype": output_dtype, "states": states}  # fmt: skip
         self.allow_float, self.round_weights, self.where = allow_float, round_weights, where
         self.original = original
@@ -255,10 +258,10 @@ class _Ladder:
             made = self._step("repair", f"{len(repaired)} dead gain(s) set to 0", plan)
         for step in steps:
             last = _last_kept(self.rungs)
-            # a doubt is worth climbing for, but not the latency of 16 bits
+            # a doubt is worth climbing for, but not the latency of 16 bits unless that is asked for
             if last.held and last.sure:
                 break
-            if step == self._mixed and any(rung.held for rung in self.rungs):
+            if step == self._mixed and self.until == "held" and any(r.held for r in self.rungs):
                 break
             plan, made = step(plan, made)
         if not _last_kept(self.rungs).held and any(r.held for r in self.rungs):
@@ -546,7 +549,10 @@ class _Ladder:
             log.debug(
                 "%d layers in %s: noise %.4f, all leave %.4f", len(layers), kind, left, all_left
             )
-            return left <= enough or self._holds(content(layers))
+            return left <= enough or is_held(content(layers))
+
+        def is_held(made: bytes) -> bool:
+            return self._holds(made) and (self.until == "held" or self._is_sure(made))
 
         best: tuple[str, ...] | None = None
         for order in orders:
@@ -557,7 +563,7 @@ class _Ladder:
             return None
         found = bare[best]
         assert found is not None
-        if not self._holds(content(best)) and len(best) < len(every):
+        if not is_held(content(best)) and len(best) < len(every):
             self.causes.append(
                 f"noise is {near(best):.2g} with {len(best)} layer(s) in {kind} and {all_left:.2g} with all {len(every)}:"
                 " more would only cost latency"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from edgepipe.artifact import make_artifact
+from edgepipe.cli import main
 from edgepipe.data import DataSource
 from edgepipe.errors import DataError, RecipeError, StageError, StageOptionError
 from edgepipe.predict import predict
@@ -155,6 +156,13 @@ def test_max_drop_without_data_to_judge_by_is_refused():
     for options in ({"max_drop": "1 point"}, {"evaluate": "validation"}):
         with pytest.raises(StageOptionError, match="goes with evaluate"):
             build(QuantizeInt8, options, where="test", error=StageOptionError)
+
+
+def test_certainty_is_asked_for_of_the_ladder_only(capsys):
+    with pytest.raises(StageOptionError, match="for the ladder that max_drop climbs"):
+        build(QuantizeInt8, {"until": "sure"}, where="test", error=StageOptionError)
+    assert main(["quantize", "a.tflite", "--data", "x.npz", "--until", "sure"]) == 2
+    assert "--until sure goes with --max-drop" in capsys.readouterr().err
 
 
 RECIPE = """

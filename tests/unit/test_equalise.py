@@ -325,6 +325,15 @@ def test_a_drop_that_may_be_luck_is_climbed_past_as_far_as_that_costs_no_latency
     assert max(weights, door, wide) < left
 
 
+@pytest.mark.slow
+def test_until_it_is_sure_a_file_that_holds_by_luck_is_given_16_bits():
+    rescue = climbed(wide_swish(), within(-3.0, 3.0), until="sure")
+    assert [r.name for r in rescue.rungs][-1] == "mixed"
+    assert rescue.result.sure
+    assert rescue.result.noise <= NEAR
+    assert len(rescue.precision) > 0
+
+
 def never_asked(*given):
     pytest.fail("weights that do no harm were rounded anew")
 
