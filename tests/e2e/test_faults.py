@@ -212,8 +212,8 @@ def test_two_runs_at_once_share_the_work_and_both_pass(project: Path) -> None:
         results.append(json.loads(out))
     assert results[0]["run"] != results[1]["run"]
     assert results[0]["sha256"] == results[1]["sha256"]
-    # every step is in the cache once, and that no sample of the calibration is evaluated on
-    assert len(list((project / ".edgepipe" / "cache").iterdir())) == len(results[0]["steps"]) + 1
+    # every step is in the cache once, and that labels fit and no sample of the calibration is evaluated on
+    assert len(list((project / ".edgepipe" / "cache").iterdir())) == len(results[0]["steps"]) + 2
     assert leftovers(project) == []
 
 
