@@ -40,7 +40,8 @@ def test_a_student_becomes_a_full_int8_file_of_the_size_that_was_foretold(
     )  # fmt: skip
     samples = np.random.default_rng(0).normal(size=(8, *shape[1:])).astype(np.float32)
     np.save(tmp_path / "x.npy", samples)
-    stages = [(stage, {}) for stage in ("export_onnx", "to_tflite", "quantize_int8")]
+    # not trained, so some have outputs that vary by less than an int8 step
+    stages = [("export_onnx", {}), ("to_tflite", {}), ("quantize_int8", {"min_sqnr": "-200 dB"})]
     data = DataSource(kind="npy", path=tmp_path / "x.npy")
     made = pipeline.convert(recipe_for(source, stages, data), Store(tmp_path / "store"))
     found = describe(made.path)
