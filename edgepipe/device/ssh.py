@@ -321,7 +321,7 @@ class SshDevice:
         """A board that lets us in but whose SFTP server is missing, or not alone on its stdout."""
         try:
             yield
-        except (EOFError, paramiko.SSHException, paramiko.SFTPError) as exc:
+        except _LINK_ERRORS as exc:
             if isinstance(exc, paramiko.ChannelException) or not self._answers():
                 raise  # the whole connection is gone, or no further session is allowed
             raise ConnectError(
