@@ -10,12 +10,13 @@ import importlib
 import json
 import os
 import platform
+import signal
 import struct
 import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from random import Random
 from types import ModuleType
@@ -278,6 +279,29 @@ def worker_of(job_dir: Path, tag: str) -> int:
         return None
 
     return int(wait_for(running))
+
+
+def held_worker(job_dir: Path, tag: str, *, beside: Collection[int] = ()) -> int:
+    """`worker_of`, stopped by SIGSTOP: one that loads cold ends of itself between being seen and being killed.
+    Not one of those ``beside``."""
+
+    def held() -> int | None:
+        worker = worker_of(job_dir, tag)
+        if worker in beside:
+            return None
+        with contextlib.suppress(OSError):
+            os.kill(worker, signal.SIGSTOP)
+            while (state := state_letter(worker)) not in "TZX":
+                time.sleep(0.01)
+            return worker if state == "T" else None
+        return None
+
+    return int(wait_for(held))
+
+
+def state_letter(pid: int) -> str:
+    """As in proc_pid_stat(5): T is stopped, Z and X are dead."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 @contextlib.contextmanager

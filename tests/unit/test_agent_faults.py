@@ -23,6 +23,7 @@ from .board_side import (
     call,
     change_job,
     ending_jobs,
+    held_worker,
     is_gone,
     item,
     lines_of,
@@ -92,7 +93,7 @@ def python_that(folder: Path, statements: str) -> dict[str, str]:
 def test_a_session_whose_worker_was_killed_is_repeated_last(board: Path) -> None:
     job_dir = make_job(board, plan=plan("latency", "memory"), session_s=1)
     call("start", job_dir)
-    os.kill(worker_of(job_dir, "latency-1"), signal.SIGKILL)
+    os.kill(held_worker(job_dir, "latency-1"), signal.SIGKILL)
     found = outcome(job_dir)
     assert (found.code, found.tags) == (0, ["memory-1", "latency-1"])
     cause = found.sessions[0]["cause"]
@@ -104,8 +105,9 @@ def test_a_worker_killed_every_time_says_nothing_of_the_model(board: Path) -> No
     job_dir, killed = make_job(board, plan=plan("latency"), session_s=60), set[int]()
     call("start", job_dir)
     for _ in range(3):
-        worker = wait_for(lambda: {worker_of(job_dir, "latency-1")} - killed).pop()
+        worker = held_worker(job_dir, "latency-1", beside=killed)
         os.kill(worker, signal.SIGTERM)
+        os.kill(worker, signal.SIGCONT)
         killed.add(worker)
     found = outcome(job_dir)
     assert (found.code, found.tags, found.state["runs_on_device"]) == (70, [], None)
@@ -361,7 +363,7 @@ def test_a_model_that_does_not_fit_into_memory_is_data(board: Path, small_memory
 def test_an_out_of_memory_kill_is_told_from_any_other(board: Path, sysroot: SysRoot) -> None:
     job_dir = make_job(board, plan=plan("latency"), session_s=60)
     call("start", job_dir)
-    worker = worker_of(job_dir, "latency-1")
+    worker = held_worker(job_dir, "latency-1")
     sysroot.set(oom_kills=3)
     os.kill(worker, signal.SIGKILL)
     found = outcome(job_dir)
