@@ -9,6 +9,7 @@ calibration is a moving average of the samples' ranges and loses 8-19 dB against
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import logging
@@ -553,21 +554,33 @@ def _read_before_doors(content: bytes, *, where: str) -> bytes:
 
 
 def _scalar_limits(content: bytes, *, where: str) -> bytes:
-    """The value of every PADV2, MAXIMUM and MINIMUM with shape () instead of (1,), which
-    litert-quantizer 0.11 cannot take.
+    """The value of every PADV2, MAXIMUM, MINIMUM and SELECT_V2 with shape () instead of (1,), which
+    litert-quantizer 0.11 cannot take; where other operators read it too, a copy.
 
     onnx2tf writes (1,) for the -inf before a MAX_POOL_2D with padding: the stem of every ResNet.
     """
     graph = parse_model(content, where=where).subgraphs[0]
-    limited = {"PADV2": (2,), "MAXIMUM": (0, 1), "MINIMUM": (0, 1)}
-    values = {o.inputs[i] for o in graph.operators for i in limited.get(o.name, ())}
-    others = {i for o in graph.operators if o.name not in limited for i in o.inputs}
-    wanted = [i for i in values - others if graph.tensors[i].is_constant and graph.tensors[i].shape == (1,)]  # fmt: skip
-    if not wanted:
+    limited = {"PADV2": (2,), "MAXIMUM": (0, 1), "MINIMUM": (0, 1), "SELECT_V2": (1, 2)}
+    uses = [(o, place) for o in graph.operators for place in limited.get(o.name, ())]
+    uses = [(o, p) for o, p in uses if graph.tensors[o.inputs[p]].is_constant and graph.tensors[o.inputs[p]].shape == (1,)]  # fmt: skip
+    if not uses:
         return content
+    others = {i for o in graph.operators if o.name not in limited for i in o.inputs}
     model = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
-    for index in wanted:
-        model.subgraphs[0].tensors[index].shape = np.array([], np.int32)
+    main = model.subgraphs[0]
+    scalars: dict[int, int] = {}
+    for operator, place in uses:
+        index = operator.inputs[place]
+        if index not in scalars:
+            scalars[index] = index
+            if index in others:
+                tensor = copy.deepcopy(main.tensors[index])
+                model.buffers.append(copy.deepcopy(model.buffers[tensor.buffer]))
+                tensor.name, tensor.buffer = tensor.name + b"/scalar", len(model.buffers) - 1
+                main.tensors.append(tensor)
+                scalars[index] = len(main.tensors) - 1
+            main.tensors[scalars[index]].shape = np.array([], np.int32)
+        main.operators[operator.index].inputs[place] = scalars[index]
     return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
 
 

@@ -511,6 +511,26 @@ def test_a_small_sum_of_large_values_has_a_scale_that_kernels_take(kind, dtype, 
     run(int8, [data[0][None].astype(np.int8)])  # lives
 
 
+def test_a_number_that_limits_one_tensor_and_is_added_to_another_serves_both():
+    """onnx2tf writes equal constants once; litert-quantizer takes those of MAXIMUM and SELECT_V2 as () only."""
+    g = Graph()
+    x = g.input("x", (1, 2, 3))
+    half = g.const("half", np.array([0.5], np.float32))
+    above = g.op("MAXIMUM", [x, half], "above", (1, 2, 3), "MaximumMinimumOptions")
+    more = g.op("ADD", [above, half], "more", (1, 2, 3), "AddOptions")
+    mask = np.arange(6).reshape(1, 2, 3) % 2 == 0
+    where = g.tensor("mask", mask.shape, data=mask, dtype="BOOL")
+    y = g.op("SELECT_V2", [where, half, more], "y", (1, 2, 3), "SelectV2Options")
+    data = noise(8, 2, 3)
+    int8 = quantized(g.bytes([y]), data)
+    selected = next(o for o in graph_of(int8).operators if o.name == "SELECT_V2")
+    assert graph_of(int8).tensors[selected.inputs[1]].shape == ()
+    (shared,) = (o for o in graph_of(int8).operators if o.name == "ADD")
+    assert graph_of(int8).tensors[shared.inputs[1]].shape == (1,)
+    expected = np.where(mask, 0.5, np.maximum(data, 0.5) + 0.5)
+    np.testing.assert_allclose(real_outputs(int8, data), expected, atol=0.03)
+
+
 def test_a_bias_survives_where_another_layer_shares_the_weights():
     """As the levels of a detector's head do: the range of a flat channel is that of the largest bias."""
     rng = np.random.default_rng(0)
