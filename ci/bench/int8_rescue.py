@@ -1,6 +1,6 @@
 """What full int8 loses and what the rescue ladder brings back, on hostile and on trained networks.
 
-    EDGEPIPE_DATA=DIR python ci/bench/int8_rescue.py --work DIR [--only NAME ...] [--list] [--qat] [--memory] [--samples]
+    EDGEPIPE_DATA=DIR python ci/bench/int8_rescue.py --work DIR [--only NAME ...] [--list] [--qat] [--memory] [--samples] [--sure]
 
 Each network's float file is quantised on the same calibration data by `quantize_int8` as it is, by
 `quantize_int8` with ``max_drop = "1 point"``, and by litert-quantizer alone with its own calibration
@@ -27,6 +27,7 @@ data, which is what the first rung does, the ladder that ends at its first rung,
 ``--memory`` measures the peak memory of processes that calibrate on 500, 5,000 and 50,000 samples.
 ``--samples`` sets ``samples = "auto"``, in two orders, beside all samples: plain int8 of each trained network,
 ranges from the data that the ladder otherwise chooses by.
+``--sure`` climbs with ``until = "sure"``, with an int8 and a float32 input.
 """
 
 from __future__ import annotations
@@ -547,6 +548,21 @@ def auto_samples(work: Path, names: Sequence[str]) -> None:
     print(f"\nauto against all: {statistics.median(gained):+.2f} points in the median, {min(gained):+.2f} to {max(gained):+.2f}")  # fmt: skip
 
 
+def until_sure(work: Path, names: Sequence[str]) -> None:
+    """Print for each network what the ladder keeps that goes on to 16 bits for certainty."""
+    print("| network | float | input | with the ladder | last rung | latency, of plain int8's |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name in names:
+        case = CASES[name](name, work)
+        expected = case.judge(case.model.path.read_bytes())
+        for door in ("int8", "float32"):
+            made = staged(case, work, max_drop=MAX_DROP, evaluate="validation", until="sure", **(dict(case.options) | {"input_dtype": door}))  # fmt: skip
+            facts = made.facts["rescue"]
+            last = next(rung for rung in facts["rungs"] if rung["rung"] == facts["held"])
+            times = last["latency_s"] / facts["rungs"][0]["latency_s"] if len(facts["rungs"]) > 1 else 1.0  # fmt: skip
+            print(f"| {name} | {_percent(expected)} | {door} | {_percent(case.judge(made.path.read_bytes()))} | {last['did']} | {times:.1f} |", flush=True)  # fmt: skip
+
+
 # --- tables -----------------------------------------------------------------------------------------
 
 
@@ -591,6 +607,7 @@ def main() -> int:
     parser.add_argument("--qat", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--samples", action="store_true")
+    parser.add_argument("--sure", action="store_true")
     args = parser.parse_args()
     if args.list:
         print("\n".join(CASES))
@@ -605,6 +622,9 @@ def main() -> int:
         return 0
     if args.samples:
         auto_samples(args.work, [name for name in args.only if name not in HOSTILE])
+        return 0
+    if args.sure:
+        until_sure(args.work, args.only)
         return 0
     for name in args.only:
         stored = args.work / f"{name.replace('/', '-')}.json"
