@@ -12,6 +12,8 @@ from torch.nn.utils import parametrizations
 
 from edgepipe.torch_ops.equivalents import bake_parametrizations, whole_bags, with_known_operators
 
+pytestmark = pytest.mark.slow  # each is captured by torch.export
+
 
 class Calls(nn.Module):
     def __init__(self, function: Callable[[torch.Tensor], object]) -> None:
