@@ -166,29 +166,20 @@ def _conv_with_computed_weights(node: NodeProto, graph: Graph) -> list[NodeProto
     if w in graph.constants or len(image) < 3 or not kernel or not made or options.get("auto_pad", b"NOTSET") != b"NOTSET":  # fmt: skip
         return []
     groups = options.get("group", 1)
-    window, y = int(np.prod(kernel[2:])), node.output[0]
+    window = int(np.prod(kernel[2:]))
     rows = kernel[1] * window
     one_hot = np.eye(window, dtype=np.float32).reshape(1, window, 1, *kernel[2:])
     spread = np.repeat(one_hot, image[1], axis=0).reshape(-1, 1, *kernel[2:])
     options = {key: value for key, value in options.items() if key not in ("group", "auto_pad")}
-
-    def shaped(name: str, source: str, sizes: list[int], to: str) -> NodeProto:
-        target = graph.constant(f"{y}_{name}_shape", np.array(sizes, np.int64))
-        return helper.make_node("Reshape", [source, target], [to], f"{node.name}_{name}")
-
-    nodes = [
-        helper.make_node("Conv", [x, graph.constant(f"{y}_spread", spread)], [f"{y}_windows"], f"{node.name}_windows", group=image[1], **options),
-        shaped("columns", f"{y}_windows", [image[0], groups, rows, -1], f"{y}_columns"),
-        shaped("weights", w, [1, groups, kernel[0] // groups, rows], f"{y}_weights"),
-        helper.make_node("MatMul", [f"{y}_weights", f"{y}_columns"], [f"{y}_products"], node.name),
-    ]  # fmt: skip
-    if len(node.input) < 3 or not node.input[2]:
-        return [*nodes, shaped("result", f"{y}_products", list(made), y)]
-    return [
-        *nodes, shaped("result", f"{y}_products", list(made), f"{y}_unbiased"),
-        shaped("bias", node.input[2], [1, -1, *[1] * (len(made) - 2)], f"{y}_bias"),
-        helper.make_node("Add", [f"{y}_unbiased", f"{y}_bias"], [y], f"{node.name}_add"),
-    ]  # fmt: skip
+    write = Writing(node, graph)
+    windows = write.op("Conv", x, spread, group=image[1], **options)
+    columns = write.reshape(windows, [image[0], groups, rows, -1])
+    weights = write.reshape(w, [1, groups, kernel[0] // groups, rows])
+    value = write.reshape(write.op("MatMul", weights, columns), made)
+    if len(node.input) > 2 and node.input[2]:
+        bias = write.reshape(node.input[2], [1, -1, *[1] * (len(made) - 2)])
+        value = write.op("Add", value, bias)
+    return write.done(value)
 
 
 def _last_steps(node: NodeProto, graph: Graph) -> list[NodeProto]:
@@ -243,17 +234,15 @@ def _tiny_bound(node: NodeProto, graph: Graph) -> list[NodeProto]:
     tiny = [name for name in node.input[1 : 2 if node.op_type == "Clip" else None] if _is_tiny(graph.constants.get(name))]  # fmt: skip
     if not tiny or (node.op_type == "Max" and len(node.input) != 2):
         return []
-    x, y, low = node.input[0], node.output[0], graph.constants[tiny[0]]
-    made = []
+    write = Writing(node, graph)
+    value = node.input[0]
     if len(node.input) > 2 and node.input[2]:
-        made.append(helper.make_node("Min", [x, node.input[2]], [f"{y}_most"], f"{node.name}_most"))
-        x = f"{y}_most"
-    return [
-        *made,
-        helper.make_node("Neg", [x], [f"{y}_minus"], f"{node.name}_minus"),
-        helper.make_node("Min", [f"{y}_minus", graph.constant(f"{y}_least", -low)], [f"{y}_limited"], f"{node.name}_least"),
-        helper.make_node("Neg", [f"{y}_limited"], [y], node.name),
-    ]  # fmt: skip
+        value = write.op("Min", value, node.input[2])
+    return write.done(_at_least(write, value, graph.constants[tiny[0]]))
+
+
+def _at_least(write: Writing, value: str, low: np.ndarray | np.float32) -> str:
+    return write.op("Neg", write.op("Min", write.op("Neg", value), np.negative(low)))
 
 
 def _is_tiny(bound: np.ndarray | None) -> bool:
@@ -264,11 +253,8 @@ def _whole_abs(node: NodeProto, graph: Graph) -> list[NodeProto]:
     """``|x| = max(x, -x)`` of whole numbers, for which TFLite's kernel has no int64."""
     if graph.types.get(node.input[0]) != TensorProto.INT64:
         return []
-    minus = f"{node.output[0]}_minus"
-    return [
-        helper.make_node("Neg", [node.input[0]], [minus], f"{node.name}_minus"),
-        helper.make_node("Max", [node.input[0], minus], [node.output[0]], node.name),
-    ]
+    write = Writing(node, graph)
+    return write.end("Max", node.input[0], write.op("Neg", node.input[0]))
 
 
 def _where_that_picks(node: NodeProto, graph: Graph) -> list[NodeProto]:
@@ -281,18 +267,16 @@ def _where_that_picks(node: NodeProto, graph: Graph) -> list[NodeProto]:
     shapes = [graph.shapes.get(name, graph.constants[name].shape if name in graph.constants else None) for name in node.input]  # fmt: skip
     if not made or None in shapes or all(shape == made for shape in shapes) or not any(map(graph.may_overflow, node.input[1:])):  # fmt: skip
         return []
-    nodes, whole = [], []
-    for position, (name, shape) in enumerate(zip(node.input, shapes, strict=True)):
-        wide = f"{node.output[0]}_whole{position}"
+    write = Writing(node, graph)
+    whole: list[str | np.ndarray] = []
+    for name, shape in zip(node.input, shapes, strict=True):
         if shape == made:
-            wide = name
+            whole.append(name)
         elif name in graph.constants:
-            graph.constant(wide, np.ascontiguousarray(np.broadcast_to(graph.constants[name], made)))
+            whole.append(np.ascontiguousarray(np.broadcast_to(graph.constants[name], made)))
         else:
-            sizes = graph.constant(f"{wide}_shape", np.array(made, np.int64))
-            nodes.append(helper.make_node("Expand", [name, sizes], [wide], f"{node.name}_expand{position}"))  # fmt: skip
-        whole.append(wide)
-    return [*nodes, helper.make_node("Where", whole, [node.output[0]], node.name)]
+            whole.append(write.op("Expand", name, np.array(made, np.int64)))
+    return write.end("Where", *whole)
 
 
 def _log_sum_exp(node: NodeProto, graph: Graph) -> list[NodeProto]:
@@ -310,26 +294,21 @@ def _log_sum_exp(node: NodeProto, graph: Graph) -> list[NodeProto]:
         axes = graph.constants.get(node.input[1])
         if axes is None:
             return []
-    x, y = node.input[0], node.output[0]
-    along = [] if axes is None else [graph.constant(f"{y}_axes", axes)]
-    made = [
-        helper.make_node("ReduceMax", [x, *along], [f"{y}_max"], f"{node.name}_max", keepdims=1),
-        helper.make_node("Sub", [x, f"{y}_max"], [f"{y}_below"], f"{node.name}_below"),
-        helper.make_node("Exp", [f"{y}_below"], [f"{y}_exp"], f"{node.name}_exp"),
-        helper.make_node("ReduceSum", [f"{y}_exp", *along], [f"{y}_sum"], f"{node.name}_sum", keepdims=1),
-        helper.make_node("Log", [f"{y}_sum"], [f"{y}_log"], f"{node.name}_log"),
-    ]  # fmt: skip
-    if is_softmax:
-        return [*made, helper.make_node("Sub", [f"{y}_below", f"{y}_log"], [y], node.name)]
-    if options.get("keepdims", 1):
-        return [*made, helper.make_node("Add", [f"{y}_log", f"{y}_max"], [y], node.name)]
-    if y not in graph.shapes:
+    made = graph.shapes.get(node.output[0])
+    keeps = bool(options.get("keepdims", 1))
+    if not is_softmax and not keeps and made is None:
         return []
-    sizes = graph.constant(f"{y}_shape", np.array(graph.shapes[y], np.int64))
-    return [
-        *made, helper.make_node("Add", [f"{y}_log", f"{y}_max"], [f"{y}_kept"], f"{node.name}_add"),
-        helper.make_node("Reshape", [f"{y}_kept", sizes], [y], node.name),
-    ]  # fmt: skip
+    write = Writing(node, graph)
+    x = node.input[0]
+    along = [] if axes is None else [axes]
+    most = write.op("ReduceMax", x, *along, keepdims=1)
+    below = write.op("Sub", x, most)
+    total = write.op("ReduceSum", write.op("Exp", below), *along, keepdims=1)
+    log_sum = write.op("Log", total)
+    if is_softmax:
+        return write.end("Sub", below, log_sum)
+    value = write.op("Add", log_sum, most)
+    return write.done(value if keeps or made is None else write.reshape(value, made))
 
 
 def _last_of_equals(node: NodeProto, graph: Graph) -> list[NodeProto]:
@@ -357,8 +336,7 @@ def _lp_normalization(node: NodeProto, graph: Graph) -> list[NodeProto]:
         return []
     write = Writing(node, graph)
     norm = write.reduce(f"ReduceL{p}", node.input[0], [axis % rank])
-    kept = write.op("Neg", write.op("Min", write.op("Neg", norm), np.float32(-1e-20)))
-    return write.end("Div", node.input[0], kept)
+    return write.end("Div", node.input[0], _at_least(write, norm, np.float32(1e-20)))
 
 
 def _prelu_of_any_slope(node: NodeProto, graph: Graph) -> list[NodeProto]:
